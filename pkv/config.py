@@ -1,0 +1,425 @@
+"""Every knob of pkv, typed: YAML files over these defaults, command-line flags over those. No jax here.
+
+An unknown key, a wrong type or an impossible value is one `ConfigError` that names the path, what was got, what was
+expected, and the nearest right name. Each room receives its own slice of `Config` only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: printed as one line, exit code 2."""
+
+
+class ConfigError(UserError):
+    """A config that cannot be used."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model."""
+
+    path: str = ""  # a Hugging Face directory or a hub id; a relative path is looked up beside the config file first
+    init: Literal["pretrained", "random"] = "pretrained"  # random: only config.json and the tokenizer are read
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; norms, softmax, logits and rotary tables stay 32-bit
+    remat: Literal["none", "layer"] = "none"  # layer: keep each layer's input only, compute the rest again in the backward
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices along each axis; -1 takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """The system prompt, one versioned file, the same for training, evaluation, chat and export."""
+
+    system: str = "competition"  # a name in pkv/competition/prompts, or a path to a text file
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where problems come from (see `pkv.data.open_source` for what a SOURCE may be)."""
+
+    train: str = "arithmetic:train"
+    heldout: str = "arithmetic:heldout"
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How rollouts are drawn."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    slots: int = 64  # rows that decode at the same time
+    segment: int = 32  # decode steps on the device between two visits of the host
+    cache_block: int = 128  # the KV cache grows in steps of this many positions
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What is common to all rounds; weights and lengths are each round's own."""
+
+    user_files: tuple[str, ...] = ()  # Python files with `rewards() -> dict[name, (owner, function)]`
+    timeout_s: float = 2.0  # a reward that takes longer is unscored
+    max_unscored_share: float = 0.1  # above this share of unscored rollouts in a step the run stops
+    workers: int = 1  # scoring processes; 0 scores in the main process
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """One GRPO step."""
+
+    prompts: int = 8  # P
+    samples: int = 8  # G, rollouts a prompt
+    credit: Literal["sequence", "block"] = "sequence"  # one scalar for all tokens, or each reward to its owner's tokens
+    scale: Literal["std", "floored_std", "none"] = "floored_std"  # what a centred reward is divided by, within its group
+    std_floor: float = 0.25
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    importance_cap: float = 2.0  # truncated importance sampling, per token, against the sampler's log-probabilities
+    epochs: int = 1  # updates a rollout batch; 1 is exactly on-policy
+    mask_truncated: bool = False  # rollouts that ended at their budget give no gradient
+    row_tokens: int = 1024  # T of a packed row
+    micro_rows: int = 4  # B of one forward and backward pass
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    """A short supervised start on synthetic competitions; steps 0 leaves it out."""
+
+    steps: int = 0
+    rows: int = 16  # packed rows of `grpo.row_tokens` a step
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-4
+    ramp_steps: int = 20  # linear increase at the start
+    copying: float = 0.4  # share of demonstrations in which a later fighter copies an earlier one
+    loose_layout: float = 0.4  # share whose layout is not the exact one
+    mistakes: float = 0.3  # share in which a fighter errs: half of them mend it, half are passed over by the judge
+
+
+@dataclass(frozen=True)
+class RoundConfig:
+    """One round of GRPO: data, not code."""
+
+    name: str = ""
+    steps: int = 0
+    learning_rate: float = 1e-6
+    weights: dict[str, float] = field(default_factory=dict)  # reward name -> weight; a family name sets all of its members
+    length_optimum: int = 128  # a fighter's tokens that earn the most
+    max_new_tokens: int = 1024
+    require: dict[str, float] = field(default_factory=dict)  # held-out metric -> the least it must have reached before the round
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out problems, at the start and the end of every round."""
+
+    problems: int = 64
+    samples: int = 1
+    temperature: float = 0.0
+    shown: int = 5  # problems whose answers are printed before and after
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """State on disk."""
+
+    every: int = 20  # steps
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    rounds: tuple[RoundConfig, ...] = ()
+    evaluate: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+# Bounds that a type cannot say: path -> (least, greatest).
+BOUNDS: dict[str, tuple[float, float]] = {
+    "sampling.temperature": (0.0, 100.0),
+    "sampling.top_p": (1e-6, 1.0),
+    "sampling.top_k": (0, math.inf),
+    "sampling.slots": (1, math.inf),
+    "sampling.segment": (1, math.inf),
+    "sampling.cache_block": (1, math.inf),
+    "rewards.timeout_s": (1e-3, math.inf),
+    "rewards.max_unscored_share": (0.0, 1.0),
+    "rewards.workers": (0, 1024),
+    "optimizer.b1": (0.0, 1.0),
+    "optimizer.b2": (0.0, 1.0),
+    "optimizer.weight_decay": (0.0, math.inf),
+    "optimizer.clip_norm": (1e-9, math.inf),
+    "grpo.prompts": (1, math.inf),
+    "grpo.samples": (2, math.inf),
+    "grpo.std_floor": (0.0, math.inf),
+    "grpo.clip_low": (0.0, 1.0),
+    "grpo.clip_high": (0.0, math.inf),
+    "grpo.importance_cap": (1.0, math.inf),
+    "grpo.epochs": (1, math.inf),
+    "grpo.row_tokens": (8, math.inf),
+    "grpo.micro_rows": (1, math.inf),
+    "warmup.steps": (0, math.inf),
+    "warmup.rows": (1, math.inf),
+    "warmup.copying": (0.0, 1.0),
+    "warmup.loose_layout": (0.0, 1.0),
+    "warmup.mistakes": (0.0, 1.0),
+    "evaluate.problems": (1, math.inf),
+    "evaluate.samples": (1, math.inf),
+    "evaluate.temperature": (0.0, 100.0),
+    "evaluate.shown": (0, math.inf),
+    "checkpoint.every": (1, math.inf),
+    "checkpoint.keep": (1, math.inf),
+    "rounds.*.steps": (0, math.inf),
+    "rounds.*.learning_rate": (0.0, 1.0),
+    "rounds.*.length_optimum": (1, math.inf),
+    "rounds.*.max_new_tokens": (1, math.inf),
+}
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file and put `--section.key value` (or `--section.key=value`) flags over it.
+
+    `path` is a file, or the name of a shipped config such as "tiny". A round is named by its name or its place:
+    `--rounds.format.steps 5`, `--rounds.0.steps 5`. Raises ConfigError.
+    """
+    path = find_config(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file: {error.reason} at byte {error.start}") from error
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected sections such as `model:`, got {describe(raw)}")
+    for key, value in parse_overrides(overrides):
+        set_path(raw, key, value)
+    config = parse_config(raw)
+    if config.model.path and (path.parent / config.model.path).exists():
+        local = str((path.parent / config.model.path).resolve())
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=local))
+    return config
+
+
+def find_config(path: str | Path) -> Path:
+    """The file behind a path or the name of a shipped config. Raises ConfigError."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if path.suffix in ("", ".yaml") and path.stem in shipped and path.parent in (Path(), Path("configs")):
+        return shipped[path.stem]
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a directory; expected a YAML file")
+    near = difflib.get_close_matches(path.stem, shipped, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"shipped configs: {', '.join(sorted(shipped))}"
+    raise ConfigError(f"{path}: no such config file; {hint}")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with pkv, by name: beside the package in a checkout, inside it when installed."""
+    here = Path(__file__).resolve().parent
+    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def parse_config(raw: dict[str, Any]) -> Config:
+    """A `Config` from nested plain values. Raises ConfigError."""
+    config = typing.cast(Config, _build(Config, raw, ""))
+    names = [round_.name for round_ in config.rounds]
+    for index, name in enumerate(names):
+        if not name:
+            raise ConfigError(f"rounds.{index}.name: missing; every round needs a name")
+        if name in names[:index]:
+            raise ConfigError(f"rounds.{index}.name: {name!r} is used twice; names must differ")
+    return config
+
+
+def as_plain(config: Any) -> Any:
+    """The config as nested dicts, lists and scalars, ready for YAML."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: as_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, (list, tuple)):
+        return [as_plain(item) for item in config]
+    if isinstance(config, dict):
+        return {key: as_plain(value) for key, value in config.items()}
+    return config
+
+
+def parse_overrides(flags: typing.Sequence[str]) -> list[tuple[str, Any]]:
+    """`["--a.b", "1", "--c=x"]` as [("a.b", 1), ("c", "x")]; values are read as YAML scalars. Raises ConfigError."""
+    pairs: list[tuple[str, Any]] = []
+    rest = list(flags)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or flag == "--":
+            raise ConfigError(f"{flag!r}: expected a flag such as --section.key value")
+        key, equals, text = flag[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"{flag}: expected a value after it, as in {flag} VALUE")
+            text = rest.pop(0)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{flag}: cannot read the value {text!r}") from error
+        pairs.append((key.replace("-", "_"), value))
+    return pairs
+
+
+def set_path(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted path inside nested plain values; lists go by index or by an item's `name`. Raises ConfigError."""
+    parts = key.split(".")
+    node: Any = raw
+    for depth, part in enumerate(parts[:-1]):
+        node = _child(node, part, ".".join(parts[: depth + 1]))
+    if isinstance(node, list):
+        index = _index(node, parts[-1], key)
+        node[index] = value
+    elif isinstance(node, dict):
+        node[parts[-1]] = value
+    else:
+        raise ConfigError(f"{key}: {'.'.join(parts[:-1])} is {describe(node)}, which has no settings inside")
+
+
+def _child(node: Any, part: str, path: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, path)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"{path}: nothing can be set inside {describe(node)}")
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _index(items: list[Any], part: str, path: str) -> int:
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    known = ", ".join(str(name) for name in names) or "none"
+    raise ConfigError(f"{path}: no such item {part!r}; there are {len(items)}: {known}")
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    """`value` as a `kind`, checked; `path` is where it stands."""
+    if dataclasses.is_dataclass(kind):
+        return _build_section(typing.cast(type, kind), value, path)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{path}: expected one of {', '.join(map(str, arguments))}; got {value!r}{hint}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path}: expected a list, got {describe(value)}")
+        return tuple(_build(arguments[0], item, f"{path}.{index}") for index, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}: expected `name: value` lines, got {describe(value)}")
+        return {str(key): _build(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    if origin in (typing.Union, types.UnionType):
+        inner = [a for a in arguments if a is not type(None)]
+        return None if value is None else _build(inner[0], value, path)
+    return _build_scalar(kind, value, path)
+
+
+def _build_section(kind: type, value: Any, path: str) -> Any:
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path or 'config'}: expected a section with keys, got {describe(value)}")
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    for key in value:
+        if key not in names:
+            raise ConfigError(f"{_join(path, key)}: unknown key; {_suggest(str(key), names, path)}")
+    return kind(**{key: _build(hints[key], item, _join(path, key)) for key, item in value.items()})
+
+
+def _build_scalar(kind: type, value: Any, path: str) -> Any:
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{path}: expected {_KIND_WORDS[kind]}, got {describe(value)}")
+    least, greatest = BOUNDS.get(_star(path), (-math.inf, math.inf))
+    if kind in (int, float) and not least <= value <= greatest:
+        bound = f"at least {least:g}" if value < least else f"at most {greatest:g}"
+        raise ConfigError(f"{path}: expected {bound}, got {value!r}")
+    return value
+
+
+_KIND_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def _suggest(key: str, names: list[str], path: str) -> str:
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {_join(path, near[0])!r}?"
+    return f"expected one of {', '.join(names)}"
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _star(path: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def describe(value: Any) -> str:
+    """A value in words, for error messages."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return f"a section with {', '.join(map(str, list(value)[:3])) or 'no keys'}"
+    if isinstance(value, (list, tuple)):
+        return f"a list of {len(value)}"
+    return f"{value!r} ({_KIND_WORDS.get(type(value), type(value).__name__)})"
