@@ -1,0 +1,287 @@
+"""Word problems from generators, each with three different ways to solve it.
+
+Not a benchmark: a small world in which a model of a few million parameters can learn to compete on a laptop. The
+held-out split shares neither a question nor its numbers with the training split: which side a problem falls on is
+decided by a hash of its kind and numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pkv.config import UserError
+from pkv.records import Problem
+
+SPLITS = ("train", "heldout")
+HELDOUT_SHARE = 8  # one in so many number combinations is held out
+
+NAMES = ("Ann", "Tom", "Mia", "Ben", "Eva", "Sam", "Ida", "Leo")
+GOODS = ("shells", "coins", "books", "apples", "stones", "cards", "nuts", "pens")
+CROPS = ("trees", "chairs", "tiles", "plants")
+MAKERS = (
+    ("hives", "candles"),
+    ("bakers", "pies"),
+    ("hens", "eggs"),
+    ("smiths", "swords"),
+    ("looms", "cloaks"),
+    ("ovens", "loaves"),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One equation of a solution, `left = value`, and what it finds."""
+
+    finds: str
+    left: str
+    value: int
+
+
+@dataclass(frozen=True)
+class Working:
+    """One way to solve a problem: its name, and its steps, the last of which gives the answer."""
+
+    method: str
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of problem: draws numbers, words the question, solves it in three ways."""
+
+    draw: Callable[[random.Random], tuple[int, ...]]
+    word: Callable[[random.Random, tuple[int, ...]], tuple[str, str]]  # question, unit of the answer
+    solve: Callable[[tuple[int, ...]], tuple[Working, ...]]
+
+
+def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
+    """`count` different problems of one split; the same arguments give the same problems. Raises UserError."""
+    if split not in SPLITS:
+        raise UserError(f"arithmetic:{split}: no such split; expected {' or '.join(SPLITS)}")
+    draw = random.Random(f"{split}/{seed}")
+    found: dict[str, Problem] = {}
+    misses = 0
+    while len(found) < count:
+        problem = _draw_problem(draw)
+        if split_of(problem) == split and problem.question not in found:
+            found[problem.question] = problem
+            misses = 0
+        else:
+            misses += 1
+        if misses > 10_000:
+            raise UserError(f"arithmetic:{split}: asked for {count} problems, but there are only about {len(found)}")
+    return list(found.values())
+
+
+def workings(problem: Problem) -> tuple[Working, ...]:
+    """The three ways to solve a problem made by `problems`."""
+    return KINDS[problem.extra["kind"]].solve(tuple(problem.extra["numbers"]))
+
+
+def split_of(problem: Problem) -> str:
+    """The split that a problem's kind and numbers belong to."""
+    key = f"{problem.extra['kind']}{sorted(problem.extra['numbers'])}"
+    return SPLITS[hashlib.sha256(key.encode()).digest()[0] % HELDOUT_SHARE == 0]
+
+
+def _draw_problem(draw: random.Random) -> Problem:
+    kind = draw.choice(sorted(KINDS))
+    numbers = KINDS[kind].draw(draw)
+    question, unit = KINDS[kind].word(draw, numbers)
+    answer = KINDS[kind].solve(numbers)[0].steps[-1].value
+    digest = hashlib.sha256(question.encode()).hexdigest()[:12]
+    extra = {"kind": kind, "numbers": list(numbers), "unit": unit}
+    return Problem(f"{kind}-{digest}", question, str(answer), "arithmetic", extra)
+
+
+# Rate: a makers make a*r things; how many do a*k makers make?
+
+
+def _draw_rate(draw: random.Random) -> tuple[int, ...]:
+    return draw.randint(2, 6), draw.randint(2, 7), draw.randint(2, 4)
+
+
+def _word_rate(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
+    a, r, k = numbers
+    makers, things = draw.choice(MAKERS)
+    question = draw.choice(
+        (
+            f"{a} {makers} make {a * r} {things}. How many {things} do {a * k} {makers} make?",
+            f"If {a} {makers} make {a * r} {things}, how many {things} come from {a * k} {makers}?",
+        )
+    )
+    return question, things
+
+
+def _solve_rate(numbers: tuple[int, ...]) -> tuple[Working, ...]:
+    a, r, k = numbers
+    total, many = a * r, a * k
+    sums = [Step("two lots", f"{total}+{total}", 2 * total)]
+    sums += [Step("one lot more", f"{i * total}+{total}", (i + 1) * total) for i in range(2, k)]
+    return (
+        Working(
+            "unit rate",
+            (Step("one share", f"{total}/{a}", r), Step("all shares", f"{many}*{r}", many * r)),
+        ),
+        Working(
+            "scale factor",
+            (Step("the factor", f"{many}/{a}", k), Step("that many lots", f"{k}*{total}", k * total)),
+        ),
+        Working("adding lots", tuple(sums)),
+    )
+
+
+# Sum: x and y more.
+
+
+def _draw_sum(draw: random.Random) -> tuple[int, ...]:
+    return draw.randint(11, 59), 10 * draw.randint(1, 3) + draw.randint(1, 9)
+
+
+def _word_sum(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
+    x, y = numbers
+    name, things = draw.choice(NAMES), draw.choice(GOODS)
+    question = draw.choice(
+        (
+            f"{name} has {x} {things} and finds {y} more. How many {things} does {name} have?",
+            f"There are {x} {things} in one bag and {y} in another. How many {things} are there?",
+        )
+    )
+    return question, things
+
+
+def _solve_sum(numbers: tuple[int, ...]) -> tuple[Working, ...]:
+    x, y = numbers
+    tens, ones = x // 10 * 10 + y // 10 * 10, x % 10 + y % 10
+    above = y // 10 * 10 + 10
+    return (
+        Working(
+            "tens and ones",
+            (
+                Step("the tens", f"{x // 10 * 10}+{y // 10 * 10}", tens),
+                Step("the ones", f"{x % 10}+{y % 10}", ones),
+                Step("both", f"{tens}+{ones}", x + y),
+            ),
+        ),
+        Working(
+            "too many, then back",
+            (
+                Step("a round sum", f"{x}+{above}", x + above),
+                Step("the excess", f"{x + above}-{above - y}", x + y),
+            ),
+        ),
+        Working(
+            "in two hops",
+            (
+                Step("the big hop", f"{x}+{y // 10 * 10}", x + y // 10 * 10),
+                Step("the small hop", f"{x + y // 10 * 10}+{y % 10}", x + y),
+            ),
+        ),
+    )
+
+
+# Product: a rows of b.
+
+
+def _draw_product(draw: random.Random) -> tuple[int, ...]:
+    return draw.randint(3, 9), draw.randint(11, 15)
+
+
+def _word_product(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
+    a, b = numbers
+    things = draw.choice(CROPS)
+    place = draw.choice(("A garden", "A hall", "A yard", "A field"))
+    question = draw.choice(
+        (
+            f"{place} has {a} rows of {b} {things}. How many {things} are there?",
+            f"{place} holds {a} rows with {b} {things} each. How many {things} is that?",
+        )
+    )
+    return question, things
+
+
+def _solve_product(numbers: tuple[int, ...]) -> tuple[Working, ...]:
+    a, b = numbers
+    return (
+        Working(
+            "ten and the rest",
+            (
+                Step("ten each", f"{a}*10", a * 10),
+                Step("the rest", f"{a}*{b - 10}", a * (b - 10)),
+                Step("both", f"{a * 10}+{a * (b - 10)}", a * b),
+            ),
+        ),
+        Working(
+            "too many, then back",
+            (
+                Step("twenty each", f"{a}*20", a * 20),
+                Step("the excess", f"{a}*{20 - b}", a * (20 - b)),
+                Step("what is left", f"{a * 20}-{a * (20 - b)}", a * b),
+            ),
+        ),
+        Working(
+            "five and the rest",
+            (
+                Step("five each", f"{a}*5", a * 5),
+                Step("the others", f"{a}*{b - 5}", a * (b - 5)),
+                Step("all", f"{a * 5}+{a * (b - 5)}", a * b),
+            ),
+        ),
+    )
+
+
+# Change: a boxes of b, c given away.
+
+
+def _draw_change(draw: random.Random) -> tuple[int, ...]:
+    a, b = draw.randint(3, 9), draw.randint(3, 9)
+    return a, b, draw.randint(1, b - 1)
+
+
+def _word_change(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
+    a, b, c = numbers
+    name, things = draw.choice(NAMES), draw.choice(GOODS)
+    question = draw.choice(
+        (
+            f"{name} has {a} boxes of {b} {things} and gives {c} away. How many {things} are left?",
+            f"{name} fills {a} bags with {b} {things} each, then loses {c}. How many {things} remain?",
+        )
+    )
+    return question, things
+
+
+def _solve_change(numbers: tuple[int, ...]) -> tuple[Working, ...]:
+    a, b, c = numbers
+    return (
+        Working(
+            "all, then take away",
+            (Step("all", f"{a}*{b}", a * b), Step("what is left", f"{a * b}-{c}", a * b - c)),
+        ),
+        Working(
+            "the open one apart",
+            (
+                Step("the open one", f"{b}-{c}", b - c),
+                Step("the full ones", f"{a - 1}*{b}", (a - 1) * b),
+                Step("both", f"{(a - 1) * b}+{b - c}", a * b - c),
+            ),
+        ),
+        Working(
+            "take away first",
+            (
+                Step("two, less the loss", f"{b}+{b}-{c}", 2 * b - c),
+                Step("the others", f"{a - 2}*{b}", (a - 2) * b),
+                Step("all together", f"{2 * b - c}+{(a - 2) * b}", a * b - c),
+            ),
+        ),
+    )
+
+
+KINDS: dict[str, Kind] = {
+    "rate": Kind(_draw_rate, _word_rate, _solve_rate),
+    "sum": Kind(_draw_sum, _word_sum, _solve_sum),
+    "product": Kind(_draw_product, _word_product, _solve_product),
+    "change": Kind(_draw_change, _word_change, _solve_change),
+}

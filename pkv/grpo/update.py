@@ -1,0 +1,139 @@
+"""The jitted, sharded update: gradients added up over micro-batches, then one AdamW step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from pkv.config import ModelConfig, OptimizerConfig
+from pkv.grpo.logprobs import token_logprobs
+from pkv.grpo.losses import Loss, Supervised, token_losses
+from pkv.mesh import TRAINING_RULES, batch_sharding, replicated, shardings
+from pkv.model import Arch, Params, forward, param_axes, param_shapes
+from pkv.records import Batch
+
+Arrays = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes: float32 weights and AdamW's moments, both sharded by TRAINING_RULES."""
+
+    params: Params
+    optimizer: Any
+
+
+class Learner:
+    """Compiled gradient and update functions for one architecture on one mesh; the state goes in and comes out."""
+
+    def __init__(self, arch: Arch, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self._arch, self._model = arch, model
+        self._optimizer = optax.chain(
+            optax.clip_by_global_norm(optimizer.clip_norm),
+            optax.scale_by_adam(optimizer.b1, optimizer.b2),
+            optax.add_decayed_weights(optimizer.weight_decay, mask=_decayed),
+        )
+        self._weights = shardings(param_axes(arch), param_shapes(arch), mesh, TRAINING_RULES)
+        self._gradient = jax.jit(self._add_gradient, static_argnames="loss", donate_argnames=("sums",))
+        self._apply = jax.jit(self._apply_gradient, donate_argnames=("state", "gradient"))
+        self._logprobs = jax.jit(lambda params, micro: self._predict(params, micro)[0])
+
+    def init(self, params: Params) -> TrainState:
+        """A fresh state around float32 weights (laid out by TRAINING_RULES)."""
+        params = jax.device_put(params, self._weights)
+        return TrainState(
+            params, jax.jit(self._optimizer.init, out_shardings=self.state_shardings(params).optimizer)(params)
+        )
+
+    def state_shardings(self, params: Params) -> TrainState:
+        """Where every array of the state lies: moments beside their weights, scalars everywhere."""
+        shapes = jax.eval_shape(self._optimizer.init, params)
+        moments = optax.tree_map_params(
+            self._optimizer,
+            lambda _, sharding: sharding,
+            shapes,
+            self._weights,
+            transform_non_params=lambda _: replicated(self.mesh),
+        )
+        return TrainState(self._weights, moments)
+
+    def update(
+        self, state: TrainState, batch: Batch, loss: Loss, learning_rate: float, micro_rows: int, epochs: int = 1
+    ) -> tuple[TrainState, dict[str, float]]:
+        """`epochs` AdamW steps on one batch; also its statistics, means over the response tokens.
+
+        With one epoch the update is exactly on-policy and no separate pass for the old log-probabilities is needed.
+        Statistics: loss, entropy (nats), clipped (share of tokens), kl_sampler (mean of r - log r - 1 with r the ratio of
+        the trainer's to the sampler's probability), gradient_norm (before clipping).
+        """
+        micros = [self._micro(batch, start, micro_rows) for start in range(0, len(batch.tokens), micro_rows)]
+        tokens = jnp.float32(max(float(batch.mask.sum()), 1.0))
+        if epochs > 1:
+            for micro in micros:
+                micro["old_logprobs"] = self._logprobs(state.params, micro)
+        for _ in range(epochs):
+            sums = (jax.tree.map(jnp.zeros_like, state.params), {name: jnp.zeros(()) for name in STATISTICS})
+            for micro in micros:
+                sums = self._gradient(state.params, sums, micro, tokens, loss=loss)
+            gradient, statistics = sums
+            state, norm = self._apply(state, gradient, jnp.float32(learning_rate))
+        return state, {name: float(value) for name, value in {**statistics, "gradient_norm": norm}.items()}
+
+    def _micro(self, batch: Batch, start: int, rows: int) -> Arrays:
+        fields = {f.name: getattr(batch, f.name)[start : start + rows] for f in dataclasses.fields(batch)}
+        short = rows - len(fields["tokens"])
+        padded = {name: np.pad(array, ((0, short), (0, 0))) for name, array in fields.items()}
+        return jax.device_put(padded, batch_sharding(self.mesh))
+
+    def _predict(self, params: Params, micro: Arrays) -> tuple[jax.Array, jax.Array]:
+        hidden_BTD, _ = forward(
+            params,
+            self._arch,
+            micro["tokens"],
+            micro["positions"],
+            segments_BT=micro["segments"],
+            dtype=jnp.dtype(self._model.dtype),
+            remat=self._model.remat,
+        )
+        return token_logprobs(params, self._arch, hidden_BTD, micro["targets"])
+
+    def _add_gradient(self, params: Params, sums: Any, micro: Arrays, tokens: jax.Array, *, loss: Loss) -> Any:
+        def total(params: Params) -> tuple[jax.Array, Arrays]:
+            logprobs, entropy = self._predict(params, micro)
+            old = micro.get("old_logprobs", jax.lax.stop_gradient(logprobs))
+            sampler = old if isinstance(loss, Supervised) else micro["sampler_logprobs"]
+            losses, clipped = token_losses(loss, logprobs, old, sampler, micro["advantages"])
+            difference = old - sampler
+            mismatch = jnp.exp(difference) - difference - 1
+            parts = {"loss": losses, "entropy": entropy, "clipped": clipped, "kl_sampler": mismatch}
+            means = {name: jnp.sum(micro["mask"] * part) / tokens for name, part in parts.items()}
+            return means["loss"], means
+
+        gradient, means = jax.grad(total, has_aux=True)(params)
+        return jax.tree.map(jnp.add, sums, (gradient, means))
+
+    def _apply_gradient(
+        self, state: TrainState, gradient: Params, learning_rate: jax.Array
+    ) -> tuple[TrainState, jax.Array]:
+        step, optimizer = self._optimizer.update(gradient, state.optimizer, state.params)
+        params = jax.tree.map(lambda weight, change: weight - learning_rate * change, state.params, step)
+        return TrainState(params, optimizer), optax.global_norm(gradient)
+
+
+STATISTICS = ("loss", "entropy", "clipped", "kl_sampler")
+
+
+def _decayed(params: Params) -> Any:
+    """Which weights decay: all but norms and biases."""
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return not name.endswith(("norm", "bias"))
+
+    return jax.tree_util.tree_map_with_path(decays, params)

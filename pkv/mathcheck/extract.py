@@ -1,0 +1,106 @@
+"""Reads the final answer out of a text: what was marked as the answer, never a guess. Linear time.
+
+First an explicit marker (a line `Answer: X`) or a `\\boxed{X}`, whichever stands last; then prose (see prose.py): the
+phrase that states the answer, then an only number. Of several the last counts, so that a correction is not punished and
+hedging gains nothing. Anything else is a coded failure.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from pkv.mathcheck.numbers import read_number
+from pkv.mathcheck.prose import AmbiguousError, find_candidates, read_only_number, read_phrase, trim
+from pkv.records import Span
+
+Code = Literal["marker", "boxed", "phrase", "only_number", "ambiguous", "none"]
+
+_MARKER = re.compile(
+    r"^[ \t>#*_-]{0,12}(?:the[ \t]{1,4})?(?:(?:final|correct)[ \t]{1,4})?answer(?:[ \t]{1,4}is)?[*_ \t]{0,6}:"
+    r"(?P<value>.*)$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_BRACE = re.compile(r"(?P<box>\\boxed\s{0,4}\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_PROSE_WORDS = 4  # a marked value with as many words, and not a number with its unit, is a sentence
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """The answer that a text states and how; value and span (characters) are None for "ambiguous" and "none"."""
+
+    value: str | None
+    code: Code
+    span: Span | None = None
+
+
+def extract_answer(text: str) -> Extraction:
+    """The final answer that a text states, with how it was found and where."""
+    marked, boxed = _last_marker(text), _last_box(text)
+    if boxed and (marked is None or boxed.start >= marked.start):
+        return Extraction(text[boxed.start : boxed.stop], "boxed", boxed)
+    if marked:
+        return _read_marked(text, marked)
+    return _read_prose(text, Span(0, len(text)))
+
+
+def _found(text: str, span: Span, code: Code) -> Extraction:
+    span = trim(text, span)
+    return Extraction(text[span.start : span.stop], code, span)
+
+
+def _last_marker(text: str) -> Span | None:
+    """The value of the last `Answer:` line; a marker that stands alone marks the next line that is not empty."""
+    for match in reversed(list(_MARKER.finditer(text))):
+        span = trim(text, Span(*match.span("value")))
+        if not span.size:
+            following = re.compile(r"\S").search(text, match.end())
+            if following:
+                end = text.find("\n", following.start())
+                span = trim(text, Span(following.start(), len(text) if end < 0 else end))
+        if span.size:
+            return span
+    return None
+
+
+def _last_box(text: str) -> Span | None:
+    """The inside of the last box that was opened and closed again, braces matched, escaped braces left alone."""
+    stack: list[int | None] = []  # where a box's inside starts; None for any other brace
+    last: Span | None = None
+    for match in _BRACE.finditer(text):
+        if match["box"]:
+            stack.append(match.end())
+        elif match["open"]:
+            stack.append(None)
+        elif match["close"] and stack:
+            start = stack.pop()
+            inside = None if start is None else trim(text, Span(start, match.start()), ".,;")
+            if inside and inside.size and (last is None or inside.start > last.start):
+                last = inside
+    return last
+
+
+def _read_marked(text: str, span: Span) -> Extraction:
+    """A marked value as it stands; a marked sentence is read like prose, and is the value itself if it states none."""
+    value = text[span.start : span.stop]
+    if read_number(value) is None and len(_WORD.findall(value)) >= _PROSE_WORDS:
+        inside = _read_prose(text, span)
+        if inside.code == "ambiguous":
+            return inside
+        if inside.value is not None:
+            return Extraction(inside.value, "marker", inside.span)
+    return Extraction(value, "marker", span)
+
+
+def _read_prose(text: str, span: Span) -> Extraction:
+    candidates = list(find_candidates(text, span))
+    try:
+        stated = read_phrase(text, span, candidates)
+        if stated:
+            return _found(text, stated, "phrase")
+        only = read_only_number(text, candidates)
+        return _found(text, only, "only_number") if only else Extraction(None, "none")
+    except AmbiguousError:
+        return Extraction(None, "ambiguous")

@@ -1,0 +1,186 @@
+"""Finds the answer that prose states: "their answer of 24 hives needed to make 96 candles", "= 24" at the very end.
+
+All repetitions in the patterns are bounded or possessive, and so are all windows: no text takes more than linear time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from pkv.mathcheck.numbers import parse_number
+from pkv.records import Span
+
+# A formula between delimiters, or a number. As in pandoc, the dollar of a formula touches it ("$24 and $36" is money),
+# unless a LaTeX command tells what it is.
+_CANDIDATE = re.compile(
+    r"""
+    \$\$\s{0,4}(?P<display>[^$]{1,200})\$\$
+  | (?<![\\\w$])\$(?=[^\s$])(?P<inline>[^$\n]{1,200})(?<=\S)\$(?![\d$])
+  | (?<![\\\w$])\$(?P<spaced>[^$\n\\]{0,100}\\[A-Za-z][^$\n]{0,200})\$(?![\d$])
+  | \\\((?P<round>(?:(?!\\[()])[^\n]){1,200})\\\)
+  | \\\[(?P<square>(?:(?!\\[\[\]]).){1,200})\\\]
+  | (?P<number>
+      (?<![\w.\\])(?:[+\-\u2212](?=[\d.$\\\u20ac\u00a3]))?(?:\\?\$|[\u20ac\u00a3])?
+      (?>
+          \d{0,9}\\[dt]?frac\{-?\d{1,20}\}\{\d{1,20}\}
+        | [1-9]\d{0,2}(?:,\d{3})++(?!\d)(?:\.\d++)?
+        | \d++[ ]\d++/\d++
+        | (?:\d++(?:\.\d++)?|\.\d++)(?:/\d++)?
+      )
+      (?!(?:st|nd|rd|th)\b)
+      (?:\s?\\?%|[ ]percent\b|[ ](?:hundred|thousand|million|billion|trillion|dozen)\b)?
+    )
+    """,
+    re.VERBOSE | re.DOTALL | re.ASCII,
+)
+_ANSWER = re.compile(r"\banswer\b", re.IGNORECASE)
+_WINDOW = 200  # characters after the word "answer" in which its value is looked for
+_SENTENCE_END = re.compile(r"[.!?](?=[\s*\"')]|$)|(?<!:)\n[ \t]{0,8}\n")
+_OPENING = r"[\s*_,:(\[{\\\"'$=~\u2248-]{0,12}"
+# A verb that states, and at most five words of filling: "the answer is that the farmer needs 24". Or nothing at all.
+_STATES = re.compile(
+    rf"(?:\b(?:is|was|be|of|equals|being|becomes)\b[^\w]{{0,6}}(?:[A-Za-z']{{1,20}}[^\w]{{1,6}}){{0,5}}|[:=]){_OPENING}$",
+    re.IGNORECASE,
+)
+_TOUCHES = re.compile(_OPENING)
+_DENIES = re.compile(r"\b(?:not|never|cannot|neither|wrong|incorrect|rather than|instead of)\b|n't\b", re.IGNORECASE)
+_DISOWNED = re.compile(
+    r"\b(?:wrong|incorrect|mistaken|false|flawed|first|initial|earlier|previous|original|naive|tempting)\s{1,3}$",
+    re.IGNORECASE,
+)
+# What makes a list, a range or a formula of a stated value: "24 or 25", "24 hives or 25", "41 = 42", "3, 5", "8 * 3".
+_GOES_ON = re.compile(
+    r"(?:\s[A-Za-z]{1,20}){0,3}\s?,?\s{1,3}or\s{1,3}(?:[A-Za-z]{1,20}\s){0,2}|\s{0,3}(?:[=/+*\u2248\u00b1\u00d7\u00f7-]|\\times|\\pm)\s{0,3}"
+    r"|\s?[,;]\s{0,3}(?:and\s)?|\s{1,3}(?:and|to)\s{1,3}|\s?\u2013\s?"
+)
+_ALTERNATIVE = re.compile(r"\bor\b|\\pm(?![A-Za-z])|\u00b1", re.IGNORECASE)
+_ENDING = re.compile(
+    r"(?<![!<>=])=(?P<value>[^=]{1,64})$",
+)
+_CLOSING = " \t\n.!*$"
+_TEXT_VALUE = re.compile(
+    r"(?:\b(?:is|was|be)\b|:)\s{0,3}"
+    r"(?P<value>[*\"']{0,3}[A-Za-z][A-Za-z'-]{0,30}(?: [A-Za-z][A-Za-z'-]{0,30}){0,4}[*\"']{0,3})$",
+    re.IGNORECASE,
+)
+
+
+class AmbiguousError(Exception):
+    """The prose states more than one answer, or none among several numbers."""
+
+
+def find_candidates(text: str, span: Span) -> Iterator[Span]:
+    """Numbers, and formulas with a digit or a command in them, in order."""
+    for match in _CANDIDATE.finditer(text, span.start, span.stop):
+        kind = match.lastgroup or "number"
+        if kind == "number" or re.search(r"[\d\\]", match[kind]):
+            yield Span(*match.span(kind))
+
+
+def read_phrase(text: str, span: Span, candidates: Sequence[Span]) -> Span | None:
+    """The value of the last phrase that states the answer, or of a closing `= 24`. Raises AmbiguousError."""
+    stated: list[tuple[int, Span]] = []  # where the sentence ends, and the value
+    index, words_end = 0, None
+    for word in _ANSWER.finditer(text, span.start, span.stop):
+        while index < len(candidates) and candidates[index].start < word.end():
+            index += 1
+        if _DISOWNED.search(text[max(span.start, word.start() - 24) : word.start()]):
+            continue
+        limit = min(span.stop, word.end() + _WINDOW)
+        end = _SENTENCE_END.search(text, word.end(), limit)
+        sentence_end = end.start() if end else limit
+        words_end = Span(word.end(), sentence_end)
+        value = _stated(text, words_end, candidates, index)
+        if value:
+            stated.append((sentence_end, value))
+    if stated:
+        sentence_end, value = stated[-1]
+        rivals = [other for end, other in stated[-8:] if end == sentence_end]
+        if len({_key(text, rival) for rival in rivals}) > 1:
+            raise AmbiguousError
+        return value
+    closing = _closing_value(text, span)
+    if closing is None and not candidates and words_end:  # an answer in words: "the answer is Tuesday"
+        match = _TEXT_VALUE.search(text[words_end.start : words_end.stop])
+        closing = Span(words_end.start + match.start("value"), words_end.start + match.end("value")) if match else None
+    return closing
+
+
+def read_only_number(text: str, candidates: Sequence[Span]) -> Span | None:
+    """The one number or formula of the prose, said again or not; None where there is none. Raises AmbiguousError."""
+    first: object = None
+    for spelling in dict.fromkeys(text[start:stop] for start, stop in candidates):
+        key = _key(spelling, Span(0, len(spelling)))
+        if first is not None and key != first:
+            raise AmbiguousError
+        first = key
+    return candidates[-1] if candidates else None
+
+
+def trim(text: str, span: Span, punctuation: str = ".,;!") -> Span:
+    """The span without white space, emphasis, closing punctuation and the math delimiters around all of it."""
+    start, stop = span
+    while True:
+        before = start, stop
+        while start < stop and (text[start].isspace() or text[start] in "*_"):
+            start += 1
+        while start < stop and (text[stop - 1].isspace() or text[stop - 1] in "*_" + punctuation):
+            # The backslash of `\\,` and `\\!` is no answer either; one of `\\;` neither.
+            stop -= 2 if text[stop - 1] in ",;!" and text[stop - 2 : stop - 1] == "\\" and stop - 2 >= start else 1
+        for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+            inner, outer = start + len(opening), stop - len(closing)
+            encloses = inner < outer and text.startswith(opening, start) and text.startswith(closing, outer)
+            if encloses and text.find(opening, inner, outer) < 0 and text[outer - 1] != "\\":
+                start, stop = inner, outer
+                break
+        if before == (start, stop):
+            return Span(start, stop)
+
+
+def _key(text: str, span: Span) -> object:
+    """Equal for two candidates that state the same."""
+    span = trim(text, span)
+    value = text[span.start : span.stop]
+    number = parse_number(value)
+    return value if number is None else number
+
+
+def _stated(text: str, sentence: Span, candidates: Sequence[Span], index: int) -> Span | None:
+    """The first candidate in the rest of a sentence after the word "answer" that is stated as its value."""
+    before = sentence.start
+    while index < len(candidates) and candidates[index].start < sentence.stop:
+        value, gap = candidates[index], text[before : candidates[index].start]
+        touches = before == sentence.start and _TOUCHES.fullmatch(gap)
+        if (touches or _STATES.search(gap)) and not _DENIES.search(gap):
+            return _whole_value(text, value, candidates[index + 1 : index + 9])
+        before = value.stop
+        index += 1
+    return None
+
+
+def _whole_value(text: str, value: Span, following: Sequence[Span]) -> Span:
+    """The value with what is listed or chained to it, so that "24 or 25" is read as both and never passes as one."""
+    for other in following:
+        between = text[value.stop : other.start]
+        if len(between) > 120:
+            break
+        for delimiter in ("\\(", "\\)", "$", "*"):
+            between = between.replace(delimiter, "")
+        if not _GOES_ON.fullmatch(between):
+            break
+        value = Span(value.start, other.stop)
+    return value
+
+
+def _closing_value(text: str, span: Span) -> Span | None:
+    """The number after an equals sign that ends the text, unless alternatives stand in the same line."""
+    stop = span.stop
+    while stop > span.start and (text[stop - 1] in _CLOSING or text[stop - 2 : stop] in ("\\)", "\\]")):
+        stop -= 2 if text[stop - 1] in ")]" else 1
+    start = max(span.start, stop - _WINDOW)
+    line = text[start:stop].rpartition("\n")[2]
+    match = _ENDING.search(line)
+    if match is None or _ALTERNATIVE.search(line) or parse_number(match["value"]) is None:
+        return None
+    return Span(stop - len(match["value"]), stop)

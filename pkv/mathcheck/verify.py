@@ -1,0 +1,106 @@
+"""Whether an answer is right: exact rationals first, then text, and math-verify only for what these cannot decide.
+
+An equation chain (`41=42`) is wrong, which math-verify would let pass as 42, and so is a list of answers (`3 or 5`)
+where the gold answer is none.
+"""
+
+from __future__ import annotations
+
+import re
+
+from pkv.mathcheck.latex import flatten, split_assignment, unwrap
+from pkv.mathcheck.numbers import read_number, same_number
+from pkv.mathcheck.pool import VerifyError, VerifyPool
+
+# A longer text than this is not an answer, unless the gold one is long itself (a matrix).
+MAX_CHARACTERS = 400
+
+_RELATION = re.compile(
+    r"[=<>\u2248\u2260\u2264\u2265\u2261]|\\(?:leq?|geq?|neq?|lt|gt|approx|equiv|sim|implies|to|rightarrow)(?![A-Za-z])"
+)
+_EQUATION = re.compile(r"=|\\(?:approx|equiv|sim|implies|to|rightarrow)(?![A-Za-z])|\u2248|\u2261")
+_SET = re.compile(r"[(\[].*,.*[)\]]$")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b|\\pm(?![A-Za-z])|\u00b1|\\\\")
+# A comma before exactly three digits is a thousands separator, unless brackets say that this is a tuple.
+_SPLIT_BARE = re.compile(r"\s*(?:,\s*)?\b(?:and|or)\b\s*|;\s*|,\s+|,(?!\d{3}(?!\d))")
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z .'-]*")
+_CHOICE = re.compile(r"\([A-Z]\)")
+_LAYOUT = re.compile(r"\s+|\\[,!;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])")
+
+
+def is_right(answer: str, gold: str, pool: VerifyPool | None = None) -> bool:
+    """Whether `answer` states what `gold` states, both as extracted: a number, a formula or some words.
+
+    Raises VerifyError when the comparison needs math-verify and there is no pool, or when it fails or takes too long.
+    """
+    answer, gold = answer.strip(), gold.strip()
+    if not answer or not gold or len(answer) > max(MAX_CHARACTERS, 4 * len(gold)):
+        return False
+    answer_number, gold_number = read_number(answer), read_number(gold)
+    if answer_number and gold_number:
+        return same_number(answer_number, gold_number)
+    if _normal(answer) == _normal(gold):
+        return True
+    answer_flat, gold_flat = flatten(answer), flatten(gold)
+    answer_items, gold_items = _items(answer_flat), _items(gold_flat)
+    if answer_items and gold_items and answer_items[0] == gold_items[0]:
+        return answer_items[1] == gold_items[1]
+    if _chained(answer_flat, gold_flat) or (_listed(answer_flat) and not _listed(gold_flat)):
+        return False
+    answer_plain, gold_plain = _is_plain(answer_flat), _is_plain(gold_flat)
+    if (answer_plain and (gold_plain or gold_number)) or (gold_plain and answer_number):
+        return False
+    if pool is None:
+        raise VerifyError(
+            "no_pool", f"comparing {answer[:80]!r} with {gold[:80]!r} needs math-verify: pass a VerifyPool"
+        )
+    answer = unwrap(answer)
+    return pool.check(unwrap(gold), answer if "=" in gold_flat else split_assignment(answer)[1])
+
+
+def _normal(text: str) -> str:
+    """A text such that equal ones mean the same: layout gone from formulas, case and article gone from words."""
+    flat = flatten(text)
+    if _PLAIN.fullmatch(flat):
+        return re.sub(r"^(?:the|an?) (?=.)", "", flat.casefold())
+    if _CHOICE.fullmatch(flat):  # (B) is B
+        return flat[1].casefold()
+    return _LAYOUT.sub("", flat)
+
+
+def _is_plain(flat: str) -> bool:
+    """Whether it is words or the letter of a choice, which nothing but equal text can match."""
+    return bool(_PLAIN.fullmatch(flat) or _CHOICE.fullmatch(flat))
+
+
+def _chained(answer: str, gold: str) -> bool:
+    """Whether the answer relates more things than the gold one does; `x =` in front and `1 < x < 2` for a set aside."""
+    if "=" not in gold:
+        answer = split_assignment(answer)[1]
+    if _SET.match(gold) and not _EQUATION.search(answer):
+        return False
+    return len(_RELATION.findall(answer)) > len(_RELATION.findall(gold))
+
+
+def _listed(text: str) -> bool:
+    return bool(_SEPARATOR.search(_THOUSANDS.sub("", text)))
+
+
+def _items(text: str) -> tuple[str, tuple] | None:
+    """("set", sorted values) of a bare list or {..}, (brackets, values in order) of a tuple or interval; else None."""
+    text = split_assignment(text)[1] if text.count("=") == 1 else text
+    text = text.replace("\\{", "{").replace("\\}", "}")
+    brackets = text[:1] + text[-1:]
+    if brackets in ("{}", "()", "[]", "(]", "[)"):
+        parts = [part.strip() for part in text[1:-1].split(",")]
+    else:
+        brackets, parts = "{}", _SPLIT_BARE.split(text)
+    if len(parts) < 2:
+        return None
+    numbers = [read_number(part) for part in parts]
+    values = [number.exact for number in numbers if number is not None and not number.kind]
+    variables = {number.variable for number in numbers if number is not None and number.variable}
+    if len(values) < len(parts) or len(variables) > 1:
+        return None
+    return ("set", tuple(sorted(values))) if brackets == "{}" else (brackets, tuple(values))

@@ -1,0 +1,139 @@
+"""Devices as a mesh, and the one place where logical axis names become mesh axes. No weights and no model here.
+
+The same code runs on one CPU device, on eight fake ones and on a pod. Randomness that is keyed by its purpose lives
+here too, because mesh shapes and scheduling must never change what is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pkv.config import MeshConfig, UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # rows of a batch are spread over both
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# Training spreads every large weight over fsdp and tensor; a chip holds 1/(fsdp·tensor) of the state.
+TRAINING_RULES: Rules = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head": None,
+    "ffn": "tensor",
+    "rows": BATCH_AXES,
+    "time": None,
+}
+# Decoding reads every weight for every token: gathering them over fsdp at each step costs more than holding a copy.
+SAMPLING_RULES: Rules = {**TRAINING_RULES, "embed": None}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp and tensor; one size may be -1 and takes what is left. Raises UserError."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {name: getattr(config, name) for name in AXES}
+    free = [name for name, size in sizes.items() if size == -1]
+    wrong = [f"{name}={size}" for name, size in sizes.items() if size != -1 and size < 1]
+    if wrong:
+        raise UserError(f"mesh: got {', '.join(wrong)}; expected -1 (what is left) or a size of at least 1")
+    if len(free) > 1:
+        raise UserError(f"mesh: {' and '.join(free)} are both -1; only one axis can take what is left")
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes[free[0]] = len(devices) // taken
+    asked = math.prod(sizes.values())
+    if asked != len(devices):
+        text = " × ".join(f"{name}={size}" for name, size in sizes.items() if name not in free)
+        raise UserError(
+            f"mesh: {text} = {taken} does not fit on {len(devices)} devices; choose sizes that multiply to it"
+        )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How an array whose leading axis is batch rows lies on the mesh: rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Inside `jax.set_mesh`: the compiler keeps the leading axis over data and fsdp and the others whole.
+
+    Without this hint it may follow the weights instead and spread an activation's last axis over fsdp. It is a hint:
+    without a mesh, or with rows that the devices don't divide, x comes back as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(BATCH_AXES) <= set(mesh.axis_names) or x.shape[0] % math.prod(mesh.shape[name] for name in BATCH_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A full copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shardings(axes_tree: Any, shapes_tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """A tree of NamedSharding for a tree of logical axes.
+
+    axes_tree: tuples of logical axis names, one name for each dimension. shapes_tree: the same structure with anything
+    that has a `.shape`. Raises UserError for an unknown axis name, for two dimensions of one array on the same mesh
+    axis, and for a size that the mesh axes don't divide.
+    """
+
+    def one(path: tuple[Any, ...], axes: tuple[str, ...], array: Any) -> NamedSharding:
+        return NamedSharding(
+            mesh, _spec(jax.tree_util.keystr(path, simple=True, separator="."), axes, array.shape, mesh, rules)
+        )
+
+    return jax.tree_util.tree_map_with_path(one, axes_tree, shapes_tree, is_leaf=_is_axes)
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(name, str) for name in node)
+
+
+def _spec(name: str, axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
+    if len(axes) != len(shape):
+        raise UserError(f"{name}: {len(axes)} logical axes {axes} for the {len(shape)} dimensions of shape {shape}")
+    owner: dict[str, str] = {}
+    parts: list[tuple[str, ...] | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis not in rules:
+            raise UserError(f"{name}: no rule for the logical axis {axis!r}; known: {', '.join(rules)}")
+        rule = rules[axis]
+        places = () if rule is None else (rule,) if isinstance(rule, str) else rule
+        places = tuple(place for place in places if mesh.shape[place] > 1)  # an axis of one device shards nothing
+        for place in places:
+            if place in owner:
+                raise UserError(
+                    f"{name}: the axes {owner[place]!r} and {axis!r} of {axes} both go to the mesh axis {place!r}"
+                )
+            owner[place] = axis
+        ways = math.prod(mesh.shape[place] for place in places)
+        if size % ways:
+            text = " × ".join(f"{place}={mesh.shape[place]}" for place in places)
+            raise UserError(
+                f"{name}: {axis}={size} of shape {shape} is not divisible by {ways} ({text}); change the mesh"
+            )
+        parts.append(places or None)
+    return PartitionSpec(*parts)
+
+
+def fold(key: jax.Array, *parts: int | str | jax.Array) -> jax.Array:
+    """A key for one purpose: `fold(root, "rollout", step, problem, sample)`.
+
+    Each part is folded in turn: whole numbers (traced ones too) as they are, text by its CRC-32, which is the same on
+    every machine and in every process.
+    """
+    for part in parts:
+        key = jax.random.fold_in(key, zlib.crc32(part.encode()) if isinstance(part, str) else part)
+    return key

@@ -1,0 +1,34 @@
+"""The decoder: weights, forward, cache, and checkpoints in and out. The only room that knows Flax and safetensors.
+
+Outside, a model is an `Arch` (what it is made of) and a nested dict of arrays (its weights).
+"""
+
+from pkv.model.arch import Arch
+from pkv.model.cache import Cache, cache_axes, cache_length, grow_cache, init_cache, put_rows, take_rows
+from pkv.model.decoder import forward, logits
+from pkv.model.export import save_params
+from pkv.model.load import find_checkpoint, load_params, read_arch, read_config
+from pkv.model.weights import Params, init_params, param_axes, param_shapes, unstack_layers
+
+__all__ = [
+    "Arch",
+    "Cache",
+    "Params",
+    "cache_axes",
+    "cache_length",
+    "find_checkpoint",
+    "forward",
+    "grow_cache",
+    "init_cache",
+    "init_params",
+    "load_params",
+    "logits",
+    "param_axes",
+    "param_shapes",
+    "put_rows",
+    "read_arch",
+    "read_config",
+    "save_params",
+    "take_rows",
+    "unstack_layers",
+]

@@ -1,0 +1,108 @@
+"""Is a fighter's solution its own: three signals of copying, each of which sees what the others miss.
+
+- word-level LCS, over the longer text: a copy with some words swapped;
+- 5-gram containment, over the shorter text: a copy inside padding;
+- shared working, over the shorter list: the same equations in other words, whatever the synonyms.
+What all must share is masked first: numbers, formulas, the characters' own words, what the question says. Fighters in a
+small domain write 20 to 60 words, of which masking may leave a handful: below MIN_WORDS words are no evidence, and the
+equations alone decide; where there are no equations either, the unmasked words do. The largest signal counts.
+
+The same working in the same order is copying even when every word is the fighter's own: SPEC asks for its own approach.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from pkv.rewards.context import Context
+from pkv.rewards.equations import Equation, normalise, numbers
+from pkv.rewards.lexicon import lexicon, words
+
+# Overlap up to which a solution is its own (independent texts: 0.04 to 0.3) and from which it is a copy (every fifth
+# word swapped: 0.80); half copied, 0.52, lies about the middle.
+OWN, COPY = 0.3, 0.7
+NGRAM = 5
+MIN_WORDS = 8  # masked words below which words are no evidence
+TRIVIAL_WORDS = 8  # different words below which a block is no attempt
+LANGUAGE = 0.1  # share of function words below which words are no language
+
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+
+
+def originality(name: str, earlier: Sequence[str], context: Context) -> float:
+    """From +0.5, its own approach, linearly to -0.5, a copy of one of the earlier fighters or no attempt at all.
+
+    Where an earlier fighter made no attempt there was nothing to copy: then nothing above 0 can be earned.
+    """
+    if not is_attempt(name, context):
+        return -0.5
+    most = max(overlap(name, other, context) for other in earlier)
+    value = 0.5 - min(1.0, max(0.0, (most - OWN) / (COPY - OWN)))
+    if all(is_attempt(other, context) for other in earlier):
+        return value
+    return min(0.0, value)
+
+
+def is_attempt(name: str, context: Context) -> bool:
+    """Whether a block is a solution at all: enough words of a language, on this question, with working or an answer."""
+    said = words(context.text(name))
+    if len(set(said)) < TRIVIAL_WORDS:
+        return False
+    equations = context.equations(name)
+    if not equations and context.answer(name).value is None:
+        return False
+    question = set(words(context.problem.question)) - lexicon().small
+    shares = context.givens.intersection(numbers(context.normalised(name))) or question.intersection(said)
+    if (context.givens or question) and not shares:
+        return False
+    works = any(equation.holds and equation.operands & context.givens for equation in equations)
+    return works or sum(word in lexicon().small for word in said) >= LANGUAGE * len(said)
+
+
+def overlap(name: str, other: str, context: Context) -> float:
+    """How much of two fighters' solutions is the same, 0..1; 0 when either says nothing."""
+    first, second = _masked(name, context), _masked(other, context)
+    signals = [shared_working(working(name, context), working(other, context))]
+    if min(len(first), len(second)) >= MIN_WORDS:
+        signals += [same_sequence(first, second), contained(first, second)]
+    elif not working(name, context) or not working(other, context):
+        first, second = words(context.text(name)), words(context.text(other))
+        signals += [same_sequence(first, second), contained(first, second)]
+    return max(signals)
+
+
+def same_sequence(first: Sequence[str], second: Sequence[str]) -> float:
+    """Longest common subsequence of words, as a share of the longer text."""
+    from rapidfuzz.distance import LCSseq
+
+    return LCSseq.normalized_similarity(first, second) if first and second else 0.0
+
+
+def contained(first: Sequence[str], second: Sequence[str]) -> float:
+    """Common 5-grams of words, as a share of the text that has fewer."""
+    ones, others = ({tuple(text[at : at + NGRAM]) for at in range(len(text) - NGRAM + 1)} for text in (first, second))
+    return len(ones & others) / min(len(ones), len(others)) if ones and others else 0.0
+
+
+def shared_working(first: frozenset[object], second: frozenset[object]) -> float:
+    """Common steps, as a share of the list that has fewer: own steps added to copied ones don't hide them."""
+    return len(first & second) / min(len(first), len(second)) if first and second else 0.0
+
+
+def working(name: str, context: Context) -> frozenset[object]:
+    """The steps that a block works out: its equations' facts, without what the question says and bare results."""
+    given = "".join(normalise(context.problem.question).split())
+    return frozenset(e.fact for e in context.equations(name) if not _is_bare(e) and "".join(e.left) not in given)
+
+
+def _is_bare(equation: Equation) -> bool:
+    """`x = 5`, a result."""
+    return len(equation.left) == 1 and equation.right_value is not None
+
+
+def _masked(name: str, context: Context) -> list[str]:
+    """The words that a fighter could have chosen otherwise."""
+    masked = lexicon().persona_words | (set(words(context.problem.question)) - lexicon().small)
+    said = words(_COMMAND.sub(" ", context.text(name)))
+    return [word for word in said if word not in masked and (len(word) > 1 or word in "ai")]

@@ -1,0 +1,79 @@
+"""Scoring in worker processes, so that each rollout is scored when it ends, while others are still being written."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from types import TracebackType
+
+import numpy as np
+
+from pkv.competition.parser import parse
+from pkv.config import RewardConfig
+from pkv.records import Problem, Scorecard, Trace
+from pkv.rewards.scoring import Scorer
+
+_scorer: Scorer | None = None  # of this worker process; set once, when it starts
+
+
+class ScoringPool:
+    """`config.workers` processes that parse and score; 0 scores where it is called. A context manager.
+
+    The processes are spawned, so that they hold neither the parent's device nor its memory.
+    """
+
+    def __init__(self, weights: Mapping[str, float], length_optimum: int, config: RewardConfig) -> None:
+        self._own: Scorer | None = None
+        self._processes: ProcessPoolExecutor | None = None
+        if config.workers == 0:
+            self._own = Scorer(weights, length_optimum, config)
+        else:
+            Scorer(weights, length_optimum, config).close()  # the user's mistakes are found here, not in a worker
+            self._processes = ProcessPoolExecutor(
+                config.workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(dict(weights), length_optimum, config),
+            )
+
+    def submit(
+        self, problem: Problem, text: str, offsets: np.ndarray | None = None, truncated: bool = False
+    ) -> Future[tuple[Trace, Scorecard]]:
+        """Parse and score one response (see `competition.parse` for the arguments), as soon as a process is free."""
+        if self._processes is not None:
+            return self._processes.submit(_work, problem, text, offsets, truncated)
+        future: Future[tuple[Trace, Scorecard]] = Future()
+        assert self._own is not None
+        future.set_result(_score(self._own, problem, text, offsets, truncated))
+        return future
+
+    def close(self) -> None:
+        """Wait for what was submitted and end the processes."""
+        if self._own is not None:
+            self._own.close()
+        if self._processes is not None:
+            self._processes.shutdown()
+
+    def __enter__(self) -> ScoringPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _score(
+    scorer: Scorer, problem: Problem, text: str, offsets: np.ndarray | None, truncated: bool
+) -> tuple[Trace, Scorecard]:
+    trace = parse(text, offsets, truncated)
+    return trace, scorer.score(problem, trace)
+
+
+def _start_worker(weights: Mapping[str, float], length_optimum: int, config: RewardConfig) -> None:
+    global _scorer
+    _scorer = Scorer(weights, length_optimum, config)
+
+
+def _work(problem: Problem, text: str, offsets: np.ndarray | None, truncated: bool) -> tuple[Trace, Scorecard]:
+    assert _scorer is not None
+    return _score(_scorer, problem, text, offsets, truncated)

@@ -1,0 +1,99 @@
+"""One token for every row from its logits: greedy, or from the tempered and truncated distribution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128  # vocabulary entries that are summed before one is searched for inside them
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """The likeliest token."""
+
+
+@dataclass(frozen=True)
+class Nucleus:
+    """A draw at some temperature; filtered: keep top_k tokens (0: all), of these the smallest set that holds top_p."""
+
+    filtered: bool
+    top_k: int = 0
+
+
+Drawing = Greedy | Nucleus
+
+
+class Drawn(NamedTuple):
+    """tokens int32 [B]; logprobs under what was drawn from, policy_logprobs under the untempered policy, float32 [B]."""
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    policy_logprobs: jax.Array
+
+
+def draw(
+    drawing: Drawing,
+    logits_BV: jax.Array,
+    keys_B2: jax.Array,
+    positions_B: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+) -> Drawn:
+    """Draw the token that will stand at `positions_B` in each row; the row's key is folded with that position.
+
+    A draw needs one uniform number a row (inverse of the distribution function), not one for each vocabulary entry.
+    """
+    policy_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))
+    if isinstance(drawing, Greedy):
+        tokens = jnp.argmax(policy_BV, axis=-1)
+        return Drawn(tokens, jnp.zeros(tokens.shape, jnp.float32), _pick(policy_BV, tokens))
+    tempered_BV = policy_BV / temperature
+    if drawing.filtered:
+        tempered_BV = _truncate(tempered_BV, drawing.top_k, top_p)
+    sampled_BV = jax.nn.log_softmax(tempered_BV)
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), positions_B)
+    uniform_B = jax.vmap(jax.random.uniform)(keys)
+    tokens = invert(jnp.exp(sampled_BV), uniform_B)
+    return Drawn(tokens, _pick(sampled_BV, tokens), _pick(policy_BV, tokens))
+
+
+def invert(probabilities_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
+    """The index at which the cumulative distribution passes `uniform_B` (in [0, 1)), int32 [B]; never one of probability 0.
+
+    Two levels, so that the running sums are short: first over blocks of the vocabulary, then inside one block.
+    """
+    B, V = probabilities_BV.shape
+    padded = jnp.pad(probabilities_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
+    block_sums = padded.sum(axis=-1)
+    block, rest = _search(block_sums, uniform_B * block_sums.sum(axis=-1))
+    inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
+    index, _ = _search(inside, jnp.minimum(rest, inside.sum(axis=-1)))
+    return (block * BLOCK + index).astype(jnp.int32)
+
+
+def _search(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where the running sum of each row first exceeds its target, and how much of the target is left there."""
+    running = jnp.cumsum(weights, axis=-1)
+    # Rounding may leave a target that nothing exceeds: then the heaviest entry stands in, which has a probability.
+    exceeds = running > target[:, None]
+    index = jnp.where(exceeds.any(axis=-1), jnp.argmax(exceeds, axis=-1), jnp.argmax(weights, axis=-1))
+    before = jnp.take_along_axis(running - weights, index[:, None], axis=-1)[:, 0]
+    return index, jnp.maximum(target - before, 0.0)
+
+
+def _truncate(logprobs_BV: jax.Array, top_k: int, top_p: jax.Array) -> jax.Array:
+    ordered = jnp.sort(logprobs_BV, axis=-1, descending=True)
+    if top_k:
+        ordered = jnp.where(jnp.arange(ordered.shape[-1]) < top_k, ordered, -jnp.inf)
+    shares = jax.nn.softmax(ordered, axis=-1)
+    kept = jnp.cumsum(shares, axis=-1) - shares < top_p  # the token that crosses top_p is kept
+    least = jnp.min(jnp.where(kept & jnp.isfinite(ordered), ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logprobs_BV >= least, logprobs_BV, -jnp.inf)
+
+
+def _pick(table_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(table_BV, tokens_B[:, None], axis=-1)[:, 0]

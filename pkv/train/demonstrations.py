@@ -1,0 +1,180 @@
+"""Synthetic competitions for the warm-up: whole responses written by rule, right and wrong, honest and copied.
+
+Three fighters solve the problem in three different ways; at times one copies another, errs and mends it, or errs and
+is passed over by the judge; and the layout is not always the exact one. The warm-up shows the model what a competition
+is. Which competitions are good is left for GRPO to find out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pkv.competition import compose
+from pkv.config import WarmupConfig
+from pkv.data.arithmetic import Step, Working, workings
+from pkv.records import FIGHTERS, Problem
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How a character talks; {finds}, {left}, {value}, {answer}, {numbers} and {rival} are filled in."""
+
+    openings: tuple[str, ...]
+    jabs: tuple[str, ...]
+    givens: str
+    step: str
+    cue: str
+    check: str
+    closings: tuple[str, ...]
+
+
+VOICES: dict[str, Voice] = {
+    "pirate": Voice(
+        ("Arr, mateys!", "Yo ho, scurvy dogs!", "Shiver me timbers!"),
+        ("The {rival} sleeps on deck.", "Feed the {rival} to the sharks!"),
+        "On me map stand {numbers}.",
+        "I plunder {finds}: {left}={value}.",
+        "Arr, no, that be wrong!",
+        "I sail back: {left}={value}, aye.",
+        ("The treasure be {answer}.", "So the answer be {answer}."),
+    ),
+    "knight": Voice(
+        ("By my honour!", "Hear me, lords!", "For the king!"),
+        ("The {rival} lacks all virtue.", "I shall unhorse the {rival}."),
+        "My quest begins with {numbers}.",
+        "I seek {finds}: {left}={value}.",
+        "Alas, I erred, I must amend it!",
+        "I verify: {left}={value}, as is just.",
+        ("Thus the answer is {answer}.", "By my sword, the answer is {answer}."),
+    ),
+    "viking": Voice(
+        ("By Odin's beard!", "Skål, warriors!", "Thor, guide my axe!"),
+        ("The {rival} rows like a child.", "I drink mead from the {rival}'s helmet."),
+        "The runes show {numbers}.",
+        "I hew {finds}: {left}={value}.",
+        "By Loki, a mistake, I strike again!",
+        "I row back: {left}={value}, strong.",
+        ("So ends the saga: the answer is {answer}.", "Valhalla knows the answer is {answer}."),
+    ),
+}
+
+
+UNDONE = {"+": "-", "-": "+", "*": "/", "/": "*"}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What a fighter does: the steps it writes, the slip that it mends (step index, wrong value), and its answer."""
+
+    steps: tuple[Step, ...]
+    slip: tuple[int, int] | None
+    answer: int
+    source: str  # the fighter whose voice the steps are written in: another one's when they are copied
+
+
+def demonstrate(problem: Problem, draw: random.Random, config: WarmupConfig) -> str:
+    """A whole response to `problem`, a different one for each state of `draw`."""
+    attempts = _attempt_all(problem, draw, config)
+    gold = int(problem.answer)
+    texts = {name: _speak(name, attempts, problem, draw) for name in FIGHTERS}
+    right = [name for name in FIGHTERS if attempts[name].answer == gold]
+    winner = min(right, key=lambda name: len(texts[name].split()))
+    last = attempts[winner].steps[-1]
+    unit = problem.extra["unit"]
+    answer = f"Since {last.left}={gold}, there are {gold} {unit}.\nAnswer: {gold}"
+    text = compose(texts, _judge(attempts, winner, gold), winner, answer)
+    return _loosen(text, draw) if draw.random() < config.loose_layout else text
+
+
+def _attempt_all(problem: Problem, draw: random.Random, config: WarmupConfig) -> dict[str, Attempt]:
+    ways = list(workings(problem))
+    draw.shuffle(ways)
+    attempts = {name: _attempt(name, way) for name, way in zip(FIGHTERS, ways, strict=True)}
+    if draw.random() < config.mistakes:
+        name = draw.choice(FIGHTERS)
+        way = ways[FIGHTERS.index(name)]
+        attempts[name] = _mend(name, way, draw) if draw.random() < 0.5 else _err(name, way, draw)
+    if draw.random() < config.copying:
+        thief, victim = draw.choice((("knight", "pirate"), ("viking", "pirate"), ("viking", "knight")))
+        attempts[thief] = attempts[victim]
+    if all(attempt.answer != int(problem.answer) for attempt in attempts.values()):
+        attempts["pirate"] = _attempt("pirate", ways[0])
+    return attempts
+
+
+def _attempt(name: str, way: Working) -> Attempt:
+    return Attempt(way.steps, None, way.steps[-1].value, name)
+
+
+def _mend(name: str, way: Working, draw: random.Random) -> Attempt:
+    at = draw.randrange(len(way.steps))
+    return Attempt(way.steps, (at, _wrong(way.steps[at].value, draw)), way.steps[-1].value, name)
+
+
+def _err(name: str, way: Working, draw: random.Random) -> Attempt:
+    """An attempt whose last step goes wrong and is not noticed."""
+    *before, last = way.steps
+    wrong = Step(last.finds, last.left, _wrong(last.value, draw))
+    return Attempt((*before, wrong), None, wrong.value, name)
+
+
+def _wrong(value: int, draw: random.Random) -> int:
+    return value + draw.choice((1, 2, 10)) * (1 if value < 3 else draw.choice((-1, 1)))
+
+
+def _speak(name: str, attempts: dict[str, Attempt], problem: Problem, draw: random.Random) -> str:
+    attempt, own = attempts[name], VOICES[name]
+    voice = VOICES[attempt.source]
+    said = [draw.choice(own.openings)]
+    if draw.random() < 0.3:
+        rival = draw.choice([other for other in FIGHTERS if other != name])
+        said.append(draw.choice(own.jabs).format(rival=rival))
+    if draw.random() < 0.3:
+        numbers = " and ".join(str(number) for number in _givens(problem))
+        said.append(own.givens.format(numbers=numbers))
+    for at, step in enumerate(attempt.steps):
+        value = step.value
+        if attempt.slip and attempt.slip[0] == at:
+            said.append(voice.step.format(finds=step.finds, left=step.left, value=attempt.slip[1]))
+            said.append(f"{own.cue} {step.left}={value}.")
+        else:
+            said.append(voice.step.format(finds=step.finds, left=step.left, value=value))
+        if draw.random() < 0.25:
+            said.append(voice.check.format(**_reverse(step)))
+    said.append(draw.choice(own.closings).format(answer=attempt.answer))
+    return " ".join(said)
+
+
+def _givens(problem: Problem) -> Sequence[int]:
+    return [int(word) for word in problem.question.replace(".", " ").replace(",", " ").split() if word.isdigit()]
+
+
+def _reverse(step: Step) -> dict[str, str | int]:
+    """The equation that undoes a step's last operation: 20/5=4 gives 4*5=20."""
+    at = max(step.left.rfind(operator) for operator in UNDONE)
+    before, undone, operand = step.left[:at], UNDONE[step.left[at]], step.left[at + 1 :]
+    known = int(before) if before.isdigit() else _undo(step.value, undone, int(operand))
+    return {"left": f"{step.value}{undone}{operand}", "value": known}
+
+
+def _undo(value: int, operator: str, operand: int) -> int:
+    return {"+": value + operand, "-": value - operand, "*": value * operand, "/": value // operand}[operator]
+
+
+def _judge(attempts: dict[str, Attempt], winner: str, gold: int) -> str:
+    said = ["Beep. " + ", ".join(f"{name} {attempts[name].answer}" for name in FIGHTERS) + "."]
+    wrong = [name for name in FIGHTERS if attempts[name].answer != gold]
+    said.append(f"The {wrong[0]} cannot count. How human." if wrong else "All agree. How dull.")
+    last = attempts[winner].steps[-1]
+    said.append(f"I check the {winner}: {last.left}={gold}. It holds.")
+    return " ".join(said)
+
+
+def _loosen(text: str, draw: random.Random) -> str:
+    """The same tags in the same order, laid out carelessly: some line breaks at tags become spaces or blank lines."""
+    head, end, tail = text.partition("</competition>")
+    lines = head.split("\n")
+    body = "".join(line + draw.choice(("\n", "\n", " ", "\n\n")) for line in lines[:-1]) + lines[-1]
+    return body + end + tail

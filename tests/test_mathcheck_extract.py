@@ -1,0 +1,151 @@
+"""extract.py: the stated answer is read, an unclear one is a coded failure, and no text is slow."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pkv.mathcheck import extract_answer, is_right
+
+HIVES = (
+    "The viking carried the day: each hive yields 4 candles, so the pirate and the knight both agreed with their "
+    "answer of 24 hives needed to make 96 candles."
+)
+READS = {
+    HIVES: ("24", "phrase"),
+    "Answer: 24": ("24", "marker"),
+    "work\n\n**Answer:** 24": ("24", "marker"),
+    "**Final Answer: 24**\n\nI hope this helps with all 96 candles!": ("24", "marker"),
+    "Final answer: $24$.": ("24", "marker"),
+    "Answer: $24": ("$24", "marker"),
+    "The answer is: 24 hives": ("24 hives", "marker"),
+    "Answer:\n\n$$24$$\n": ("24", "marker"),
+    "Answer: 20\nNo, I was wrong.\nAnswer: 24": ("24", "marker"),
+    "Answer: The farmer needs 24 hives in all.": ("24", "marker"),
+    "Answer: the Battle of Hastings won": ("the Battle of Hastings won", "marker"),
+    "\\boxed{20}, no: \\boxed{24}": ("24", "boxed"),
+    "so \\boxed{\\frac{\\sqrt{3}}{2}} holds": ("\\frac{\\sqrt{3}}{2}", "boxed"),
+    "\\boxed{\\{1, 2\\}}": ("\\{1, 2\\}", "boxed"),
+    "\\boxed{5!}": ("5!", "boxed"),
+    "\\boxed{24} and then \\boxed{25": ("24", "boxed"),
+    "Answer: \\boxed{24}": ("24", "boxed"),
+    "\\boxed{20}\nAnswer: 24": ("24", "marker"),
+    "Answer: 20\n\\boxed{24}": ("24", "boxed"),
+    "With 96 candles, the answer is 24.": ("24", "phrase"),
+    "96 candles. The answer to the question of how many hives is **24**.": ("24", "phrase"),
+    "Here is the answer to your question about 96 candles: 24 hives.": ("24", "phrase"),
+    "96 candles. The answer is that she needs 24 of them": ("24", "phrase"),
+    "The answer is $\\frac{3}{4}$, not 2.": ("\\frac{3}{4}", "phrase"),
+    "Arr, 96 it says; the answer be 24 hives!": ("24", "phrase"),
+    "The answer is 20. Wait, that is not so. The answer is 24.": ("24", "phrase"),
+    "The first answer of 20 missed 4. The answer is 24.": ("24", "phrase"),
+    "She needs a third: $\\frac13 $": ("\\frac13", "only_number"),
+    "The answer is Tuesday.": ("Tuesday", "phrase"),
+    "Each makes 4, so 96 / 4 = 24.": ("24", "phrase"),
+    "\\[ 96 / 4 = 24 \\]": ("24", "phrase"),
+    "She needs 24 hives; yes, 24.": ("24", "only_number"),
+    "It costs $1,234.50 today.": ("$1,234.50", "only_number"),
+    "She needs a third of them: \\(\\frac{1}{3}\\).": ("\\frac{1}{3}", "only_number"),
+}
+FAILS = {
+    "": "none",
+    "She needs hives.": "none",
+    "\\boxed{": "none",
+    "She needs 24 hives for 96 candles.": "ambiguous",
+    "It costs $24 and $36.": "ambiguous",
+    "The answer is not 25 but 24.": "ambiguous",
+    "The knight's answer of 24 beats the pirate's answer of 20.": "ambiguous",
+    "Answer: it may well be 24, though I like the number 25": "ambiguous",
+    "x = 2 or x = 3": "ambiguous",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), READS.items())
+def test_a_stated_answer_is_read(text: str, expected: tuple[str, str]) -> None:
+    found = extract_answer(text)
+    assert (found.value, found.code) == expected
+    assert found.span is not None and text[found.span.start : found.span.stop] == found.value
+
+
+@pytest.mark.parametrize(("text", "code"), FAILS.items())
+def test_an_unclear_answer_is_a_coded_failure(text: str, code: str) -> None:
+    found = extract_answer(text)
+    assert (found.value, found.code, found.span) == (None, code, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Answer: 41=42",
+        "\\boxed{41=42}",
+        "Answer: 3 or 42",
+        "Answer: 42, 43",
+        "\\boxed{42 \\text{ or } 43}",
+        "The answer is 42 or 43.",
+        "The answer is 42 hives or 43 hives.",
+        "The answer is 42 and 43.",
+        "The answer is 41 = 42.",
+        "Answer: 42\nAnswer: 43",
+        "\\boxed{42} or rather \\boxed{43}",
+        "The answer is 42. The answer is 43.",
+        "Answer: between 41 and 42",
+        "Answer: \\pm 42",
+    ],
+)
+def test_hedging_and_chaining_are_never_right(text: str) -> None:
+    value = extract_answer(text).value
+    assert value is None or not is_right(value, "42")
+
+
+def test_a_correction_is_not_punished() -> None:
+    for text in ("\\boxed{41} no, \\boxed{42}", "Answer: 41\nAnswer: 42", "The answer is 41. Wait! The answer is 42."):
+        value = extract_answer(text).value
+        assert value is not None and is_right(value, "42")
+
+
+PIECES = [
+    "answer ",
+    "Answer: ",
+    "answer is ",
+    "\\boxed{",
+    "{",
+    "}",
+    "$",
+    "$$",
+    "\\[",
+    "\\(",
+    "1,111",
+    "1/2 ",
+    "= ",
+    "**",
+    "\n",
+]
+PIECES += [" or ", "24 ", "not ", "- ", "#### ", "\\frac{1}{2}", "Answer:\n", "\\", "٤", " \t", "3.", "the "]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_time_is_linear_in_the_text(piece: str) -> None:
+    def seconds(characters: int) -> float:
+        text = piece * (characters // len(piece))
+        best = 9.0
+        for _ in range(2):
+            started = time.perf_counter()
+            extract_answer(text)
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    # Quadratic time would be 64 times as long; the floor keeps a busy machine from failing it.
+    assert seconds(80_000) < max(0.5, 24 * seconds(10_000))
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=30).map("".join))
+@settings(max_examples=300, deadline=None)
+def test_no_text_raises_and_spans_point_at_values(text: str) -> None:
+    found = extract_answer(text)
+    if found.span is None:
+        assert found.value is None and found.code in ("ambiguous", "none")
+    else:
+        assert found.value == text[found.span.start : found.span.stop] != ""

@@ -1,0 +1,230 @@
+"""verify.py and pool.py: right is right, wrong is wrong, and a hung comparison stops nobody else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pkv.mathcheck import VerifyError, VerifyPool, is_right
+
+# (answer, gold, right) that exact rationals and text decide, without math-verify
+DECIDED = [
+    ("24", "24", True),
+    ("24.0", "24", True),
+    ("24 hives", "24", True),
+    ("48/2", "24", True),
+    ("1,080", "1080", True),
+    ("\\frac{1}{2}", "0.5", True),
+    ("0.333", "1/3", False),
+    ("x = 5", "5", True),
+    ("y = 5", "x = 5", False),
+    ("41=42", "42", False),
+    ("48/2=24", "24", False),
+    ("x^2 = 4", "4", False),
+    ("x \\approx 24", "24", False),
+    ("3 or 5", "3", False),
+    ("3, 5", "5", False),
+    ("3,5", "3", False),
+    ("\\pm 2", "2", False),
+    ("(3, 5)", "3", False),
+    ("5, 3", "3 and 5", True),
+    ("x = 3 or x = 5", "3, 5", True),
+    ("x = 3 or x = 5", "3", False),
+    ("3, 5, 7", "3, 5", False),
+    ("\\{1, 2\\}", "\\{2, 1\\}", True),
+    ("(3, 5)", "(5, 3)", False),
+    ("(3, \\frac{1}{2})", "(3,0.5)", True),
+    ("[1, 2)", "[1,2)", True),
+    # percent, as the gold answer is to be understood
+    ("50%", "50\\%", True),
+    ("0.5", "50%", True),
+    ("50", "50%", True),
+    ("5000%", "50%", False),
+    ("0.5%", "50%", False),
+    ("50%", "0.5", True),
+    ("50%", "50", True),
+    ("0.5%", "0.5", False),
+    ("0.5", "50", False),
+    ("50", "0.5", False),
+    ("$50", "50%", False),
+    # units
+    ("120 minutes", "2 hours", True),
+    ("2 minutes", "2 hours", False),
+    ("50 cents", "$0.50", True),
+    ("€5", "$5", False),
+    ("$24 per hour", "$24", True),
+    ("24 cm", "24", True),
+    ("24 cm^2", "24 cm", False),
+    ("-$5", "5", False),
+    # words
+    ("tuesday", "Tuesday", True),
+    ("\\text{Evelyn}", "Evelyn", True),
+    ("Monday", "Tuesday", False),
+    ("B", "(B)", True),
+    ("C", "(B)", False),
+    ("none", "5", False),
+    ("5", "none", False),
+    ("", "5", False),
+    ("5", "", False),
+    ("5" * 500, "5", False),
+]
+# (answer, gold, right) that need math-verify
+SYMBOLIC = [
+    ("\\sqrt{8}", "2\\sqrt{2}", True),
+    ("\\sqrt{8}", "2\\sqrt{3}", False),
+    ("\\frac{\\sqrt{3}}{3}", "\\frac{1}{\\sqrt{3}}", True),
+    ("2^{10}", "1024", True),
+    ("5!", "120", True),
+    ("2x + 3", "y = 2x+3", True),
+    ("y = 3 + 2x", "y = 2x+3", True),
+    ("y = 2x", "y = 2x+3", False),
+    ("x = 5, y = 3", "x = 3, y = 5", False),
+    ("(1, 2)", "[1, 2)", False),
+    ("-3 < x < 5", "(-3, 5)", True),
+    ("(-\\infty, \\frac{4}{2}]", "(-\\infty, 2]", True),
+    ("\\{1, 2, \\pi\\}", "\\{\\pi, 2, 1\\}", True),
+    ("(x+1)^2", "x^2+2x+1", True),
+    ("\\begin{pmatrix} 1 \\\\ 3 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", False),
+    ("} \\frac{", "5", False),
+]
+
+HOSTILE = """
+import os, time
+def task(gold, answer):
+    if answer == "hang":
+        while True: pass
+    if answer == "sleep":
+        time.sleep(60)
+    if answer == "deaf":
+        os.fork() or time.sleep(60)
+        time.sleep(60)
+    if answer == "die":
+        os._exit(3)
+    if answer == "eat":
+        return len(bytearray(1 << 34)) > 0
+    if answer == "raise":
+        raise RuntimeError("no")
+    if answer == "print":
+        print('{"right": true}', flush=True)
+    return gold == answer
+"""
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[VerifyPool]:
+    with VerifyPool(timeout_s=20.0) as pool:
+        yield pool
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "hostile_task.py").write_text(HOSTILE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "hostile_task:task"
+
+
+@pytest.mark.parametrize(("answer", "gold", "right"), DECIDED)
+def test_numbers_and_words_are_decided_exactly_without_a_pool(answer: str, gold: str, right: bool) -> None:
+    assert is_right(answer, gold) is right
+
+
+@pytest.mark.parametrize(("answer", "gold", "right"), SYMBOLIC)
+def test_formulas_are_decided_by_math_verify(pool: VerifyPool, answer: str, gold: str, right: bool) -> None:
+    assert is_right(answer, gold, pool) is right
+
+
+def test_what_needs_a_pool_says_so() -> None:
+    with pytest.raises(VerifyError) as caught:
+        is_right("\\sqrt{8}", "2\\sqrt{2}")
+    assert caught.value.code == "no_pool"
+
+
+def test_an_unreadable_gold_answer_is_a_failure_not_a_wrong_answer(pool: VerifyPool) -> None:
+    with pytest.raises(VerifyError) as caught:
+        is_right("5", "\\frac{{{", pool)
+    assert caught.value.code == "failed"
+
+
+def test_code_in_an_answer_is_not_run(pool: VerifyPool, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    code = f"open('{mark}','w').close()"
+    for answer in (f"__import__('os').system('touch {mark}') + 1", f"\\text{{{code}}}", f"({code}) * 2", code):
+        assert not is_right(answer, "\\sqrt{2}", pool)
+    assert not mark.exists()
+
+
+def test_a_hung_item_does_not_stop_the_others(hostile: str) -> None:
+    items = ["hang", "a", "sleep", "b", "die", "c", "hang", "deaf", "d", "e"]
+    results: dict[int, object] = {}
+
+    def score(index: int, pool: VerifyPool) -> None:
+        try:
+            results[index] = pool.check("abcde", items[index])
+        except VerifyError as error:
+            results[index] = error.code
+
+    with VerifyPool(workers=2, timeout_s=0.5, task=hostile) as pool:  # threads: off the main thread
+        threads = [threading.Thread(target=score, args=(index, pool)) for index in range(len(items))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    codes = {"hang": "timeout", "sleep": "timeout", "deaf": "timeout", "die": "failed"}
+    assert [results[index] for index in range(len(items))] == [codes.get(item, False) for item in items]
+
+
+def test_failures_are_coded_and_the_next_item_is_scored(hostile: str) -> None:
+    with VerifyPool(timeout_s=5.0, memory_mb=512, task=hostile) as pool:
+        for answer in ("raise", "eat", "die"):
+            with pytest.raises(VerifyError) as caught:
+                pool.check("a", answer)
+            assert caught.value.code == "failed"
+            assert pool.check("a", "a") is True
+        assert pool.check("a", "print") is False  # what a task prints is no reply
+
+
+def test_a_late_reply_is_never_the_next_items(hostile: str) -> None:
+    with VerifyPool(timeout_s=0.3, task=hostile) as pool:
+        for _ in range(3):
+            with pytest.raises(VerifyError):
+                pool.check("a", "sleep")
+            assert pool.check("b", "b") is True
+            assert pool.check("a", "b") is False
+
+
+def test_closing_ends_every_process_and_later_items_fail(hostile: str) -> None:
+    pool = VerifyPool(workers=2, task=hostile)
+    assert pool.check("a", "a")
+    worker = pool._places.queue[-1]
+    pool.close()
+    assert worker is not None and worker._process.poll() is not None
+    with pytest.raises(VerifyError):
+        pool.check("a", "a")
+
+
+def test_a_pool_starts_nothing_until_it_is_needed(hostile: str) -> None:
+    with VerifyPool(workers=3, task=hostile) as pool:
+        assert is_right("24", "24", pool)
+        assert list(pool._places.queue) == [None, None, None]
+        pool.check("a", "a")
+        pool.check("a", "b")
+        assert sum(place is not None for place in pool._places.queue) == 1
+
+
+def test_a_task_that_cannot_be_loaded_fails_clearly() -> None:
+    with VerifyPool(task="no.such.module:task") as pool, pytest.raises(VerifyError, match=r"no\.such\.module"):
+        pool.check("a", "a")
+
+
+def test_importing_stays_light() -> None:
+    heavy = ("jax", "sympy", "math_verify", "datasets", "pyarrow")
+    code = f"import sys, pkv.mathcheck, pkv.data; print([m for m in {heavy} if m in sys.modules])"
+    started = time.perf_counter()
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]" and time.perf_counter() - started < 10
