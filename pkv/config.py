@@ -98,7 +98,9 @@ class GrpoConfig:
 
     prompts: int = 8  # P
     samples: int = 8  # G, rollouts a prompt
-    credit: Literal["sequence", "block"] = "sequence"  # one scalar for all tokens, or each reward to its owner's tokens
+    credit: Literal["sequence", "block"] = "block"  # one scalar for all tokens, or each reward to its owner's tokens
+    whole_trace: dict[str, float] = field(default_factory=lambda: {"correctness": 1.0})
+    # with block credit: reward -> the share of its advantage that every token of the response gets
     scale: Literal["std", "floored_std", "none"] = "floored_std"  # what a centred reward is divided by, within its group
     std_floor: float = 0.25
     clip_low: float = 0.2
@@ -115,7 +117,7 @@ class WarmupConfig:
     """A short supervised start on synthetic competitions; steps 0 leaves it out."""
 
     steps: int = 0
-    rows: int = 16  # packed rows of `grpo.row_tokens` a step
+    demonstrations: int = 32  # a step
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-4
     ramp_steps: int = 20  # linear increase at the start
@@ -199,7 +201,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "grpo.row_tokens": (8, math.inf),
     "grpo.micro_rows": (1, math.inf),
     "warmup.steps": (0, math.inf),
-    "warmup.rows": (1, math.inf),
+    "warmup.demonstrations": (1, math.inf),
     "warmup.copying": (0.0, 1.0),
     "warmup.loose_layout": (0.0, 1.0),
     "warmup.mistakes": (0.0, 1.0),

@@ -7,7 +7,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-
 CHUNK = 128  # queries that meet their keys at the same time, at least
 MOST_CHUNKS = 16  # unrolled copies of the attention of a row, at most
 
@@ -25,7 +24,7 @@ def attend(
     B, T, N, H = q_BTNH.shape
     K = k_BKHS.shape[1]
     size = max(CHUNK, -(-T // MOST_CHUNKS))
-    if causal and T > size:
+    if causal and size < T:
         ends = [(start, min(start + size, T)) for start in range(0, T, size)]
         parts = [attend(q_BTNH[:, a:b], k_BKHS[..., :b], v_BKSH[:, :, :b], mask_BTS[:, a:b, :b]) for a, b in ends]
         return jnp.concatenate(parts, axis=1)
@@ -47,9 +46,10 @@ def _mix(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax
     most = jax.lax.stop_gradient(scores_BKGTS.max(axis=-1, keepdims=True))
     shares_BKGTS = jnp.exp(scores_BKGTS - most)
     whole_BKGT1 = shares_BKGTS.sum(axis=-1, keepdims=True)
-    mixed_BKQH = jnp.matmul(shares_BKGTS.astype(v_BKSH.dtype).reshape(B, K, G * T, S), v_BKSH)
-    mixed_BKGTH = mixed_BKQH.reshape(B, K, G, T, H) / whole_BKGT1.astype(v_BKSH.dtype)
-    return mixed_BKGTH.transpose(0, 3, 1, 2, 4)
+    shares_BKQS = shares_BKGTS.astype(v_BKSH.dtype).reshape(B, K, G * T, S)
+    mixed_BKQH = jnp.matmul(shares_BKQS, v_BKSH, preferred_element_type=jnp.float32)
+    mixed_BKGTH = mixed_BKQH.reshape(B, K, G, T, H) / whole_BKGT1  # in 32 bits, after the smaller of the two products
+    return mixed_BKGTH.transpose(0, 3, 1, 2, 4).astype(v_BKSH.dtype)
 
 
 def _decode_on_cpu(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
@@ -59,10 +59,7 @@ def _decode_on_cpu(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mas
     """
     q_BKGH = q_BTKGH[:, 0].astype(jnp.float32)
     scores_BKGS = jnp.sum(q_BKGH[..., None] * k_BKHS[:, :, None].astype(jnp.float32), axis=-2)
-    shares_BKGS = _softmax(scores_BKGS * q_BKGH.shape[-1] ** -0.5, mask_BTS[:, :, None])
+    scores_BKGS = jnp.where(mask_BTS[:, :, None], scores_BKGS * q_BKGH.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    shares_BKGS = jax.nn.softmax(scores_BKGS, axis=-1)
     mixed_BKGH = jnp.sum(shares_BKGS[..., None] * v_BKSH[:, :, None].astype(jnp.float32), axis=-2)
     return mixed_BKGH[:, None].astype(v_BKSH.dtype)
-
-
-def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,13 +115,13 @@ def _boxes(panel: _Panel, y: float, height: float) -> list[FancyBboxPatch]:
 
 
 def _measure(figure: Figure) -> Callable[[str, float], float]:
-    """A function that gives a text's width in inches at a font size."""
+    """A function that gives a word's width in inches at a font size."""
     renderer = FigureCanvasAgg(figure).get_renderer()
-    fonts: dict[float, FontProperties] = {}
 
-    def width(text: str, size: float) -> float:
-        font = fonts.setdefault(size, FontProperties(family="DejaVu Sans", size=size))
-        return renderer.get_text_width_height_descent(text, font, False)[0] / figure.dpi
+    @functools.cache  # a competition has few different words
+    def width(word: str, size: float) -> float:
+        font = FontProperties(family="DejaVu Sans", size=size)
+        return renderer.get_text_width_height_descent(word, font, False)[0] / figure.dpi
 
     return width
 
@@ -128,18 +129,18 @@ def _measure(figure: Figure) -> Callable[[str, float], float]:
 def _break(text: str, width: float, measure: Callable[[str, float], float], size: float) -> list[str]:
     """Text broken into lines of at most `width` inches; a word that is longer than a line is broken too."""
     lines: list[str] = []
+    space = measure(" ", size)
     for paragraph in text.strip().splitlines():
-        line = ""
+        line, used = "", 0.0
         for word in paragraph.split():
             while measure(word, size) > width:
                 fits = max(1, int(len(word) * width / measure(word, size)) - 1)
                 lines += [line, word[:fits]] if line else [word[:fits]]
-                line, word = "", word[fits:]
-            longer = f"{line} {word}" if line else word
-            if measure(longer, size) <= width:
-                line = longer
-            else:
+                line, used, word = "", 0.0, word[fits:]
+            if line and used + space + measure(word, size) > width:
                 lines.append(line)
-                line = word
+                line, used = "", 0.0
+            used += measure(word, size) + (space if line else 0.0)
+            line = f"{line} {word}" if line else word
         lines.append(line)
     return lines

@@ -35,11 +35,11 @@ class Context:
 
     def normalised(self, name: str) -> str:
         """A block's text with operators as signs (see `equations.normalise`)."""
-        return self._remember("normalised", name, lambda: normalise(self.text(name)))
+        return self.remember("normalised", name, lambda: normalise(self.text(name)))
 
     def equations(self, name: str) -> list[Equation]:
         """The equations in a block."""
-        return self._remember("equations", name, lambda: find_equations(self.normalised(name)))
+        return self.remember("equations", name, lambda: find_equations(self.normalised(name)))
 
     @functools.cached_property
     def judgement(self) -> str:
@@ -59,14 +59,14 @@ class Context:
 
     def answer(self, name: str) -> Extraction:
         """The answer that a block states; the block "answer" is the text after the construct."""
-        return self._remember("answer", name, lambda: extract_answer(self.text(name)))
+        return self.remember("answer", name, lambda: extract_answer(self.text(name)))
 
     def is_right(self, name: str) -> bool:
         """Whether a block's answer is right; no answer is not. Raises VerifyError, each time that it is asked."""
         value = self.answer(name).value
         if value is None:
             return False
-        outcome = self._remember("right", value, lambda: self._verify(value))
+        outcome = self.remember("right", value, lambda: self._verify(value))
         if isinstance(outcome, VerifyError):
             raise outcome
         return outcome
@@ -81,7 +81,8 @@ class Context:
         except VerifyError as error:  # kept, so that one slow answer is not waited for by every reward that asks
             return error
 
-    def _remember(self, what: str, name: str, find: Callable[[], T]) -> T:
+    def remember(self, what: str, name: str, find: Callable[[], T]) -> T:
+        """What was found before under these names, or `find()`."""
         key = (what, name)
         if key not in self._memory:
             self._memory[key] = find()

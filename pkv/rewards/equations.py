@@ -114,7 +114,7 @@ def find_equations(normalised: str) -> list[Equation]:
         sides = _split_sides(run)
         for left, right in itertools.pairwise(sides):
             first, second = tuple([token for token, _, _ in left]), tuple([token for token, _, _ in right])
-            worked = len(first) > 1 or first[0].isalpha()
+            worked = len(first) > 1 or "".join(first).isalpha()
             if worked and len(first) <= MAX_SIDE_TOKENS and len(second) <= MAX_SIDE_TOKENS:
                 found.append(Equation(first, second, evaluate(first), evaluate(second), left[0][1], right[-1][2]))
     return found

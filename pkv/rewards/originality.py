@@ -1,6 +1,6 @@
 """Is a fighter's solution its own: three signals of copying, each of which sees what the others miss.
 
-- word-level LCS, over the longer text: a copy with some words swapped;
+- LCS of the content words, over the longer text: a copy with some words swapped;
 - 5-gram containment, over the shorter text: a copy inside padding;
 - shared working, over the shorter list: the same equations in other words, whatever the synonyms.
 What all must share is masked first: numbers, formulas, the characters' own words, what the question says. Fighters in a
@@ -13,8 +13,9 @@ The same working in the same order is copying even when every word is the fighte
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
+from pkv.mathcheck import parse_number
 from pkv.rewards.context import Context
 from pkv.rewards.equations import Equation, normalise, numbers
 from pkv.rewards.lexicon import lexicon, words
@@ -46,6 +47,10 @@ def originality(name: str, earlier: Sequence[str], context: Context) -> float:
 
 def is_attempt(name: str, context: Context) -> bool:
     """Whether a block is a solution at all: enough words of a language, on this question, with working or an answer."""
+    return context.remember("attempt", name, lambda: _is_attempt(name, context))
+
+
+def _is_attempt(name: str, context: Context) -> bool:
     said = words(context.text(name))
     if len(set(said)) < TRIVIAL_WORDS:
         return False
@@ -54,21 +59,35 @@ def is_attempt(name: str, context: Context) -> bool:
         return False
     question = set(words(context.problem.question)) - lexicon().small
     shares = context.givens.intersection(numbers(context.normalised(name))) or question.intersection(said)
-    if (context.givens or question) and not shares:
+    if (context.givens or question) and not shares and not _leads_to_answer(name, context):
         return False
     works = any(equation.holds and equation.operands & context.givens for equation in equations)
     return works or sum(word in lexicon().small for word in said) >= LANGUAGE * len(said)
 
 
+def _leads_to_answer(name: str, context: Context) -> bool:
+    """Whether a step that holds gives the block's answer: 40 + 18 = 58 for 29 and 29, worked in tens and ones."""
+    answer = parse_number(context.answer(name).value or "")
+    return answer is not None and any(e.holds and e.right_value == answer for e in context.equations(name))
+
+
 def overlap(name: str, other: str, context: Context) -> float:
     """How much of two fighters' solutions is the same, 0..1; 0 when either says nothing."""
+    return context.remember("overlap", f"{name} {other}", lambda: _overlap(name, other, context))
+
+
+def _overlap(name: str, other: str, context: Context) -> float:
     first, second = _masked(name, context), _masked(other, context)
-    signals = [shared_working(working(name, context), working(other, context))]
-    if min(len(first), len(second)) >= MIN_WORDS:
-        signals += [same_sequence(first, second), contained(first, second)]
-    elif not working(name, context) or not working(other, context):
+    steps, other_steps = working(name, context), working(other, context)
+    wordless = min(len(_content(first)), len(_content(second))) < MIN_WORDS
+    if wordless and not (steps and other_steps):
         first, second = words(context.text(name)), words(context.text(other))
-        signals += [same_sequence(first, second), contained(first, second)]
+        return max(same_sequence(first, second), contained(first, second))
+    signals = [shared_working(steps, other_steps)]
+    if min(len(first), len(second)) >= MIN_WORDS:
+        signals.append(contained(first, second))
+    if not wordless:
+        signals.append(same_sequence(_content(first), _content(second)))
     return max(signals)
 
 
@@ -85,7 +104,7 @@ def contained(first: Sequence[str], second: Sequence[str]) -> float:
     return len(ones & others) / min(len(ones), len(others)) if ones and others else 0.0
 
 
-def shared_working(first: frozenset[object], second: frozenset[object]) -> float:
+def shared_working(first: Set[object], second: Set[object]) -> float:
     """Common steps, as a share of the list that has fewer: own steps added to copied ones don't hide them."""
     return len(first & second) / min(len(first), len(second)) if first and second else 0.0
 
@@ -106,3 +125,8 @@ def _masked(name: str, context: Context) -> list[str]:
     masked = lexicon().persona_words | (set(words(context.problem.question)) - lexicon().small)
     said = words(_COMMAND.sub(" ", context.text(name)))
     return [word for word in said if word not in masked and (len(word) > 1 or word in "ai")]
+
+
+def _content(said: Sequence[str]) -> list[str]:
+    """Without the small words, in which any two short texts agree (measured on honest ones: up to 0.57 of the LCS)."""
+    return [word for word in said if word not in lexicon().small]

@@ -20,6 +20,7 @@ VOICE = 0.2  # the most that a character's words earn
 VOICE_WORDS = 3  # different ones, in as many different phrases
 MOST_CORRECTIONS = 2
 WRONG_TO_RIGHT, CHANGED, RIGHT_TO_WRONG = 0.4, 0.2, 0.1
+MOST_CUES = 200  # looked at; a block that announces more corrections is spam, and must not cost quadratic time
 WINDOW = 300  # characters after a cue in which the new value must stand
 
 _PHRASE_END = re.compile(r"[.!?;\n]+")
@@ -70,7 +71,7 @@ def voice(name: str, text: str) -> float:
         new = own.intersection(words(phrase)) - said
         said |= new
         phrases += bool(new)
-    return VOICE * min(VOICE_WORDS, phrases) / VOICE_WORDS
+    return VOICE * (min(VOICE_WORDS, phrases) / VOICE_WORDS)
 
 
 def find_corrections(name: str, context: Context) -> list[Correction]:
@@ -79,7 +80,7 @@ def find_corrections(name: str, context: Context) -> list[Correction]:
     claims = _find_claims(text, context.equations(name), context.gold)
     found: list[Correction] = []
     spent: set[str] = set()
-    for cue, start, stop in _cue_clusters(text, claims):
+    for cue, start, stop in _cue_clusters(text, claims)[:MOST_CUES]:
         limit = stop + WINDOW
         before = [claim for claim in claims if claim.stop <= start]
         after = [claim for claim in claims if stop <= claim.at <= limit]

@@ -60,8 +60,12 @@ class Tracker:
         line = {"step": int(step)} | {k: None if _not_finite(v) else v for k, v in plain.items() if k != "step"}
         self._lines.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         self._lines.flush()
-        for name, value in plain.items():
-            if isinstance(value, (int, float)) and name != "step":
+        self.scalars(step, {name: value for name, value in plain.items() if name != "step"})
+
+    def scalars(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        """Send the numbers to TensorBoard only."""
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
                 self._charts.add_scalar(name, value, step)
 
     def text(self, step: int, tag: str, competition_text: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pkv.competition import compose
 from pkv.config import WarmupConfig
-from pkv.data.arithmetic import Step, Working, workings
+from pkv.data.arithmetic import KINDS, Step, Working, workings
 from pkv.records import FIGHTERS, Problem
 
 
@@ -86,6 +86,11 @@ def demonstrate(problem: Problem, draw: random.Random, config: WarmupConfig) -> 
     answer = f"Since {last.left}={gold}, there are {gold} {unit}.\nAnswer: {gold}"
     text = compose(texts, _judge(attempts, winner, gold), winner, answer)
     return _loosen(text, draw) if draw.random() < config.loose_layout else text
+
+
+def can_demonstrate(problem: Problem) -> bool:
+    """Whether the problem came from a generator that knows how to solve it."""
+    return problem.extra.get("kind") in KINDS and "numbers" in problem.extra
 
 
 def _attempt_all(problem: Problem, draw: random.Random, config: WarmupConfig) -> dict[str, Attempt]:

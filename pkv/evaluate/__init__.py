@@ -1,0 +1,11 @@
+"""Rollouts into scored groups, and what groups say about a model: accuracy, format, judge, copying, lengths.
+
+Training and evaluation share the same sampler, prompt, parser and rewards because both come through here.
+"""
+
+from pkv.evaluate.groups import Source, collect_groups, render_prompts
+from pkv.evaluate.measures import Evaluation, evaluate, summarise
+
+from pkv.evaluate.policy import RUN_MODEL, SYSTEM_FILE, Policy, load_policy
+
+__all__ = ["RUN_MODEL", "SYSTEM_FILE", "Evaluation", "Policy", "Source", "collect_groups", "evaluate", "load_policy", "render_prompts", "summarise"]

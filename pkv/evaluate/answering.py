@@ -1,0 +1,178 @@
+"""A model that answers prompts of any kind, unscored: what `pkv sample` and the chat stand on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pkv.competition import Tokenizer, render
+from pkv.competition.prompt import neutralise
+from pkv.config import MeshConfig, SamplingConfig, UserError, describe
+from pkv.evaluate.groups import Source
+from pkv.evaluate.policy import load_policy
+from pkv.mesh import make_mesh
+from pkv.model import Arch
+from pkv.sampling import Engine, Request, row_keys
+
+DEFAULT_NEW_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Responder:
+    """A model ready to be asked: its source of rollouts, its system prompt, and how long a context it holds."""
+
+    source: Source
+    arch: Arch
+    system: str
+
+    def new_tokens(self, prompt_tokens: int, asked: int | None = None) -> int:
+        """How many tokens may follow a prompt: `asked`, or 1024 and what there is room for. Raises UserError."""
+        room = self.arch.max_positions - prompt_tokens
+        if prompt_tokens < 1 or room < 1:
+            raise UserError(f"a prompt of {prompt_tokens} tokens; expected 1 to {self.arch.max_positions - 1}")
+        if asked is None:
+            return min(DEFAULT_NEW_TOKENS, room)
+        if not 1 <= asked <= room:
+            raise UserError(
+                f"--max-new-tokens {asked}: expected 1 to {room}; the model holds {self.arch.max_positions} positions, "
+                f"and a prompt takes {prompt_tokens}"
+            )
+        return asked
+
+
+@dataclass(frozen=True)
+class PromptLine:
+    """One prompt to answer: a question, messages (`role`, `content`), or with `raw` a text that is used as it stands."""
+
+    id: str | int
+    prompt: str | list[dict[str, str]]
+    raw: bool = False
+
+
+def open_model(model: str, sampling: SamplingConfig, system: str | None = None) -> Responder:
+    """Load a MODEL for sampling, in float32, its rows spread over all devices. Raises UserError."""
+    mesh = make_mesh(MeshConfig())
+    policy = load_policy(model, mesh, system=system)
+    engine = Engine(policy.arch, sampling, policy.tokenizer.stop_ids, mesh)
+    source = Source(engine, engine.load(policy.params), policy.tokenizer, policy.step)
+    return Responder(source, policy.arch, policy.system)
+
+
+def read_prompts(path: str | Path) -> list[PromptLine]:
+    """The prompts of a file of JSON lines `{"id", "prompt"[, "raw"]}`. Raises UserError with the line's number."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a file of JSON lines") from error
+    found: dict[str, PromptLine] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not a JSON object in UTF-8: {error}") from error
+        prompt = read_prompt(record, where)
+        if str(prompt.id) in found:
+            raise UserError(f"{where}: the id {prompt.id!r} is used twice; the samples could not be told apart")
+        found[str(prompt.id)] = prompt
+    if not found:
+        raise UserError(f"{path}: holds no prompts")
+    return list(found.values())
+
+
+def read_prompt(record: Any, where: str) -> PromptLine:
+    """A checked `PromptLine` from a record's plain values. Raises UserError that begins with `where`."""
+    if not isinstance(record, Mapping):
+        raise UserError(f"{where}: expected an object, got {describe(record)}")
+    for key in ("id", "prompt"):
+        if key not in record:
+            raise UserError(f"{where}: {key!r} is missing; a line needs id and prompt")
+    name, prompt, raw = record["id"], record["prompt"], record.get("raw", False)
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        raise UserError(f"{where}: 'id': expected text or a whole number, got {describe(name)}")
+    if not isinstance(raw, bool):
+        raise UserError(f"{where}: 'raw': expected true or false, got {describe(raw)}")
+    if raw and not isinstance(prompt, str):
+        raise UserError(f"{where}: 'prompt': a raw prompt must be text, got {describe(prompt)}")
+    if not isinstance(prompt, str) and not _are_messages(prompt):
+        raise UserError(
+            f"{where}: 'prompt': expected text, or messages with role and content; got {describe(prompt)}"
+        )
+    return PromptLine(name, prompt if isinstance(prompt, str) else [dict(message) for message in prompt], raw)
+
+
+def prompt_tokens(tokenizer: Tokenizer, line: PromptLine, system: str) -> np.ndarray:
+    """A prompt's token ids, int32 [T]; messages without a system message get `system`. Raises UserError."""
+    if isinstance(line.prompt, str):
+        return tokenizer.encode(line.prompt) if line.raw else render(tokenizer, line.prompt, system)
+    messages = [
+        {**message, "content": neutralise(message["content"])} if message["role"] == "user" else message
+        for message in line.prompt
+    ]
+    if messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return tokenizer.chat(messages)
+
+
+def sample(
+    model: str,
+    prompts: Iterable[PromptLine | Mapping[str, Any]],
+    *,
+    samples: int = 1,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    sampling: SamplingConfig | None = None,
+    system: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Answer every prompt `samples` times; each answer is yielded when it ends, as what `pkv sample` writes a line.
+
+    prompts: `{"id", "prompt"[, "raw"]}`. Yields `{"id", "sample", "tokens", "text", "logprobs", "finish"}`; the draws
+    depend on seed, policy step, id and sample only. Raises UserError.
+    """
+    lines = [
+        line if isinstance(line, PromptLine) else read_prompt(line, f"prompt {number}")
+        for number, line in enumerate(prompts, 1)
+    ]
+    if samples < 1:
+        raise UserError(f"--samples {samples}: expected at least 1")
+    if not lines:
+        return
+    responder = open_model(model, sampling or SamplingConfig(), system)
+    source = responder.source
+    keys = row_keys(seed, "sample", source.step, [str(line.id) for line in lines], samples)
+    requests = [_request(responder, line, key, max_new_tokens) for line, key in zip(lines, keys, strict=True)]
+    for done in source.engine.sample(source.weights, requests):
+        yield {
+            "id": lines[done.request].id,
+            "sample": done.sample,
+            "tokens": done.tokens.tolist(),
+            "text": source.tokenizer.decode(done.tokens),
+            "logprobs": done.logprobs.tolist(),
+            "finish": done.finish,
+        }
+
+
+def _request(responder: Responder, line: PromptLine, keys: np.ndarray, asked: int | None) -> Request:
+    try:
+        tokens = prompt_tokens(responder.source.tokenizer, line, responder.system)
+        return Request(tokens, keys, responder.new_tokens(len(tokens), asked))
+    except UserError as error:
+        raise UserError(f"prompt {line.id!r}: {error}") from error
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+            for message in value
+        )
+    )

@@ -1,0 +1,65 @@
+"""From prompts to scored groups: each rollout is taken apart and scored when it ends, while others are being written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from pkv.competition import Tokenizer, render
+from pkv.model import Params
+from pkv.records import Group, Problem, Prompt, Rollout, Scorecard, Trace
+from pkv.rewards import ScoringPool
+from pkv.sampling import Completion, Engine, Request, row_keys
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rollouts come from: the engine, its weights (from `Engine.load`), the tokenizer, and the policy's step."""
+
+    engine: Engine
+    weights: Params
+    tokenizer: Tokenizer
+    step: int = 0
+
+
+def render_prompts(tokenizer: Tokenizer, problems: Sequence[Problem], system: str) -> list[Prompt]:
+    """Problems as prompts, under one system prompt."""
+    return [Prompt(problem, render(tokenizer, problem.question, system)) for problem in problems]
+
+
+def collect_groups(
+    source: Source,
+    prompts: Sequence[Prompt],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    seed: int,
+    purpose: str,
+    scoring: ScoringPool,
+    on_rollout: Callable[[Rollout], None] | None = None,
+) -> list[Group]:
+    """`samples` scored rollouts of every prompt, groups in the order of the prompts.
+
+    The draws depend on seed, purpose, source.step, problem and sample only.
+    """
+    keys = row_keys(seed, purpose, source.step, [prompt.problem.id for prompt in prompts], samples)
+    requests = [Request(prompt.tokens, key, max_new_tokens) for prompt, key in zip(prompts, keys, strict=True)]
+    found: dict[tuple[int, int], tuple[Rollout, Future[tuple[Trace, Scorecard]]]] = {}
+    for done in source.engine.sample(source.weights, requests):
+        problem = prompts[done.request].problem
+        rollout = _as_rollout(done, problem, source.step)
+        text, offsets = source.tokenizer.decode_with_offsets(done.tokens)
+        found[done.request, done.sample] = rollout, scoring.submit(problem, text, offsets, done.finish == "length")
+        if on_rollout is not None:
+            on_rollout(rollout)
+    groups = []
+    for number, prompt in enumerate(prompts):
+        members = [found[number, sample] for sample in range(samples)]
+        traces, cards = zip(*(future.result() for _, future in members), strict=True)
+        groups.append(Group(prompt, tuple(rollout for rollout, _ in members), traces, cards))
+    return groups
+
+
+def _as_rollout(done: Completion, problem: Problem, step: int) -> Rollout:
+    return Rollout(problem.id, done.sample, done.tokens, done.logprobs, done.policy_logprobs, done.finish, step)

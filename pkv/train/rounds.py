@@ -1,0 +1,68 @@
+"""The curriculum as a line of stages: warm-up, then the rounds; where a global step stands in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pkv.config import Config, RoundConfig, UserError
+from pkv.rewards import resolve_weights
+
+WARMUP = "warm-up"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Global steps [first, stop) of the run; `round` is None in the warm-up.
+
+    weights, length_optimum, max_new_tokens: the round's own; the warm-up is measured with those of the first round.
+    """
+
+    name: str
+    first: int
+    stop: int
+    round: RoundConfig | None
+    weights: Mapping[str, float]
+    length_optimum: int
+    max_new_tokens: int
+
+    @property
+    def required_round(self) -> RoundConfig:
+        """The round; a warm-up has none, which is a programmer's mistake."""
+        if self.round is None:
+            raise ValueError(f"stage {self.name} is no round")
+        return self.round
+
+
+def stages(config: Config) -> list[Stage]:
+    """The run's stages in order; those without steps are left out. Raises UserError for an unknown reward."""
+    wanted: list[tuple[str, int, RoundConfig | None]] = [(WARMUP, config.warmup.steps, None)]
+    wanted += [(round_.name, round_.steps, round_) for round_ in config.rounds]
+    found: list[Stage] = []
+    first = 0
+    for name, steps, round_ in wanted:
+        like = round_ or (config.rounds[0] if config.rounds else RoundConfig())
+        weights = resolve_weights(like.weights)
+        if steps:
+            stage = Stage(name, first, first + steps, round_, weights, like.length_optimum, like.max_new_tokens)
+            found.append(stage)
+        first += steps
+    return found
+
+
+def check_requirement(round_: RoundConfig, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UserError when the newest evaluation falls short of what the round requires."""
+    if not round_.require:
+        return
+    metrics = evaluations[-1]["metrics"] if evaluations else {}
+    for name, least in round_.require.items():
+        where = f"rounds.{round_.name}.require.{name}"
+        if name not in metrics:
+            known = ", ".join(sorted(metrics)) or "none yet: nothing was evaluated before this round"
+            raise UserError(f"{where}: no such held-out metric; there are {known}")
+        if metrics[name] < least:
+            raise UserError(
+                f"{where}: at least {least:g} is required, held-out it is {metrics[name]:.3f}; "
+                "train the stage before it for longer, or lower the requirement"
+            )

@@ -1,0 +1,145 @@
+"""A run's directory: opened anew or gone on with, its config held against what is there, nothing lost.
+
+    config.yaml, model/, metrics.jsonl, tb/, rollouts/, evaluations.jsonl, checkpoints/
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pkv import checkpoint
+from pkv.config import Config, UserError, as_plain
+from pkv.evaluate import RUN_MODEL, SYSTEM_FILE, Evaluation, Policy
+from pkv.tracking import Tracker, cut_lines
+
+MADE_WITH = "made_with"  # of config.yaml: versions and revision, not a knob
+# Knobs that change how a run goes, not what it computes: they may differ when it goes on.
+FREE = ("checkpoint.", "mesh.", "rewards.workers", "evaluate.shown")
+PACKAGES = ("pkv", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+
+class Run:
+    """The files of one run; `step` is how many steps they hold."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder = folder
+        self.step = step
+        self.tracker = Tracker(folder, resume_step=step)
+        self._evaluations = folder / "evaluations.jsonl"
+        cut_lines(self._evaluations, step + 1)  # one made at this very step is kept
+
+    def restore(self, template: Any) -> Any:
+        """The state of the checkpoint that the run goes on from."""
+        return checkpoint.restore(self.folder / "checkpoints", self.step, template)[0]
+
+    def save(self, step: int, state: Any, keep: int) -> None:
+        """Write a checkpoint after `step` steps."""
+        self.step = step
+        checkpoint.save(self.folder / "checkpoints", step, state, {"step": step}, keep)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The evaluations so far: {"step", "name", "metrics", "samples"}."""
+        if not self._evaluations.exists():
+            return []
+        return [json.loads(line) for line in self._evaluations.read_text(encoding="utf-8").splitlines()]
+
+    def add_evaluation(self, step: int, name: str, evaluation: Evaluation, shown: int) -> None:
+        """Append an evaluation with its first `shown` answers, and put its numbers beside the training's."""
+        samples = []
+        for group in evaluation.groups[:shown]:
+            problem, trace, card = group.prompt.problem, group.traces[0], group.cards[0]
+            samples.append(
+                {
+                    "question": problem.question,
+                    "gold": problem.answer,
+                    "completion": trace.text,
+                    "final_answer": card.final_answer,
+                    "right": card.rewards["correctness"].value == 1.0,
+                }
+            )
+        line = {"step": step, "name": name, "metrics": evaluation.metrics, "samples": samples}
+        with self._evaluations.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.tracker.scalars(step, {f"heldout/{key}": value for key, value in evaluation.metrics.items()})
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self.tracker.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_run(config: Config, folder: Path, policy: Policy, model_config: Mapping[str, Any], fresh: bool) -> Run:
+    """The run in `folder`: gone on with if it was made by this config, started if there is none, or anew if `fresh`.
+
+    Raises UserError for a folder that holds something else, or a run made by another config.
+    """
+    file = folder / "config.yaml"
+    if fresh and file.exists():
+        shutil.rmtree(folder)
+    if file.exists():
+        _check_same(config, file)
+        return Run(folder, checkpoint.latest(folder / "checkpoints") or 0)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is not empty and holds no run of pkv; name another directory with --run")
+    model = folder / RUN_MODEL
+    model.mkdir(parents=True, exist_ok=True)
+    (model / "config.json").write_text(json.dumps(dict(model_config), indent=2) + "\n", encoding="utf-8")
+    (model / SYSTEM_FILE).write_text(policy.system, encoding="utf-8")
+    policy.tokenizer.save(model)
+    described = as_plain(config) | {MADE_WITH: _made_with()}
+    file.write_text(yaml.safe_dump(described, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return Run(folder, 0)
+
+
+def _check_same(config: Config, file: Path) -> None:
+    before = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+    now = _flat(as_plain(config))
+    for key in [*now, *before]:
+        if key.startswith((*FREE, MADE_WITH)) or before.get(key) == now.get(key):
+            continue
+        raise UserError(
+            f"{file.parent}: was made by another config: {key} is {before.get(key)!r} there and {now.get(key)!r} here; "
+            "use --fresh to start anew, or another --run directory"
+        )
+
+
+def _flat(node: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(node, dict):
+        items = node.items()
+    elif isinstance(node, list):
+        items = ((str(index), item) for index, item in enumerate(node))
+    else:
+        return {path: node}
+    return {key: leaf for name, item in items for key, leaf in _flat(item, f"{path}.{name}" if path else name).items()}
+
+
+def _made_with() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return found
+    return found | ({"git": revision.stdout.strip()} if revision.returncode == 0 else {})
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,93 @@
+"""Everything a run needs before its first step, built from its config."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pkv.config import Config, UserError
+from pkv.data import open_source
+from pkv.evaluate import Policy, load_policy, render_prompts
+from pkv.grpo import Learner, TrainState
+from pkv.mesh import make_mesh
+from pkv.model import read_config
+from pkv.records import Problem, Prompt
+from pkv.sampling import Engine
+from pkv.train.rounds import stages
+from pkv.train.run import Run, open_run
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The compiled parts and the data of one run. `engine` samples for training, `heldout_engine` for evaluation."""
+
+    TEXT_EVERY: ClassVar[int] = 10  # steps between two competitions shown in TensorBoard
+
+    config: Config
+    policy: Policy
+    engine: Engine
+    heldout_engine: Engine
+    learner: Learner
+    problems: list[Problem]
+    heldout: list[Prompt]
+    model_config: dict[str, Any]
+
+    def draw_prompts(self, step: int) -> list[Prompt]:
+        """The prompts of a GRPO step: the problems in a new order each epoch, a function of seed and step only."""
+        count = self.config.grpo.prompts
+        first = (step - self.config.warmup.steps) * count
+        drawn = []
+        for place in range(first, first + count):
+            epoch, at = divmod(place, len(self.problems))
+            drawn.append(self.problems[np.random.default_rng((self.config.seed, epoch)).permutation(len(self.problems))[at]])
+        return render_prompts(self.policy.tokenizer, drawn, self.policy.system)
+
+
+def build(config: Config) -> Setup:
+    """Load data and model, lay out the mesh. Raises UserError."""
+    if not config.model.path:
+        raise UserError("model.path: missing; name a Hugging Face directory or a hub id")
+    if not stages(config):
+        raise UserError("rounds: nothing to do; give warmup.steps or a round with steps")
+    problems = open_source(config.data.train)
+    heldout = open_source(config.data.heldout, config.evaluate.problems)
+    _check_apart(problems, heldout)
+    mesh = make_mesh(config.mesh)
+    policy = load_policy(
+        config.model.path, mesh, system=config.prompt.system, init=config.model.init, seed=config.seed
+    )
+    prompts = render_prompts(policy.tokenizer, heldout, policy.system)
+    longest = max(stage.max_new_tokens for stage in stages(config))
+    needed = max(len(prompt.tokens) for prompt in prompts) + longest
+    for name, limit in (("grpo.row_tokens", config.grpo.row_tokens), ("the model's context", policy.arch.max_positions)):
+        if needed > limit:
+            raise UserError(f"{name}: {limit} tokens; prompts and max_new_tokens need {needed}: raise it or lower them")
+    stops, dtype = policy.tokenizer.stop_ids, config.model.dtype
+    at_test = dataclasses.replace(config.sampling, temperature=config.evaluate.temperature, top_p=1.0, top_k=0)
+    return Setup(
+        config,
+        policy,
+        Engine(policy.arch, config.sampling, stops, mesh, dtype),
+        Engine(policy.arch, at_test, stops, mesh, dtype),
+        Learner(policy.arch, config.model, config.optimizer, mesh),
+        problems,
+        prompts,
+        read_config(config.model.path),
+    )
+
+
+def open_training(setup: Setup, folder: Path, fresh: bool) -> tuple[Run, TrainState]:
+    """The run's directory and the state to go on from."""
+    run = open_run(setup.config, folder, setup.policy, setup.model_config, fresh)
+    state = setup.learner.init(setup.policy.params)
+    return run, run.restore(state) if run.step else state
+
+
+def _check_apart(train: list[Problem], heldout: list[Problem]) -> None:
+    shared = {problem.question for problem in train} & {problem.question for problem in heldout}
+    if shared:
+        raise UserError(f"data.heldout: {len(shared)} questions are in data.train too, such as {min(shared)[:80]!r}")

@@ -1,0 +1,40 @@
+"""Round 0: a short supervised start on synthetic competitions, so that there is something to reward."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from pkv.competition import render
+from pkv.config import Config, UserError
+from pkv.evaluate import Policy
+from pkv.grpo import Sequence as TrainingSequence
+from pkv.grpo import pack
+from pkv.records import Batch, Problem
+from pkv.train.demonstrations import can_demonstrate, demonstrate
+
+
+def demonstration_batch(config: Config, step: int, problems: Sequence[Problem], policy: Policy) -> Batch:
+    """The packed demonstrations of one warm-up step, a function of seed and step only. Raises UserError."""
+    draw = random.Random(f"{config.seed}/warm-up/{step}")
+    solvable = [problem for problem in problems if can_demonstrate(problem)]
+    if not solvable:
+        raise UserError(f"warmup.steps: competitions can be written for arithmetic problems only, not {config.data.train}")
+    sequences = []
+    for problem in draw.choices(solvable, k=config.warmup.demonstrations):
+        response = policy.tokenizer.encode(demonstrate(problem, draw, config.warmup))
+        response = np.append(response, policy.tokenizer.stop_ids[0]).astype(np.int32)
+        prompt = render(policy.tokenizer, problem.question, policy.system)
+        ones = np.ones(len(response), np.float32)
+        sequences.append(TrainingSequence(prompt, response, ones, np.zeros_like(ones)))
+    return pack(sequences, config.grpo.row_tokens)
+
+
+def warmup_learning_rate(config: Config, step: int) -> float:
+    """Linear up over the first steps, then linear down to the final rate."""
+    warmup = config.warmup
+    ramp = min(1.0, (step + 1) / max(1, warmup.ramp_steps))
+    share = step / max(1, warmup.steps - 1)
+    return ramp * (warmup.learning_rate + share * (warmup.final_learning_rate - warmup.learning_rate))

@@ -1,0 +1,263 @@
+"""The decoder's invariants, on tiny models of several features, with layers stacked and unstacked."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pkv.model import (
+    Arch,
+    cache_axes,
+    cache_length,
+    forward,
+    grow_cache,
+    init_cache,
+    init_params,
+    logits,
+    param_axes,
+    param_shapes,
+    put_rows,
+    take_rows,
+    unstack_layers,
+)
+from pkv.model.attention import CHUNK, attend
+
+SMALL = {"vocab_size": 61, "hidden": 32, "layers": 3, "heads": 4, "kv_heads": 2, "head_size": 8, "ffn": 48}
+ARCHES = {
+    "biased": Arch(**SMALL, qkv_bias=True, tied_embeddings=True, init_std=0.3),
+    "normed": Arch(**SMALL, qk_norm=True, rope_theta=1e6, init_std=0.3),
+}
+B, T = 3, 12
+
+
+@pytest.fixture(scope="module", params=ARCHES)
+def arch(request):
+    return ARCHES[request.param]
+
+
+@pytest.fixture(scope="module")
+def params(arch):
+    """Random weights; biases and norms too, so that none can be left out unseen."""
+    leaves, tree = jax.tree.flatten(init_params(arch, jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten([x + 0.1 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def tokens(arch):
+    return jax.random.randint(jax.random.key(2), (B, T), 0, arch.vocab_size)
+
+
+def along(tokens):
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+
+def same(got, expected):
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(got, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_prefill_and_decode_equal_the_full_forward(arch, params, tokens, stacked):
+    full, none = forward(params, arch, tokens, along(tokens))
+    assert none is None
+    weights = params if stacked else unstack_layers(params, arch)
+    lengths = jnp.array([3, 7, 5])  # prompts of unequal length, padded on the right with what must not matter
+    prompt = jnp.where(jnp.arange(7) < lengths[:, None], tokens[:, :7], 60)
+    hidden, cache = forward(weights, arch, prompt, along(prompt), cache=init_cache(arch, B, 8, stacked=stacked))
+    for row, length in enumerate(lengths):
+        same(hidden[row, :length], full[row, :length])
+    cache = grow_cache(cache, T)
+    for step in range(5):
+        position = lengths + step
+        token = tokens[jnp.arange(B), position][:, None]
+        hidden, cache = forward(weights, arch, token, position[:, None], cache=cache)
+        same(hidden[:, 0], full[jnp.arange(B), position])
+
+
+def test_a_prefill_in_pieces_equals_one_prefill(arch, params, tokens):
+    _, whole = forward(params, arch, tokens, along(tokens), cache=init_cache(arch, B, T))
+    cache = init_cache(arch, B, T)
+    for piece in (slice(0, 5), slice(5, 12)):
+        _, cache = forward(params, arch, tokens[:, piece], along(tokens)[:, piece], cache=cache)
+    jax.tree.map(same, cache, whole)
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_stacked_and_unstacked_layers_say_the_same(arch, params, tokens, remat):
+    def loss(params, unstacked):
+        weights = unstack_layers(params, arch) if unstacked else params
+        return jnp.sum(forward(weights, arch, tokens, along(tokens), remat=remat)[0] ** 2)
+
+    def plain(params):
+        return jnp.sum(forward(params, arch, tokens, along(tokens))[0] ** 2)
+
+    value, gradient = jax.value_and_grad(plain)(params)
+    for unstacked in (False, True):
+        other, other_gradient = jax.value_and_grad(loss)(params, unstacked)
+        np.testing.assert_allclose(other, value, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), other_gradient, gradient)
+
+
+def test_causality_by_gradient(arch, params, tokens):
+    """What comes out at t changes with the inputs up to t and with none after it."""
+    table = params["embedding"][tokens[0]]  # every position its own row, so that each can be told apart
+    own = {**params, "embedding": table}
+    at = 6
+
+    def out(table):
+        hidden, _ = forward({**own, "embedding": table}, arch, jnp.arange(T)[None], jnp.arange(T)[None])
+        return jnp.sum(jnp.sin(hidden[0, at]))
+
+    felt = np.abs(jax.grad(out)(table)).max(axis=-1)
+    assert (felt[: at + 1] > 1e-6).all()
+    assert (felt[at + 1 :] == 0).all()
+
+
+def test_batch_mates_and_padding_change_nothing(arch, params, tokens):
+    alone, _ = forward(params, arch, tokens[:1, :8], along(tokens[:1, :8]))
+    others = tokens.at[1:].set(5).at[0, 8:].set(17)
+    together, _ = forward(params, arch, others, along(others))
+    same(together[:1, :8], alone)
+
+
+def test_packed_equals_unpacked(arch, params, tokens):
+    first, second = tokens[0, :5], tokens[1, :4]
+    row = jnp.concatenate([first, second, jnp.array([9, 9, 9])])[None]
+    positions = jnp.concatenate([jnp.arange(5), jnp.arange(4), jnp.arange(3)])[None]
+    segments = jnp.array([[1] * 5 + [2] * 4 + [0] * 3])
+    packed, _ = forward(params, arch, row, positions, segments_BT=segments)
+    same(packed[0, :5], forward(params, arch, first[None], jnp.arange(5)[None])[0][0])
+    same(packed[0, 5:9], forward(params, arch, second[None], jnp.arange(4)[None])[0][0])
+    assert np.isfinite(packed).all()
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_attention_in_pieces_equals_attention_at_once(segmented):
+    """Long causal rows skip the keys that no query of a piece may see: the same numbers and gradients, less work."""
+    length = 2 * CHUNK + 1
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((2, length, 4, 8), (2, 2, 8, length), (2, 2, length, 8))
+    arrays = tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    mask = jnp.tril(jnp.ones((1, length, length), bool))
+    if segmented:
+        segments = (jnp.arange(length) >= CHUNK + 3)[None]
+        mask = mask & (segments[:, :, None] == segments[:, None, :])
+
+    def total(arrays, causal):
+        out = attend(*arrays, mask, causal=causal)
+        return jnp.sum(jnp.sin(out)), out
+
+    (_, pieces), gradient = jax.value_and_grad(total, has_aux=True)(arrays, True)
+    (_, at_once), expected = jax.value_and_grad(total, has_aux=True)(arrays, False)
+    same(pieces, at_once)
+    jax.tree.map(same, gradient, expected)
+
+
+def test_positions_matter(arch, params, tokens):
+    """Only differences of positions matter, and they do."""
+    here = forward(params, arch, tokens, along(tokens))[0]
+    same(forward(params, arch, tokens, along(tokens) + 100)[0], here)
+    assert np.abs(forward(params, arch, tokens, along(tokens) * 3)[0] - here).max() > 1e-2
+
+
+def test_what_lies_beyond_the_cache_is_dropped(arch, params, tokens):
+    _, cache = forward(params, arch, tokens[:, :4], along(tokens[:, :4]), cache=init_cache(arch, B, 4))
+    _, after = forward(params, arch, tokens[:, :1], jnp.full((B, 1), 4), cache=cache)
+    jax.tree.map(np.testing.assert_array_equal, after, cache)
+
+
+def test_every_weight_has_axes_and_a_shape(arch, params):
+    axes, shapes = param_axes(arch), param_shapes(arch)
+    sizes = {"layers": 3, "vocab": 61, "embed": 32, "heads": 4, "kv_heads": 2, "head": 8, "ffn": 48}
+    assert jax.tree.structure(shapes) == jax.tree.structure(params)
+    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
+    assert jax.tree.structure(axes, is_leaf=is_axes) == jax.tree.structure(params)
+    for names, shape, weight in zip(
+        jax.tree.leaves(axes, is_leaf=is_axes), jax.tree.leaves(shapes), jax.tree.leaves(params), strict=True
+    ):
+        assert tuple(sizes[name] for name in names) == shape.shape == weight.shape
+
+
+def test_every_weight_matters(arch, params, tokens):
+    def loss(params):
+        return jnp.sum(jnp.sin(logits(params, arch, forward(params, arch, tokens, along(tokens))[0])))
+
+    gradient = jax.grad(loss)(params)
+    # A bias on keys adds the same to all scores of a query only without rotation; so here it matters too.
+    assert all(np.abs(g).max() > 1e-6 for g in jax.tree.leaves(gradient))
+
+
+def test_a_weight_is_drawn_for_its_name_only():
+    plain, biased = Arch(**SMALL), Arch(**SMALL, qkv_bias=True, qk_norm=True)
+    a, b = init_params(plain, jax.random.key(3)), init_params(biased, jax.random.key(3))
+    jax.tree.map(np.testing.assert_array_equal, a["layers"]["ffn"], b["layers"]["ffn"])
+    np.testing.assert_array_equal(a["layers"]["attention"]["o"], b["layers"]["attention"]["o"])
+    assert not np.array_equal(a["layers"]["ffn"]["gate"], a["layers"]["ffn"]["up"])
+    assert not np.array_equal(a["layers"]["ffn"]["gate"][0], a["layers"]["ffn"]["gate"][1])
+    np.testing.assert_allclose(np.std(a["layers"]["attention"]["q"]), 0.02, rtol=0.1)
+    np.testing.assert_allclose(np.std(a["layers"]["attention"]["o"]), 0.02 / 6**0.5, rtol=0.1)
+
+
+def test_bfloat16_compute_stays_near_and_logits_are_32_bit(arch, params, tokens):
+    hidden, cache = forward(
+        params, arch, tokens, along(tokens), cache=init_cache(arch, B, T, jnp.bfloat16), dtype=jnp.bfloat16
+    )
+    assert hidden.dtype == jnp.bfloat16
+    assert {array.dtype for array in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
+    exact = logits(params, arch, forward(params, arch, tokens, along(tokens))[0])
+    got = logits(params, arch, hidden)
+    assert got.dtype == jnp.float32
+    assert np.abs(got - exact).max() < 0.1 * np.abs(exact).max()
+
+
+def test_mixed_forms_are_refused(arch, params, tokens):
+    with pytest.raises(ValueError, match="differ in form"):
+        forward(params, arch, tokens, along(tokens), cache=init_cache(arch, B, T, stacked=False))
+    with pytest.raises(ValueError, match="segments"):
+        forward(params, arch, tokens, along(tokens), cache=init_cache(arch, B, T), segments_BT=tokens)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_rows_taken_and_put_are_those_rows(arch, stacked):
+    empty = init_cache(arch, 4, 6, stacked=stacked)
+    cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), empty)
+    axis = 1 if stacked else 0
+    taken = take_rows(cache, jnp.array([2, 0]))
+    jax.tree.map(lambda got, x: np.testing.assert_array_equal(got, np.take(x, [2, 0], axis)), taken, cache)
+
+    longer = grow_cache(cache, 9)
+    assert (cache_length(cache), cache_length(longer)) == (6, 9)
+    placed = put_rows(longer, jnp.array([3, 1, 4]), take_rows(cache, jnp.array([2, 0, 1])))  # row 4 is past the end
+    expected = grow_cache(take_rows(cache, jnp.array([0, 0, 2, 2])), 9)
+    jax.tree.map(np.testing.assert_array_equal, placed, expected)
+
+    named = jax.tree.leaves(cache_axes(arch, stacked=stacked), is_leaf=lambda n: isinstance(n, tuple) and "head" in n)
+    sizes = {"layers": 3, "rows": 4, "kv_heads": 2, "head": 8, "time": 6}
+    assert [tuple(sizes[a] for a in names) for names in named] == [x.shape for x in jax.tree.leaves(cache)]
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_decode_loop_never_copies_the_cache(arch, params, stacked):
+    """The compiled loop updates the donated cache in place: no copy or transposition of its size, in any layer."""
+    rows, length = 5, 37  # numbers that no other array has
+    weights = params if stacked else unstack_layers(params, arch)
+    cache = init_cache(arch, rows, length, stacked=stacked)
+
+    def decode(weights, cache, token):
+        def body(state):
+            position, cache, token = state
+            at = jnp.full((rows, 1), position)
+            hidden, cache = forward(weights, arch, token, at, cache=cache)
+            return position + 1, cache, logits(weights, arch, hidden).argmax(-1)
+
+        return jax.lax.while_loop(lambda state: state[0] < length, body, (0, cache, token))
+
+    program = (
+        jax.jit(decode, donate_argnums=1).lower(weights, cache, jnp.zeros((rows, 1), jnp.int32)).compile().as_text()
+    )
+    whole = r"f32\[(3,)?5,2,(8,37|37,8)\]"
+    assert re.search(whole + r"\S* scatter\(", program)  # the pattern does find the cache's updates
+    assert not re.search(whole + r"\S* (copy|transpose)\(", program)
