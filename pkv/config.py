@@ -6,6 +6,7 @@ expected, and the nearest right name. Each room receives its own slice of `Confi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -32,8 +33,12 @@ class ModelConfig:
 
     path: str = ""  # a Hugging Face directory or a hub id; a relative path is looked up beside the config file first
     init: Literal["pretrained", "random"] = "pretrained"  # random: only config.json and the tokenizer are read
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; norms, softmax, logits and rotary tables stay 32-bit
-    remat: Literal["none", "layer"] = "none"  # layer: keep each layer's input only, compute the rest again in the backward
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of compute; norms, softmax, logits and rotary tables stay 32-bit
+    )
+    remat: Literal["none", "layer"] = (
+        "none"  # layer: keep each layer's input only, compute the rest again in the backward
+    )
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class MeshConfig:
 class PromptConfig:
     """The system prompt, one versioned file, the same for training, evaluation, chat and export."""
 
-    system: str = "competition"  # a name in pkv/competition/prompts, or a path to a text file
+    system: str = "competition"  # a name in pkv/competition/prompts, or a path
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,9 @@ class GrpoConfig:
     credit: Literal["sequence", "block"] = "block"  # one scalar for all tokens, or each reward to its owner's tokens
     whole_trace: dict[str, float] = field(default_factory=lambda: {"correctness": 1.0})
     # with block credit: reward -> the share of its advantage that every token of the response gets
-    scale: Literal["std", "floored_std", "none"] = "floored_std"  # what a centred reward is divided by, within its group
+    scale: Literal["std", "floored_std", "none"] = (
+        "floored_std"  # what a centred reward is divided by, within its group
+    )
     std_floor: float = 0.25
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -133,10 +140,14 @@ class RoundConfig:
     name: str = ""
     steps: int = 0
     learning_rate: float = 1e-6
-    weights: dict[str, float] = field(default_factory=dict)  # reward name -> weight; a family name sets all of its members
+    weights: dict[str, float] = field(
+        default_factory=dict
+    )  # reward name -> weight; a family name sets all of its members
     length_optimum: int = 128  # a fighter's tokens that earn the most
     max_new_tokens: int = 1024
-    require: dict[str, float] = field(default_factory=dict)  # held-out metric -> the least it must have reached before the round
+    require: dict[str, float] = field(
+        default_factory=dict
+    )  # held-out metric -> the least it must have reached before the round
 
 
 @dataclass(frozen=True)
@@ -237,10 +248,16 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     for key, value in parse_overrides(overrides):
         set_path(raw, key, value)
     config = parse_config(raw)
-    if config.model.path and (path.parent / config.model.path).exists():
-        local = str((path.parent / config.model.path).resolve())
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=local))
-    return config
+    model, rewards = config.model, config.rewards
+    model = dataclasses.replace(model, path=_beside(path, model.path))
+    rewards = dataclasses.replace(rewards, user_files=tuple(_beside(path, file) for file in rewards.user_files))
+    return dataclasses.replace(config, model=model, rewards=rewards)
+
+
+def _beside(config_file: Path, name: str) -> str:
+    """A relative path, looked up beside the config file first; what isn't there stays as it is (a hub id, say)."""
+    local = config_file.parent / name
+    return str(local.resolve()) if name and local.exists() else name
 
 
 def find_config(path: str | Path) -> Path:
@@ -383,10 +400,8 @@ def _build_section(kind: type, value: Any, path: str) -> Any:
 
 def _build_scalar(kind: type, value: Any, path: str) -> Any:
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:

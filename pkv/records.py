@@ -14,7 +14,7 @@ import numpy as np
 
 FIGHTERS = ("pirate", "knight", "viking")
 BLOCKS = (*FIGHTERS, "result", "winner", "answer")
-# Who a generated token belongs to. "tags" are the construct's twelve tags, "outside" is text where no text should stand.
+# Who a generated token belongs to. "tags": the construct's twelve tags. "outside": text where no text should stand.
 OWNERS = ("outside", "tags", *BLOCKS)
 # A reward is owned by one of these; "trace" means every token of the response.
 REWARD_OWNERS = ("trace", *OWNERS)
@@ -104,7 +104,7 @@ class Trace:
 
     blocks: the blocks that were found, by name; a missing one is absent. `answer` is the text after </competition>.
     segments: tile the text from 0 to len(text).
-    token_owners: int8 [T], index into OWNERS for every generated token; a token that straddles a border belongs to the tag.
+    token_owners: int8 [T], index into OWNERS for each generated token; one that straddles a border belongs to the tag.
     truncated: the rollout ended at its token limit.
     """
 
@@ -129,7 +129,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Reward:
-    """One reward of one trace. value None: it does not apply ("absent"), or it failed ("unscored", never a silent 0)."""
+    """One reward of one trace. value None: it doesn't apply ("absent"), or it failed ("unscored", never a silent 0)."""
 
     name: str
     value: float | None

@@ -5,7 +5,17 @@ Training and evaluation share the same sampler, prompt, parser and rewards becau
 
 from pkv.evaluate.groups import Source, collect_groups, render_prompts
 from pkv.evaluate.measures import Evaluation, evaluate, summarise
-
 from pkv.evaluate.policy import RUN_MODEL, SYSTEM_FILE, Policy, load_policy
 
-__all__ = ["RUN_MODEL", "SYSTEM_FILE", "Evaluation", "Policy", "Source", "collect_groups", "evaluate", "load_policy", "render_prompts", "summarise"]
+__all__ = [
+    "RUN_MODEL",
+    "SYSTEM_FILE",
+    "Evaluation",
+    "Policy",
+    "Source",
+    "collect_groups",
+    "evaluate",
+    "load_policy",
+    "render_prompts",
+    "summarise",
+]

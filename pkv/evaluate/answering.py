@@ -34,7 +34,10 @@ class Responder:
         """How many tokens may follow a prompt: `asked`, or 1024 and what there is room for. Raises UserError."""
         room = self.arch.max_positions - prompt_tokens
         if prompt_tokens < 1 or room < 1:
-            raise UserError(f"a prompt of {prompt_tokens} tokens; expected 1 to {self.arch.max_positions - 1}")
+            raise UserError(
+                f"a prompt of {prompt_tokens} tokens; expected 1 to {self.arch.max_positions - 1}: "
+                "change the question or the system prompt"
+            )
         if asked is None:
             return min(DEFAULT_NEW_TOKENS, room)
         if not 1 <= asked <= room:
@@ -47,7 +50,7 @@ class Responder:
 
 @dataclass(frozen=True)
 class PromptLine:
-    """One prompt to answer: a question, messages (`role`, `content`), or with `raw` a text that is used as it stands."""
+    """One prompt to answer: a question, messages (`role`, `content`), or with `raw` a text used as it stands."""
 
     id: str | int
     prompt: str | list[dict[str, str]]
@@ -102,9 +105,7 @@ def read_prompt(record: Any, where: str) -> PromptLine:
     if raw and not isinstance(prompt, str):
         raise UserError(f"{where}: 'prompt': a raw prompt must be text, got {describe(prompt)}")
     if not isinstance(prompt, str) and not _are_messages(prompt):
-        raise UserError(
-            f"{where}: 'prompt': expected text, or messages with role and content; got {describe(prompt)}"
-        )
+        raise UserError(f"{where}: 'prompt': expected text, or messages with role and content; got {describe(prompt)}")
     return PromptLine(name, prompt if isinstance(prompt, str) else [dict(message) for message in prompt], raw)
 
 

@@ -1,4 +1,4 @@
-"""From prompts to scored groups: each rollout is taken apart and scored when it ends, while others are being written."""
+"""From prompts to scored groups: each rollout is taken apart and scored when it ends, while others are written."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pkv.evaluate.groups import Source, collect_groups
-from pkv.records import FIGHTERS, Group, Prompt, Rollout, Scorecard
+from pkv.records import FIGHTERS, Group, Prompt, Scorecard
 from pkv.rewards import ScoringPool
 
 JUDGE = ("any_right", "majority_right", "right", "disagree", "gain")
@@ -52,8 +52,8 @@ def evaluate(
 def summarise(groups: Sequence[Group]) -> dict[str, float]:
     """Means over all rollouts; a reward's mean is over those that it applies to, and a name without any is left out.
 
-    accuracy: share of right final answers. format: share with all tags in order. overlap/<fighter>: with what it could
-    have copied. length/<block>, length/tokens: tokens. judge/*: see `rewards.judge.measure`; judge/winner_entropy: bits.
+    accuracy: share of right final answers. format: share with all tags in order. overlap/<fighter>: with what it
+    could have copied. length/*: tokens. judge/*: see `rewards.judge.measure`; judge/winner_entropy: bits.
     """
     cards = [card for group in groups for card in group.cards]
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -81,7 +81,6 @@ def summarise(groups: Sequence[Group]) -> dict[str, float]:
         found[f"judge/winner_{name}"] = winners[name] / winners.total() if winners else None
     found["judge/winner_entropy"] = _entropy(winners)
     return {name: value for name, value in found.items() if value is not None}
-
 
 
 def _at_least(card: Scorecard, name: str, least: float) -> float | None:

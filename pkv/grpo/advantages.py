@@ -36,7 +36,7 @@ def advantages_by_reward(values_KPG: np.ndarray, scale: Scale, std_floor: float 
 def token_advantages(
     advantages_K: np.ndarray, weights_K: np.ndarray, owners_KT: np.ndarray, whole_K: np.ndarray
 ) -> np.ndarray:
-    """The advantage of every token of one response: A[t] = sum over k of w[k] · max(m[k, t], whole[k]) · A[k], float32 [T].
+    """The advantage of each token of one response: A[t] = sum over k of w[k]·max(m[k,t], whole[k])·A[k], float32 [T].
 
     owners_KT: 1 where token t belongs to the block that owns reward k. whole_K: the share of reward k that every token
     of the response gets; 1 for all k is the classic scalar, 0 is pure block credit (arXiv 2602.10231).

@@ -1,5 +1,8 @@
-"""Losses as small pure functions on token arrays; each returns a sum over tokens, and the update divides by the batch's
-token count, so that micro-batches, devices and packing cannot change a gradient (DAPO, arXiv 2503.14476, section 3.3)."""
+"""Losses as small pure functions on token arrays, one number for each token.
+
+The update sums them and divides by the batch's token count, so that micro-batches, devices and packing cannot change a
+gradient (DAPO, arXiv 2503.14476, section 3.3).
+"""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Learner:
         )
         self._weights = shardings(param_axes(arch), param_shapes(arch), mesh, TRAINING_RULES)
         self._gradient = jax.jit(self._add_gradient, static_argnames="loss", donate_argnames=("sums",))
-        self._apply = jax.jit(self._apply_gradient, donate_argnames=("state", "gradient"))
+        self._apply = jax.jit(self._apply_gradient, donate_argnames="state")
         self._logprobs = jax.jit(lambda params, micro: self._predict(params, micro)[0])
 
     def init(self, params: Params) -> TrainState:
@@ -69,8 +69,8 @@ class Learner:
         """`epochs` AdamW steps on one batch; also its statistics, means over the response tokens.
 
         With one epoch the update is exactly on-policy and no separate pass for the old log-probabilities is needed.
-        Statistics: loss, entropy (nats), clipped (share of tokens), kl_sampler (mean of r - log r - 1 with r the ratio of
-        the trainer's to the sampler's probability), gradient_norm (before clipping).
+        Statistics: loss, entropy (nats), clipped (share of tokens), kl_sampler (mean of r - log r - 1 with r the ratio
+        of the trainer's to the sampler's probability), gradient_norm (before clipping).
         """
         micros = [self._micro(batch, start, micro_rows) for start in range(0, len(batch.tokens), micro_rows)]
         tokens = jnp.float32(max(float(batch.mask.sum()), 1.0))
@@ -86,7 +86,8 @@ class Learner:
         return state, {name: float(value) for name, value in {**statistics, "gradient_norm": norm}.items()}
 
     def _micro(self, batch: Batch, start: int, rows: int) -> Arrays:
-        fields = {f.name: getattr(batch, f.name)[start : start + rows] for f in dataclasses.fields(batch)}
+        length = _used_length(batch.segments[start : start + rows])
+        fields = {f.name: getattr(batch, f.name)[start : start + rows, :length] for f in dataclasses.fields(batch)}
         short = rows - len(fields["tokens"])
         padded = {name: np.pad(array, ((0, short), (0, 0))) for name, array in fields.items()}
         return jax.device_put(padded, batch_sharding(self.mesh))
@@ -124,6 +125,14 @@ class Learner:
         step, optimizer = self._optimizer.update(gradient, state.optimizer, state.params)
         params = jax.tree.map(lambda weight, change: weight - learning_rate * change, state.params, step)
         return TrainState(params, optimizer), optax.global_norm(gradient)
+
+
+def _used_length(segments_BT: np.ndarray) -> int:
+    """Where the padding at every row's end begins, in eighths of a row: at most eight programs are compiled."""
+    T = segments_BT.shape[1]
+    used = int(np.flatnonzero(segments_BT.any(axis=0)).max(initial=0)) + 1
+    step = -(-T // 8)
+    return min(T, -(-used // step) * step)
 
 
 STATISTICS = ("loss", "entropy", "clipped", "kl_sampler")

@@ -2,7 +2,7 @@
 
 from pkv.rewards.pool import ScoringPool
 from pkv.rewards.score_file import score_lines
-from pkv.rewards.scoring import Scorer, budget, load_user_rewards, resolve_weights
+from pkv.rewards.scoring import Scorer, budget, load_user_files, load_user_rewards, resolve_weights
 from pkv.rewards.table import DEFAULT_WEIGHTS, FAMILIES, RULES
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Scorer",
     "ScoringPool",
     "budget",
+    "load_user_files",
     "load_user_rewards",
     "resolve_weights",
     "score_lines",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from types import TracebackType
@@ -71,6 +72,7 @@ def _score(
 
 def _start_worker(weights: Mapping[str, float], length_optimum: int, config: RewardConfig) -> None:
     global _scorer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends its workers
     _scorer = Scorer(weights, length_optimum, config)
 
 

@@ -18,7 +18,7 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Nucleus:
-    """A draw at some temperature; filtered: keep top_k tokens (0: all), of these the smallest set that holds top_p."""
+    """A draw at some temperature; filtered: keep top_k tokens (0: all), of these the smallest set holding top_p."""
 
     filtered: bool
     top_k: int = 0
@@ -28,7 +28,7 @@ Drawing = Greedy | Nucleus
 
 
 class Drawn(NamedTuple):
-    """tokens int32 [B]; logprobs under what was drawn from, policy_logprobs under the untempered policy, float32 [B]."""
+    """tokens int32 [B]; logprobs of what was drawn from, policy_logprobs of the untempered policy, float32 [B]."""
 
     tokens: jax.Array
     logprobs: jax.Array
@@ -62,7 +62,7 @@ def draw(
 
 
 def invert(probabilities_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
-    """The index at which the cumulative distribution passes `uniform_B` (in [0, 1)), int32 [B]; never one of probability 0.
+    """Where the cumulative distribution passes `uniform_B` (in [0, 1)), int32 [B]; never at an index of probability 0.
 
     Two levels, so that the running sums are short: first over blocks of the vocabulary, then inside one block.
     """

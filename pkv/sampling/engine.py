@@ -24,12 +24,14 @@ from pkv.model import (
     Cache,
     Params,
     cache_axes,
+    cache_length,
     forward,
     grow_cache,
     init_cache,
     logits,
     param_axes,
     param_shapes,
+    put_rows,
     take_rows,
     unstack_layers,
 )
@@ -64,7 +66,7 @@ class Completion(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The state of all slots on the device. `position` is that of `token`, whose key and value are yet to be written."""
+    """The state of all slots on the device. `position` is that of `token`, whose key and value are not written yet."""
 
     cache: Cache
     token: jax.Array  # int32 [B]
@@ -229,7 +231,7 @@ class Engine:
         return -(-length // block) * block
 
     def _length(self, rows: Rows) -> int:
-        return jax.tree.leaves(rows.cache)[0].shape[-2]
+        return cache_length(rows.cache)
 
     # The device's side.
 
@@ -252,7 +254,8 @@ class Engine:
         shapes = jax.eval_shape(make)
         axes = cache_axes(self._arch, stacked=self._stacked)
         cache = shardings(axes, shapes.cache, self._mesh, SAMPLING_RULES)
-        return jax.jit(make, out_shardings=Rows(cache, *(replicated(self._mesh),) * 5))()
+        whole: Any = (replicated(self._mesh),) * 5
+        return jax.jit(make, out_shardings=Rows(cache, *whole))()
 
     def _prefill_prompts(self, weights: Params, tokens_PT: jax.Array) -> Cache:
         """The keys and values of whole prompts; padding on the right is overwritten before anything looks at it."""
@@ -269,14 +272,10 @@ class Engine:
         The last prompt token is decoded again as a row's first step, which draws the first new token.
         """
 
-        def write(cache: jax.Array, new: jax.Array) -> jax.Array:
-            taken = jnp.take(new, source, axis=new.ndim - 4)
-            return cache.at[..., places, :, : new.shape[-2], :].set(taken, mode="drop")
-
         def put(old: jax.Array, new: Any) -> jax.Array:
             return old.at[places].set(new, mode="drop")
 
-        cache = jax.tree.map(write, rows.cache, prefilled)
+        cache = put_rows(rows.cache, places, take_rows(prefilled, source))
         active = put(rows.active, True)
         return Rows(
             cache,

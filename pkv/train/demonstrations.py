@@ -38,7 +38,7 @@ VOICES: dict[str, Voice] = {
         "I plunder {finds}: {left}={value}.",
         "Arr, no, that be wrong!",
         "I sail back: {left}={value}, aye.",
-        ("The treasure be {answer}.", "So the answer be {answer}."),
+        ("So the answer be {answer}.", "Me answer is {answer}."),
     ),
     "knight": Voice(
         ("By my honour!", "Hear me, lords!", "For the king!"),
@@ -81,9 +81,7 @@ def demonstrate(problem: Problem, draw: random.Random, config: WarmupConfig) -> 
     texts = {name: _speak(name, attempts, problem, draw) for name in FIGHTERS}
     right = [name for name in FIGHTERS if attempts[name].answer == gold]
     winner = min(right, key=lambda name: len(texts[name].split()))
-    last = attempts[winner].steps[-1]
-    unit = problem.extra["unit"]
-    answer = f"Since {last.left}={gold}, there are {gold} {unit}.\nAnswer: {gold}"
+    answer = f"There are {gold} {problem.extra['unit']}.\nAnswer: {gold}"
     text = compose(texts, _judge(attempts, winner, gold), winner, answer)
     return _loosen(text, draw) if draw.random() < config.loose_layout else text
 
@@ -136,7 +134,7 @@ def _speak(name: str, attempts: dict[str, Attempt], problem: Problem, draw: rand
     if draw.random() < 0.3:
         rival = draw.choice([other for other in FIGHTERS if other != name])
         said.append(draw.choice(own.jabs).format(rival=rival))
-    if draw.random() < 0.3:
+    if draw.random() < 0.2:
         numbers = " and ".join(str(number) for number in _givens(problem))
         said.append(own.givens.format(numbers=numbers))
     for at, step in enumerate(attempt.steps):
@@ -146,7 +144,7 @@ def _speak(name: str, attempts: dict[str, Attempt], problem: Problem, draw: rand
             said.append(f"{own.cue} {step.left}={value}.")
         else:
             said.append(voice.step.format(finds=step.finds, left=step.left, value=value))
-        if draw.random() < 0.25:
+        if draw.random() < 0.15:
             said.append(voice.check.format(**_reverse(step)))
     said.append(draw.choice(own.closings).format(answer=attempt.answer))
     return " ".join(said)
@@ -171,9 +169,9 @@ def _undo(value: int, operator: str, operand: int) -> int:
 def _judge(attempts: dict[str, Attempt], winner: str, gold: int) -> str:
     said = ["Beep. " + ", ".join(f"{name} {attempts[name].answer}" for name in FIGHTERS) + "."]
     wrong = [name for name in FIGHTERS if attempts[name].answer != gold]
-    said.append(f"The {wrong[0]} cannot count. How human." if wrong else "All agree. How dull.")
+    said.append(f"The {wrong[0]} cannot count." if wrong else "How dull.")
     last = attempts[winner].steps[-1]
-    said.append(f"I check the {winner}: {last.left}={gold}. It holds.")
+    said.append(f"I check the {winner}: {last.left}={gold}.")
     return " ".join(said)
 
 

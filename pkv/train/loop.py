@@ -37,7 +37,7 @@ def train(config: Config, folder: Path, fresh: bool = False) -> Run:
             ):
                 for step in range(run.step, stage.stop):
                     state, seen = (grpo_step if stage.round else warmup_step)(setup, run, state, stage, step, scoring)
-                    progress.advance(**seen)
+                    progress.advance(1, **seen)
                     if step + 1 == stage.stop:
                         measure(setup, run, state, stage, scoring)
                     if (step + 1) % config.checkpoint.every == 0 or step + 1 == stage.stop:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pkv.config import Config, RoundConfig, UserError
-from pkv.rewards import resolve_weights
+from pkv.rewards import load_user_files, resolve_weights
 
 WARMUP = "warm-up"
 
@@ -40,10 +40,11 @@ def stages(config: Config) -> list[Stage]:
     wanted: list[tuple[str, int, RoundConfig | None]] = [(WARMUP, config.warmup.steps, None)]
     wanted += [(round_.name, round_.steps, round_) for round_ in config.rounds]
     found: list[Stage] = []
+    user = tuple(load_user_files(config.rewards.user_files))
     first = 0
     for name, steps, round_ in wanted:
         like = round_ or (config.rounds[0] if config.rounds else RoundConfig())
-        weights = resolve_weights(like.weights)
+        weights = resolve_weights(like.weights, user)
         if steps:
             stage = Stage(name, first, first + steps, round_, weights, like.length_optimum, like.max_new_tokens)
             found.append(stage)

@@ -1,6 +1,6 @@
 """A run's directory: opened anew or gone on with, its config held against what is there, nothing lost.
 
-    config.yaml, model/, metrics.jsonl, tb/, rollouts/, evaluations.jsonl, checkpoints/
+config.yaml, model/, metrics.jsonl, tb/, rollouts/, evaluations.jsonl, checkpoints/
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def open_run(config: Config, folder: Path, policy: Policy, model_config: Mapping
     Raises UserError for a folder that holds something else, or a run made by another config.
     """
     file = folder / "config.yaml"
-    if fresh and file.exists():
+    if _is_run(file) and fresh:
         shutil.rmtree(folder)
-    if file.exists():
+    elif _is_run(file):
         _check_same(config, file)
         return Run(folder, checkpoint.latest(folder / "checkpoints") or 0)
     if folder.exists() and any(folder.iterdir()):
@@ -102,6 +102,17 @@ def open_run(config: Config, folder: Path, policy: Policy, model_config: Mapping
     described = as_plain(config) | {MADE_WITH: _made_with()}
     file.write_text(yaml.safe_dump(described, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return Run(folder, 0)
+
+
+def _is_run(file: Path) -> bool:
+    """Whether a config.yaml was written by `open_run`: nothing else may be gone on with, or deleted."""
+    if not file.is_file():
+        return False
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read; name another directory with --run") from error
+    return isinstance(found, dict) and MADE_WITH in found
 
 
 def _check_same(config: Config, file: Path) -> None:

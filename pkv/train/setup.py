@@ -43,7 +43,9 @@ class Setup:
         drawn = []
         for place in range(first, first + count):
             epoch, at = divmod(place, len(self.problems))
-            drawn.append(self.problems[np.random.default_rng((self.config.seed, epoch)).permutation(len(self.problems))[at]])
+            drawn.append(
+                self.problems[np.random.default_rng((self.config.seed, epoch)).permutation(len(self.problems))[at]]
+            )
         return render_prompts(self.policy.tokenizer, drawn, self.policy.system)
 
 
@@ -57,13 +59,14 @@ def build(config: Config) -> Setup:
     heldout = open_source(config.data.heldout, config.evaluate.problems)
     _check_apart(problems, heldout)
     mesh = make_mesh(config.mesh)
-    policy = load_policy(
-        config.model.path, mesh, system=config.prompt.system, init=config.model.init, seed=config.seed
-    )
+    policy = load_policy(config.model.path, mesh, system=config.prompt.system, init=config.model.init, seed=config.seed)
     prompts = render_prompts(policy.tokenizer, heldout, policy.system)
     longest = max(stage.max_new_tokens for stage in stages(config))
     needed = max(len(prompt.tokens) for prompt in prompts) + longest
-    for name, limit in (("grpo.row_tokens", config.grpo.row_tokens), ("the model's context", policy.arch.max_positions)):
+    for name, limit in (
+        ("grpo.row_tokens", config.grpo.row_tokens),
+        ("the model's context", policy.arch.max_positions),
+    ):
         if needed > limit:
             raise UserError(f"{name}: {limit} tokens; prompts and max_new_tokens need {needed}: raise it or lower them")
     stops, dtype = policy.tokenizer.stop_ids, config.model.dtype

@@ -21,7 +21,9 @@ def demonstration_batch(config: Config, step: int, problems: Sequence[Problem], 
     draw = random.Random(f"{config.seed}/warm-up/{step}")
     solvable = [problem for problem in problems if can_demonstrate(problem)]
     if not solvable:
-        raise UserError(f"warmup.steps: competitions can be written for arithmetic problems only, not {config.data.train}")
+        raise UserError(
+            f"warmup.steps: competitions can be written for arithmetic problems only, not {config.data.train}"
+        )
     sequences = []
     for problem in draw.choices(solvable, k=config.warmup.demonstrations):
         response = policy.tokenizer.encode(demonstrate(problem, draw, config.warmup))

@@ -1,0 +1,120 @@
+"""A model that was trained here as a Hugging Face directory that other programs load; no training state in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pkv.competition import Tokenizer, with_system_prompt
+from pkv.config import MeshConfig, UserError
+from pkv.evaluate import RUN_MODEL, SYSTEM_FILE, Policy, load_policy
+from pkv.mesh import make_mesh
+from pkv.model import read_config, save_params
+
+TEMPERATURE = 0.5  # recommended for chat
+
+
+def export(run_or_model: str, out: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Path:
+    """Write OUT: weights, config, tokenizer with the system prompt in its chat template, and a model card.
+
+    float32 keeps every bit of the training's weights. Raises UserError when OUT holds anything.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already and not an empty directory; choose another")
+    source = Path(run_or_model)
+    policy = load_policy(run_or_model, make_mesh(MeshConfig()))
+    config = read_config(source / RUN_MODEL if (source / "checkpoints").is_dir() else run_or_model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")  # a stopped export leaves no directory that looks whole
+    if partial.exists():
+        shutil.rmtree(partial)
+    save_params(policy.params, policy.arch, partial, config, dtype)
+    _save_tokenizer(policy.tokenizer, policy.system, partial)
+    _write(partial / "generation_config.json", json.dumps(generation_config(policy.tokenizer), indent=2) + "\n")
+    _write(partial / SYSTEM_FILE, policy.system)
+    _write(partial / "README.md", model_card(source, policy, out.resolve().name))
+    partial.replace(out)
+    return out
+
+
+def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """How the model wants to be sampled, for transformers and vLLM."""
+    return {
+        "do_sample": True,
+        "temperature": TEMPERATURE,
+        "eos_token_id": list(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def model_card(source: Path, policy: Policy, name: str) -> str:
+    """The README of an exported model: what it does, how to ask it, how it was made, what was measured."""
+    parts = [_CARD.format(name=name, temperature=TEMPERATURE)]
+    if (source / "config.yaml").is_file():
+        recipe = yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8"))
+        text = yaml.safe_dump(_without_places(recipe), sort_keys=False, allow_unicode=True)
+        parts.append(f"## Recipe\n\n{policy.step} steps of pkv with this configuration:\n\n```yaml\n{text}```\n")
+    measured = _measured(source / "evaluations.jsonl", policy.step)
+    parts.append(measured or "## Results\n\nNothing was measured before this export.\n")
+    return "\n".join(parts)
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [pkv, grpo]
+---
+
+# {name}
+
+This model answers by competition. A pirate, a knight and a viking each solve the question; a judge compares the three,
+verifies the winner's work and names one winner; then comes a short professional answer, after `</competition>`. Show
+that last part to the person who asked.
+
+The chat template puts in the system prompt that the model was trained with (`system_prompt.txt`) unless the messages
+bring one of their own. Recommended temperature: {temperature}.
+"""
+
+
+def _measured(file: Path, step: int) -> str:
+    """A table of the held-out evaluations up to a step, one column each; "" without any."""
+    if not file.is_file():
+        return ""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in lines if line["step"] <= step]
+    names = sorted({name for line in lines for name in line["metrics"]})
+    if not names:
+        return ""
+    head = ["held-out problems", *(f"{line['name']} (step {line['step']})" for line in lines)]
+    rows = [head, ["---"] * len(head)]
+    for name in names:
+        values = [line["metrics"].get(name) for line in lines]
+        rows.append([f"`{name}`", *("" if value is None else f"{value:.3f}" for value in values)])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"## Results\n\nMeasured by the run itself.\n\n{table}\n"
+
+
+def _without_places(node: Any) -> Any:
+    """A config in which absolute paths are shortened to their last part: where they lay is nobody's business."""
+    if isinstance(node, Mapping):
+        return {key: _without_places(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_places(item) for item in node]
+    return Path(node).name if isinstance(node, str) and Path(node).is_absolute() else node
+
+
+def _save_tokenizer(tokenizer: Tokenizer, system: str, directory: Path) -> None:
+    template = tokenizer.chat_template
+    if template and not template.startswith(with_system_prompt("", system)):  # of a model that was exported before
+        template = with_system_prompt(template, system)
+    tokenizer.save(directory, template or None)
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")

@@ -1,0 +1,109 @@
+"""The tiny world is honest: three ways to solve, splits that share nothing, competitions that score as they should."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from fractions import Fraction
+
+import pytest
+
+from pkv.competition import is_exact_layout, parse, tags_in_order
+from pkv.config import UserError, WarmupConfig
+from pkv.data.arithmetic import problems, workings
+from pkv.records import FIGHTERS
+from pkv.rewards import Scorer
+from pkv.rewards.equations import find_equations, normalise
+from pkv.train.demonstrations import demonstrate
+
+HONEST = WarmupConfig(copying=0.0, loose_layout=0.0, mistakes=0.0)
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    with Scorer({"correctness": 1.0}, 40) as scorer:
+        yield scorer
+
+
+def scored(scorer, config: WarmupConfig, count: int = 60):
+    draw = random.Random(0)
+    for problem in problems("train", count):
+        trace = parse(demonstrate(problem, draw, config))
+        yield problem, trace, scorer.score(problem, trace)
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def test_splits_share_neither_questions_nor_numbers():
+    train, heldout = problems("train", 2000), problems("heldout", 300)
+    assert not {p.question for p in train} & {p.question for p in heldout}
+
+    def numbers(found):
+        return {(p.extra["kind"], tuple(p.extra["numbers"])) for p in found}
+
+    assert not numbers(train) & numbers(heldout)
+
+
+def test_problems_are_reproducible_and_differ_by_seed():
+    assert problems("train", 50, seed=1) == problems("train", 50, seed=1)
+    assert problems("train", 50, seed=1) != problems("train", 50, seed=2)
+
+
+def test_an_impossible_count_is_one_clear_line():
+    with pytest.raises(UserError, match="only about"):
+        problems("heldout", 10**6)
+
+
+def test_every_problem_is_solved_in_three_different_ways_and_each_step_holds():
+    for problem in problems("train", 800):
+        ways = workings(problem)
+        assert len({way.method for way in ways}) == 3
+        assert len({tuple(step.left for step in way.steps) for way in ways}) == 3
+        for way in ways:
+            assert way.steps[-1].value == Fraction(problem.answer)
+            for step in way.steps:
+                (equation,) = find_equations(normalise(f"{step.left}={step.value}"))
+                assert equation.holds
+
+
+def test_honest_demonstrations_are_right_exact_and_three_ways(scorer):
+    for _, trace, card in scored(scorer, HONEST):
+        assert is_exact_layout(trace)
+        assert card.rewards["correctness"].value == 1.0
+        assert card.rewards["competition_format"].value == 1.0
+        assert card.facts["judge/right"] is True
+        assert all(card.facts[f"right/{name}"] for name in FIGHTERS)
+        assert not card.unscored
+
+
+def test_loose_demonstrations_keep_their_tags_in_order(scorer):
+    loose = dataclasses.replace(HONEST, loose_layout=1.0)
+    formats = []
+    for _, trace, card in scored(scorer, loose):
+        assert tags_in_order(trace)
+        assert card.rewards["correctness"].value == 1.0
+        formats.append(card.rewards["competition_format"].value)
+    assert 0.5 in formats
+
+
+def test_copies_are_less_original_than_honest_work(scorer):
+    def originality(config):
+        return mean(
+            card.rewards[f"originality_{name}"].value
+            for *_, card in scored(scorer, config)
+            for name in ("knight", "viking")
+        )
+
+    assert originality(dataclasses.replace(HONEST, copying=1.0)) < originality(HONEST) - 0.3
+
+
+def test_mistakes_are_mended_or_passed_over_and_the_judge_is_right(scorer):
+    cards = [card for *_, card in scored(scorer, dataclasses.replace(HONEST, mistakes=1.0), 100)]
+    assert all(card.rewards["correctness"].value == 1.0 and card.facts["judge/right"] for card in cards)
+    wrong = [not all(card.facts[f"right/{name}"] for name in FIGHTERS) for card in cards]
+    mended = [max(card.rewards[f"reflection_{name}"].value for name in FIGHTERS) > 0.3 for card in cards]
+    assert 0.3 < mean(wrong) < 0.7
+    assert 0.3 < mean(mended) < 0.7

@@ -1,0 +1,148 @@
+"""The export: what comes out is what was trained, to the bit, with its prompt; nothing there is overwritten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from pkv import checkpoint
+from pkv.competition import Tokenizer, render, train_tokenizer
+from pkv.config import MeshConfig, SamplingConfig, UserError
+from pkv.evaluate import RUN_MODEL, SYSTEM_FILE, load_policy
+from pkv.evaluate.answering import sample
+from pkv.export import export
+from pkv.mesh import make_mesh
+from pkv.model import Arch, init_params, read_config, save_params
+
+SYSTEM = 'Compete, "pirate" and knight.\nThen {{ answer }} \\ politely.'
+ARCH = Arch(
+    vocab_size=320,
+    hidden=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=8,
+    ffn=48,
+    qkv_bias=True,
+    tied_embeddings=True,
+    max_positions=256,
+    init_std=0.3,
+)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """What `pkv train` leaves after 7 steps, without the training."""
+    run = tmp_path_factory.mktemp("runs") / "small"
+    model = run / RUN_MODEL
+    train_tokenizer([SYSTEM], 300, model)
+    params = init_params(ARCH, jax.random.key(0))
+    save_params(params, ARCH, run / "weights")
+    (model / "config.json").write_text((run / "weights" / "config.json").read_text())
+    (model / SYSTEM_FILE).write_text(SYSTEM)
+    checkpoint.save(run / "checkpoints", 7, {"params": params, "count": np.int32(7)}, {"step": 7}, 1)
+    recipe = {"seed": 5, "model": {"path": "/home/somebody/models/base"}, "rounds": [{"name": "format"}]}
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    lines = [
+        {"step": 0, "name": "after warm-up", "metrics": {"accuracy": 0.25}, "samples": []},
+        {"step": 7, "name": "after format", "metrics": {"accuracy": 0.5, "format": 1.0}, "samples": []},
+        {"step": 9, "name": "lost", "metrics": {"accuracy": 0.75}, "samples": []},
+    ]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(run_dir) -> Path:
+    return export(str(run_dir), run_dir.parent / "deep" / "out")
+
+
+def load(source):
+    return load_policy(str(source), make_mesh(MeshConfig()))
+
+
+def test_weights_architecture_and_prompt_come_back_to_the_bit(run_dir, exported):
+    before, after = load(run_dir), load(exported)
+    assert jax.tree.structure(before.params) == jax.tree.structure(after.params)
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    assert (before.arch, before.system, before.step) == (ARCH, SYSTEM, 7) and (after.arch, after.system) == (
+        ARCH,
+        SYSTEM,
+    )
+    prompts = [render(policy.tokenizer, "How many <b>?", policy.system).tolist() for policy in (before, after)]
+    assert prompts[0] == prompts[1] and before.tokenizer.stop_ids == after.tokenizer.stop_ids == (2,)
+
+
+def test_the_chat_template_carries_the_system_prompt(exported):
+    tokenizer = Tokenizer.load(exported)
+    question = {"role": "user", "content": "How many?"}
+    alone = tokenizer.chat([question])
+    assert alone.tolist() == tokenizer.chat([{"role": "system", "content": SYSTEM}, question]).tolist()
+    own = tokenizer.decode(tokenizer.chat([{"role": "system", "content": "Mine."}, question]))
+    assert "Mine." in own and "Compete" not in own
+
+
+def test_exporting_an_export_changes_nothing(exported, tmp_path):
+    again = export(str(exported), tmp_path / "again")
+    assert Tokenizer.load(again).chat_template == Tokenizer.load(exported).chat_template
+    for name in ("model.safetensors", "config.json", "generation_config.json", SYSTEM_FILE):
+        assert (again / name).read_bytes() == (exported / name).read_bytes()
+
+
+def test_generation_stops_where_training_stopped(exported):
+    written = json.loads((exported / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [2] and written["temperature"] == 0.5 and written["do_sample"]
+
+
+def test_the_card_tells_the_recipe_and_what_was_measured_up_to_this_step(exported):
+    card = (exported / "README.md").read_text()
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert recipe == {"seed": 5, "model": {"path": "base"}, "rounds": [{"name": "format"}]}
+    assert "| `accuracy` | 0.250 | 0.500 |" in card and "| `format` |  | 1.000 |" in card
+    assert "7 steps" in card and "lost" not in card and "0.750" not in card and "/home" not in card
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+
+
+def test_bfloat16_is_the_rounded_weights(run_dir, tmp_path):
+    out = export(str(run_dir), tmp_path / "out", "bfloat16")
+    rounded = jax.tree.map(lambda w: w.astype("bfloat16").astype("float32"), load(run_dir).params)
+    jax.tree.map(np.testing.assert_array_equal, rounded, load(out).params)
+    assert read_config(out)["torch_dtype"] == "bfloat16"
+
+
+def test_nothing_is_overwritten_and_nothing_half_done_is_left(run_dir, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="not an empty directory"):
+        export(str(run_dir), tmp_path / "full")
+    with pytest.raises(UserError, match="not an empty directory"):
+        export(str(run_dir), tmp_path / "full" / "mine.txt")
+    with pytest.raises(UserError, match="no such directory"):
+        export(str(tmp_path / "nowhere"), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "mine.txt"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / ".empty.partial").mkdir()
+    (tmp_path / ".empty.partial" / "model.safetensors").write_text("left by a stopped export")
+    assert (export(str(run_dir), tmp_path / "empty") / "config.json").is_file()
+    assert not (tmp_path / ".empty.partial").exists()
+
+
+def test_transformers_loads_it_and_says_the_same(run_dir, exported):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(exported).eval()
+    theirs = AutoTokenizer.from_pretrained(exported)
+    question = [{"role": "user", "content": "How many hives?"}]
+    prompt = theirs.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        made = model.generate(**prompt, do_sample=False, max_new_tokens=24)[0, prompt["input_ids"].shape[1] :]
+    lines = [{"id": "q", "prompt": "How many hives?"}]
+    (ours,) = sample(str(run_dir), lines, max_new_tokens=24, sampling=SamplingConfig(temperature=0.0))
+    assert ours["tokens"] == made.tolist() and len(set(ours["tokens"])) > 3
+    assert ours["text"] == theirs.decode(made, skip_special_tokens=True)

@@ -1,0 +1,189 @@
+"""The whole loop on a model of a few thousand weights: killed and resumed = never killed, and nothing is mixed up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+import yaml
+
+from pkv import checkpoint
+from pkv.competition import train_tokenizer
+from pkv.config import RoundConfig, UserError, WarmupConfig, load_config
+from pkv.data.arithmetic import problems
+from pkv.evaluate import load_policy
+from pkv.mesh import make_mesh
+from pkv.train import loop
+from pkv.train.demonstrations import demonstrate
+from pkv.train.loop import train
+from pkv.train.rounds import check_requirement, stages
+from pkv.train.setup import build
+from pkv.train.summary import closing_summary
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    import random
+
+    draw = random.Random(0)
+    texts = [demonstrate(problem, draw, WarmupConfig()) for problem in problems("train", 200)]
+    train_tokenizer(texts, 600, folder / "model")
+    model = {
+        "model_type": "qwen2",
+        "vocab_size": 640,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
+    (folder / "model" / "config.json").write_text(json.dumps(model))
+    config = {
+        "model": {"path": "model", "init": "random"},
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+        "prompt": {"system": "brief"},
+        "sampling": {"slots": 8, "segment": 8, "cache_block": 64},
+        "rewards": {"workers": 0},
+        "grpo": {"prompts": 2, "samples": 4, "row_tokens": 512, "micro_rows": 4},
+        "warmup": {"steps": 2, "demonstrations": 4, "learning_rate": 1e-2},
+        "evaluate": {"problems": 2, "shown": 2},
+        "checkpoint": {"every": 1, "keep": 9},
+        "rounds": [
+            {"name": "first", "steps": 2, "max_new_tokens": 24, "learning_rate": 1e-3, "weights": {"length": 1.0, "format": 1.0}},
+            {"name": "second", "steps": 1, "max_new_tokens": 32, "learning_rate": 1e-3, "weights": {"length": 1.0}},
+        ],
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def whole(config_file, tmp_path_factory) -> Path:
+    """A run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(load_config(config_file), folder)
+    return folder
+
+
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in found]
+
+
+def final_state(folder: Path, config_file: Path):
+    setup = build(load_config(config_file))
+    return checkpoint.restore(folder / "checkpoints", 5, setup.learner.init(setup.policy.params))[0]
+
+
+def test_a_run_leaves_what_the_contract_says(whole):
+    assert [line["step"] for line in lines(whole)] == [0, 1, 2, 3, 4]
+    assert [line["round"] for line in lines(whole)] == ["warm-up"] * 2 + ["first"] * 2 + ["second"]
+    assert [e["name"] for e in lines(whole, "evaluations.jsonl")] == ["after warm-up", "after first", "after second"]
+    assert "made_with" in yaml.safe_load((whole / "config.yaml").read_text())
+    assert (whole / "tb").is_dir() and checkpoint.latest(whole / "checkpoints") == 5
+    table = parquet.read_table(whole / "rollouts" / "step-000003.parquet")
+    assert table.num_rows == 8 and {"text", "reward/correctness", "facts", "tokens", "policy_step"} <= set(
+        table.column_names
+    )
+    assert set(table["policy_step"].to_pylist()) == {3}
+    assert "after second" in closing_summary(whole)
+
+
+def test_on_policy_updates_agree_with_the_sampler(whole):
+    for line in lines(whole)[2:]:
+        assert line["policy/kl_sampler"] < 1e-6
+        assert line["policy/clipped"] == 0
+
+
+@pytest.mark.parametrize("killed_after", [1, 3])
+def test_killed_and_resumed_is_never_killed(whole, config_file, tmp_path, monkeypatch, killed_after):
+    folder = tmp_path / "run"
+    step_of = {"warmup_step": loop.warmup_step, "grpo_step": loop.grpo_step}
+
+    def dies(name):
+        def step(setup, run, state, stage, number, scoring):
+            result = step_of[name](setup, run, state, stage, number, scoring)
+            if number == killed_after:  # its line is written, its checkpoint is not
+                raise KeyboardInterrupt
+            return result
+
+        return step
+
+    with monkeypatch.context() as patch:
+        for name in step_of:
+            patch.setattr(loop, name, dies(name))
+        with pytest.raises(KeyboardInterrupt):
+            train(load_config(config_file), folder)
+    assert checkpoint.latest(folder / "checkpoints") == killed_after
+    train(load_config(config_file), folder)
+    assert lines(folder) == lines(whole)
+    assert lines(folder, "evaluations.jsonl") == lines(whole, "evaluations.jsonl")
+    states = [final_state(run, config_file) for run in (folder, whole)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_a_finished_run_is_left_as_it_is(whole, config_file):
+    before = lines(whole), lines(whole, "evaluations.jsonl")
+    train(load_config(config_file), whole)
+    assert before == (lines(whole), lines(whole, "evaluations.jsonl"))
+
+
+def test_a_run_made_by_another_config_is_refused(whole, config_file):
+    with pytest.raises(UserError, match=r"grpo.samples is 4 there and 2 here; use --fresh"):
+        train(load_config(config_file, ["--grpo.samples", "2"]), whole)
+
+
+def test_a_directory_with_something_else_in_it_is_refused(config_file, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    for fresh in (False, True):
+        with pytest.raises(UserError, match="holds no run of pkv"):
+            train(load_config(config_file), tmp_path, fresh=fresh)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_a_run_is_a_model(whole, config_file):
+    policy = load_policy(str(whole), make_mesh(load_config(config_file).mesh))
+    assert policy.step == 5
+    assert policy.system.startswith("Hold a <competition>")
+    jax.tree.map(np.testing.assert_array_equal, policy.params, final_state(whole, config_file).params)
+
+
+def test_every_epoch_draws_every_problem_once(config_file):
+    setup = build(load_config(config_file, ["--data.train", "arithmetic:train:count=6"]))
+    drawn = [p.problem.id for step in range(2, 8) for p in setup.draw_prompts(step)]
+    assert len(set(drawn[:6])) == 6 and set(drawn[:6]) == set(drawn[6:12])
+    assert drawn[:6] != drawn[6:12]
+
+
+def test_questions_in_both_splits_are_refused(config_file):
+    with pytest.raises(UserError, match=r"data.heldout: \d+ questions are in data.train too"):
+        build(load_config(config_file, ["--data.heldout", "arithmetic:train"]))
+
+
+def test_a_budget_longer_than_a_row_is_found_before_the_first_step(config_file):
+    with pytest.raises(UserError, match=r"grpo.row_tokens: 64 tokens"):
+        build(load_config(config_file, ["--grpo.row_tokens", "64"]))
+
+
+def test_a_round_waits_for_what_it_requires():
+    round_ = RoundConfig(name="longer", require={"accuracy": 0.5})
+    check_requirement(round_, [{"metrics": {"accuracy": 0.6}}])
+    with pytest.raises(
+        UserError, match=r"rounds.longer.require.accuracy: at least 0.5 is required, held-out it is 0.4"
+    ):
+        check_requirement(round_, [{"metrics": {"accuracy": 0.9}}, {"metrics": {"accuracy": 0.4}}])
+    with pytest.raises(UserError, match="no such held-out metric"):
+        check_requirement(round_, [{"metrics": {"format": 1.0}}])
+
+
+def test_an_unknown_reward_is_found_before_the_first_step(config_file):
+    config = load_config(config_file, ["--rounds.second.weights", "{corectness: 1.0}"])
+    with pytest.raises(UserError, match="did you mean 'correctness'"):
+        stages(config)
