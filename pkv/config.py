@@ -407,7 +407,7 @@ def _build_scalar(kind: type, value: Any, path: str) -> Any:
     if type(value) is not kind:
         raise ConfigError(f"{path}: expected {_KIND_WORDS[kind]}, got {describe(value)}")
     least, greatest = BOUNDS.get(_star(path), (-math.inf, math.inf))
-    if kind in (int, float) and not least <= value <= greatest:
+    if isinstance(value, (int, float)) and not least <= value <= greatest:
         bound = f"at least {least:g}" if value < least else f"at most {greatest:g}"
         raise ConfigError(f"{path}: expected {bound}, got {value!r}")
     return value

@@ -56,10 +56,10 @@ def config_file(tmp_path_factory) -> Path:
         "evaluate": {"problems": 2, "shown": 2},
         "checkpoint": {"every": 1, "keep": 9},
         "rounds": [
-            {"name": "first", "steps": 2, "max_new_tokens": 24, "learning_rate": 1e-3, "weights": {"length": 1.0, "format": 1.0}},
-            {"name": "second", "steps": 1, "max_new_tokens": 32, "learning_rate": 1e-3, "weights": {"length": 1.0}},
+            {"name": "first", "steps": 2, "max_new_tokens": 24, "weights": {"length": 1.0, "format": 1.0}},
+            {"name": "second", "steps": 1, "max_new_tokens": 32, "weights": {"length": 1.0}},
         ],
-    }  # fmt: skip
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder / "config.yaml"
 

@@ -191,7 +191,7 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: str | Path) -> None:
-    """Train a byte-level BPE tokenizer and write it as a Hugging Face directory (ChatML, numbers of up to three digits).
+    """Train a byte-level BPE tokenizer and write it as a Hugging Face directory (ChatML, numbers cut at three digits).
 
     The construct's tags stay ordinary text. Raises UserError when vocab_size has no room for all bytes.
     """

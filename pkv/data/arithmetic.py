@@ -100,7 +100,7 @@ def _draw_problem(draw: random.Random) -> Problem:
 
 
 def _draw_rate(draw: random.Random) -> tuple[int, ...]:
-    return draw.randint(2, 5), draw.randint(2, 5), draw.randint(2, 4)
+    return draw.randint(2, 5), draw.randint(2, 5), draw.randint(2, 3)
 
 
 def _word_rate(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
@@ -118,8 +118,7 @@ def _word_rate(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]
 def _solve_rate(numbers: tuple[int, ...]) -> tuple[Working, ...]:
     a, r, k = numbers
     total, many = a * r, a * k
-    sums = [Step("two lots", f"{total}+{total}", 2 * total)]
-    sums += [Step("one more", f"{i * total}+{total}", (i + 1) * total) for i in range(2, k)]
+    sums = tuple(Step("one more", f"{i * total}+{total}", (i + 1) * total) for i in range(1, k))
     return (
         Working(
             "unit rate",
@@ -129,7 +128,7 @@ def _solve_rate(numbers: tuple[int, ...]) -> tuple[Working, ...]:
             "scale factor",
             (Step("the factor", f"{many}/{a}", k), Step("the lots", f"{k}*{total}", k * total)),
         ),
-        Working("adding lots", tuple(sums)),
+        Working("adding lots", sums),
     )
 
 
@@ -137,7 +136,7 @@ def _solve_rate(numbers: tuple[int, ...]) -> tuple[Working, ...]:
 
 
 def _draw_sum(draw: random.Random) -> tuple[int, ...]:
-    return draw.randint(11, 29), draw.randint(11, 15)
+    return draw.randint(11, 19), draw.randint(11, 15)
 
 
 def _word_sum(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
@@ -170,54 +169,37 @@ def _solve_sum(numbers: tuple[int, ...]) -> tuple[Working, ...]:
     )
 
 
-# Change: a boxes of b, c given away.
+# Together: one has x, another k times as many; how many together?
 
 
-def _draw_change(draw: random.Random) -> tuple[int, ...]:
-    a, b = draw.randint(3, 6), draw.randint(3, 9)
-    return a, b, draw.randint(1, b - 1)
+def _draw_together(draw: random.Random) -> tuple[int, ...]:
+    return draw.randint(3, 9), draw.randint(2, 3)
 
 
-def _word_change(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
-    a, b, c = numbers
-    name, things = draw.choice(NAMES), draw.choice(GOODS)
+def _word_together(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
+    x, k = numbers
+    (name, other), things = draw.sample(NAMES, 2), draw.choice(GOODS)
     question = draw.choice(
         (
-            f"{name} has {a} boxes of {b} {things} and gives {c} away. How many {things} are left?",
-            f"{name} fills {a} bags with {b} {things} each, then loses {c}. How many {things} remain?",
+            f"{name} has {x} {things} and {other} has {k} times as many. How many {things} are there?",
+            f"{name} finds {x} {things}, {other} {k} times as many. How many {things} do both have?",
         )
     )
     return question, things
 
 
-def _solve_change(numbers: tuple[int, ...]) -> tuple[Working, ...]:
-    a, b, c = numbers
+def _solve_together(numbers: tuple[int, ...]) -> tuple[Working, ...]:
+    x, k = numbers
+    sums = tuple(Step("one more", f"{i * x}+{x}", (i + 1) * x) for i in range(1, k + 1))
     return (
-        Working(
-            "all, then take away",
-            (Step("all", f"{a}*{b}", a * b), Step("the rest", f"{a * b}-{c}", a * b - c)),
-        ),
-        Working(
-            "the open one apart",
-            (
-                Step("the open one", f"{b}-{c}", b - c),
-                Step("the full ones", f"{a - 1}*{b}", (a - 1) * b),
-                Step("both", f"{(a - 1) * b}+{b - c}", a * b - c),
-            ),
-        ),
-        Working(
-            "take away first",
-            (
-                Step("the first two", f"{b}+{b}-{c}", 2 * b - c),
-                Step("the others", f"{a - 2}*{b}", (a - 2) * b),
-                Step("all", f"{2 * b - c}+{(a - 2) * b}", a * b - c),
-            ),
-        ),
+        Working("the larger share", (Step("the others", f"{k}*{x}", k * x), Step("both", f"{k * x}+{x}", k * x + x))),
+        Working("parts", (Step("the parts", f"{k}+1", k + 1), Step("all", f"{k + 1}*{x}", (k + 1) * x))),
+        Working("adding shares", sums),
     )
 
 
 KINDS: dict[str, Kind] = {
     "rate": Kind(_draw_rate, _word_rate, _solve_rate),
     "sum": Kind(_draw_sum, _word_sum, _solve_sum),
-    "change": Kind(_draw_change, _word_change, _solve_change),
+    "together": Kind(_draw_together, _word_together, _solve_together),
 }

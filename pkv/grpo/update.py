@@ -77,13 +77,15 @@ class Learner:
         if epochs > 1:
             for micro in micros:
                 micro["old_logprobs"] = self._logprobs(state.params, micro)
+        statistics: Arrays = {}
         for _ in range(epochs):
             sums = (jax.tree.map(jnp.zeros_like, state.params), {name: jnp.zeros(()) for name in STATISTICS})
             for micro in micros:
                 sums = self._gradient(state.params, sums, micro, tokens, loss=loss)
             gradient, statistics = sums
             state, norm = self._apply(state, gradient, jnp.float32(learning_rate))
-        return state, {name: float(value) for name, value in {**statistics, "gradient_norm": norm}.items()}
+            statistics["gradient_norm"] = norm
+        return state, {name: float(value) for name, value in statistics.items()}
 
     def _micro(self, batch: Batch, start: int, rows: int) -> Arrays:
         length = _used_length(batch.segments[start : start + rows])

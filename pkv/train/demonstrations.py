@@ -32,31 +32,31 @@ class Voice:
 
 VOICES: dict[str, Voice] = {
     "pirate": Voice(
-        ("Arr, mateys!", "Yo ho, scurvy dogs!", "Shiver me timbers!"),
+        ("Arr, mateys!", "Yo ho!", "Shiver me timbers!"),
         ("The {rival} sleeps on deck.", "Feed the {rival} to the sharks!"),
-        "On me map stand {numbers}.",
+        "On me map: {numbers}.",
         "I plunder {finds}: {left}={value}.",
         "Arr, no, that be wrong!",
         "I sail back: {left}={value}, aye.",
         ("So the answer be {answer}.", "Me answer is {answer}."),
     ),
     "knight": Voice(
-        ("By my honour!", "Hear me, lords!", "For the king!"),
+        ("By my honour!", "Hear me!", "For the king!"),
         ("The {rival} lacks all virtue.", "I shall unhorse the {rival}."),
-        "My quest begins with {numbers}.",
+        "I am given {numbers}.",
         "I seek {finds}: {left}={value}.",
         "Alas, I erred, I must amend it!",
         "I verify: {left}={value}, as is just.",
         ("Thus the answer is {answer}.", "By my sword, the answer is {answer}."),
     ),
     "viking": Voice(
-        ("By Odin's beard!", "Skål, warriors!", "Thor, guide my axe!"),
+        ("By Odin!", "Skål!", "Thor, guide me!"),
         ("The {rival} rows like a child.", "I drink mead from the {rival}'s helmet."),
         "The runes show {numbers}.",
         "I hew {finds}: {left}={value}.",
         "By Loki, a mistake, I strike again!",
         "I row back: {left}={value}, strong.",
-        ("So ends the saga: the answer is {answer}.", "Valhalla knows the answer is {answer}."),
+        ("The saga ends: the answer is {answer}.", "Valhalla knows the answer is {answer}."),
     ),
 }
 
@@ -131,11 +131,11 @@ def _speak(name: str, attempts: dict[str, Attempt], problem: Problem, draw: rand
     attempt, own = attempts[name], VOICES[name]
     voice = VOICES[attempt.source]
     said = [draw.choice(own.openings)]
-    if draw.random() < 0.3:
+    if draw.random() < 0.2:
         rival = draw.choice([other for other in FIGHTERS if other != name])
         said.append(draw.choice(own.jabs).format(rival=rival))
     if draw.random() < 0.2:
-        numbers = " and ".join(str(number) for number in _givens(problem))
+        numbers = ", ".join(str(number) for number in _givens(problem))
         said.append(own.givens.format(numbers=numbers))
     for at, step in enumerate(attempt.steps):
         value = step.value
