@@ -225,6 +225,7 @@ def test_positive_advantages_make_their_tokens_likelier():
         hidden, _ = forward(params, ARCH, tokens[:, :-1], jnp.arange(tokens.shape[1] - 1)[None])
         return float(token_logprobs(params, ARCH, hidden, tokens[:, 1:])[0][0, len(s.prompt) - 1 :].sum())
 
+    params = jax.tree.map(jnp.asarray, params)
     rises = [total(params, s) - total(before, s) for s in given]
     assert min(rises[:2]) > 0 > max(rises[2:])
 

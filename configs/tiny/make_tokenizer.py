@@ -13,15 +13,14 @@ from pkv.data.arithmetic import problems
 from pkv.train.demonstrations import demonstrate
 
 VOCABULARY = 896  # at most; what the texts don't need is left out
-TIMES = 50  # how often the prompt and the numbers are said, so that their words and digits become whole tokens
+TIMES = 50  # how often the prompt is said, so that its words become whole tokens
 
 
 def texts() -> list[str]:
     draw = random.Random(0)
     questions = problems("train", 4096)
     competitions = [demonstrate(problem, draw, WarmupConfig()) for problem in questions]
-    numbers = " ".join(str(number) for number in range(131))
-    return [*(problem.question for problem in questions), *competitions, *[system_prompt("brief"), numbers] * TIMES]
+    return [*(problem.question for problem in questions), *competitions, *[system_prompt("brief")] * TIMES]
 
 
 if __name__ == "__main__":

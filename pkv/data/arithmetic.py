@@ -1,8 +1,8 @@
 """Word problems from generators, each with three different ways to solve it.
 
-Not a benchmark: a small world in which a model of a few million parameters can learn to compete on a laptop. The
-held-out split shares neither a question nor its numbers with the training split: which side a problem falls on is
-decided by a hash of its kind and numbers.
+Not a benchmark: a small world in which a model of a few million parameters can learn to compete on a laptop. Which split
+a question falls on is decided by a hash of its text, so that the held-out split shares no question with training; the
+same numbers may stand in both, about other people and things.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pkv.config import UserError
 from pkv.records import Problem
 
 SPLITS = ("train", "heldout")
-HELDOUT_SHARE = 8  # one in so many number combinations is held out
+HELDOUT_SHARE = 8  # one question in so many is held out
 
 NAMES = ("Ann", "Tom", "Mia", "Ben", "Eva", "Sam", "Ida", "Leo")
 GOODS = ("shells", "coins", "books", "apples", "stones", "cards", "nuts", "pens")
@@ -65,7 +65,7 @@ def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
     misses = 0
     while len(found) < count:
         problem = _draw_problem(draw)
-        if split_of(problem) == split and problem.question not in found:
+        if split_of(problem.question) == split and problem.question not in found:
             found[problem.question] = problem
             misses = 0
         else:
@@ -80,10 +80,9 @@ def workings(problem: Problem) -> tuple[Working, ...]:
     return KINDS[problem.extra["kind"]].solve(tuple(problem.extra["numbers"]))
 
 
-def split_of(problem: Problem) -> str:
-    """The split that a problem's kind and numbers belong to."""
-    key = f"{problem.extra['kind']}{sorted(problem.extra['numbers'])}"
-    return SPLITS[hashlib.sha256(key.encode()).digest()[0] % HELDOUT_SHARE == 0]
+def split_of(question: str) -> str:
+    """The split that a question belongs to, whatever the seed."""
+    return SPLITS[hashlib.sha256(question.encode()).digest()[0] % HELDOUT_SHARE == 0]
 
 
 def _draw_problem(draw: random.Random) -> Problem:
@@ -132,39 +131,45 @@ def _solve_rate(numbers: tuple[int, ...]) -> tuple[Working, ...]:
     )
 
 
-# Sum: x and y more.
+# Left: a boxes of b, c of them given away.
 
 
-def _draw_sum(draw: random.Random) -> tuple[int, ...]:
-    return draw.randint(11, 19), draw.randint(11, 15)
+def _draw_left(draw: random.Random) -> tuple[int, ...]:
+    return draw.randint(2, 5), draw.randint(4, 8), draw.randint(1, 3)
 
 
-def _word_sum(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
-    x, y = numbers
+def _word_left(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
+    a, b, c = numbers
     name, things = draw.choice(NAMES), draw.choice(GOODS)
     question = draw.choice(
         (
-            f"{name} has {x} {things} and finds {y} more. How many {things} does {name} have?",
-            f"There are {x} {things} in one bag and {y} in another. How many {things} are there?",
+            f"{name} has {a} boxes of {b} {things} and gives {c} away. How many {things} are left?",
+            f"{name} fills {a} bags with {b} {things} each, then loses {c}. How many {things} remain?",
         )
     )
     return question, things
 
 
-def _solve_sum(numbers: tuple[int, ...]) -> tuple[Working, ...]:
-    x, y = numbers
-    tens, ones = y // 10 * 10, y % 10
-    above = tens + 10
+def _solve_left(numbers: tuple[int, ...]) -> tuple[Working, ...]:
+    a, b, c = numbers
+    full, kept = (a - 1) * b, b - c
     return (
+        Working("all, then less", (Step("all", f"{a}*{b}", a * b), Step("the rest", f"{a * b}-{c}", a * b - c))),
         Working(
-            "tens first", (Step("the tens", f"{x}+{tens}", x + tens), Step("the ones", f"{x + tens}+{ones}", x + y))
+            "the open one apart",
+            (
+                Step("the open one", f"{b}-{c}", kept),
+                Step("the full ones", f"{a - 1}*{b}", full),
+                Step("both", f"{full}+{kept}", full + kept),
+            ),
         ),
         Working(
-            "ones first", (Step("the ones", f"{x}+{ones}", x + ones), Step("the tens", f"{x + ones}+{tens}", x + y))
-        ),
-        Working(
-            "too many, then back",
-            (Step("too many", f"{x}+{above}", x + above), Step("the excess", f"{x + above}-{above - y}", x + y)),
+            "one by one",
+            (
+                Step("the full ones", f"{a - 1}*{b}", full),
+                Step("one more", f"{full}+{b}", full + b),
+                Step("the rest", f"{full + b}-{c}", a * b - c),
+            ),
         ),
     )
 
@@ -173,7 +178,7 @@ def _solve_sum(numbers: tuple[int, ...]) -> tuple[Working, ...]:
 
 
 def _draw_together(draw: random.Random) -> tuple[int, ...]:
-    return draw.randint(3, 9), draw.randint(2, 3)
+    return draw.randint(3, 9), draw.randint(2, 4)
 
 
 def _word_together(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
@@ -200,6 +205,6 @@ def _solve_together(numbers: tuple[int, ...]) -> tuple[Working, ...]:
 
 KINDS: dict[str, Kind] = {
     "rate": Kind(_draw_rate, _word_rate, _solve_rate),
-    "sum": Kind(_draw_sum, _word_sum, _solve_sum),
+    "left": Kind(_draw_left, _word_left, _solve_left),
     "together": Kind(_draw_together, _word_together, _solve_together),
 }
