@@ -21,8 +21,8 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# Qwen2's pre-tokenizer: words with the blank before them, every digit by itself, runs of signs, runs of blanks. Not free
-# to choose: beside a Qwen2 config.json transformers puts it in place of whatever tokenizer.json says.
+# Qwen2's pre-tokenizer: words with the blank before them, every digit by itself, runs of signs, runs of blanks.
+# Not free to choose: beside a Qwen2 config.json transformers puts it in place of whatever tokenizer.json says.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
