@@ -1,8 +1,8 @@
 """Word problems from generators, each with three different ways to solve it.
 
 Not a benchmark: a small world in which a model of a few million parameters can learn to compete on a laptop. Which
-split a question falls on is decided by a hash of its text, so that the held-out split shares no question with training; the
-same numbers may stand in both, about other people and things.
+split a question falls on is decided by a hash of its text, so that the held-out split shares no question with training;
+the same numbers may stand in both, about other people and things.
 """
 
 from __future__ import annotations
