@@ -126,7 +126,7 @@ class Learner:
     ) -> tuple[TrainState, jax.Array]:
         step, optimizer = self._optimizer.update(gradient, state.optimizer, state.params)
         params = jax.tree.map(lambda weight, change: weight - learning_rate * change, state.params, step)
-        return TrainState(params, optimizer), optax.global_norm(gradient)
+        return TrainState(params, optimizer), optax.tree.norm(gradient)
 
 
 def _used_length(segments_BT: np.ndarray) -> int:
