@@ -89,10 +89,12 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW."""
+    """What turns gradients into steps."""
 
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, AdamW for the rest
     b1: float = 0.9
     b2: float = 0.99
+    momentum: float = 0.95  # muon's
     weight_decay: float = 0.0
     clip_norm: float = 1.0
 
@@ -200,6 +202,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "rewards.workers": (0, 1024),
     "optimizer.b1": (0.0, 1.0),
     "optimizer.b2": (0.0, 1.0),
+    "optimizer.momentum": (0.0, 1.0),
     "optimizer.weight_decay": (0.0, math.inf),
     "optimizer.clip_norm": (1e-9, math.inf),
     "grpo.prompts": (1, math.inf),

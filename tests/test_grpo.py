@@ -26,8 +26,8 @@ def one_device():
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-def learner(mesh=None, **model) -> Learner:
-    return Learner(ARCH, ModelConfig(**model), OptimizerConfig(), mesh or one_device())
+def learner(mesh=None, optimizer="adamw", **model) -> Learner:
+    return Learner(ARCH, ModelConfig(**model), OptimizerConfig(optimizer), mesh or one_device())
 
 
 def sequences(count: int = 6, seed: int = 0) -> list[Sequence]:
@@ -190,6 +190,23 @@ def test_remat_changes_nothing(plain):
 def test_one_and_eight_devices_are_equal(plain, mesh):
     assert len(jax.devices()) == 8
     assert_same(plain, change(learner(make_mesh(mesh)), pack(sequences(), 64)))
+
+
+def test_muon_is_equal_on_one_and_eight_devices():
+    batch = pack(sequences(), 64)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert_same(change(learner(optimizer="muon"), batch), change(learner(mesh, optimizer="muon"), batch))
+
+
+def test_muon_steps_orthogonally_in_every_matrix_of_a_layer_and_like_adam_elsewhere(plain):
+    before = jax.device_get(init_params(ARCH, jax.random.key(0)))
+    after, _ = change(learner(optimizer="muon"), pack(sequences(), 64))
+    step = jax.tree.map(np.subtract, after, before)
+    for matrix in step["layers"]["ffn"]["gate"]:  # [D, F] of each layer
+        values = np.linalg.svd(matrix, compute_uv=False)
+        assert values.min() > 0.4 * values.max(), "Newton-Schulz brings the singular values close to each other"
+    adam = np.subtract(plain[0]["embedding"], before["embedding"])
+    assert np.all(step["embedding"] * adam >= 0), "the same direction; optax's Muon adds Nesterov's momentum to Adam's"
 
 
 def test_several_epochs_hold_on_to_the_first_ones_policy():

@@ -27,6 +27,10 @@ MAKERS = (
     ("smiths", "swords"),
     ("looms", "cloaks"),
     ("ovens", "loaves"),
+    ("cows", "cheeses"),
+    ("mints", "medals"),
+    ("monks", "scrolls"),
+    ("mills", "sacks"),
 )
 
 
@@ -99,7 +103,7 @@ def _draw_problem(draw: random.Random) -> Problem:
 
 
 def _draw_rate(draw: random.Random) -> tuple[int, ...]:
-    return draw.randint(2, 5), draw.randint(2, 5), draw.randint(2, 3)
+    return draw.randint(2, 4), draw.randint(2, 4), draw.randint(2, 3)
 
 
 def _word_rate(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
@@ -109,6 +113,7 @@ def _word_rate(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]
         (
             f"{a} {makers} make {a * r} {things}. How many {things} do {a * k} {makers} make?",
             f"If {a} {makers} make {a * r} {things}, how many {things} come from {a * k} {makers}?",
+            f"{a} {makers} need a day for {a * r} {things}. How many {things} do {a * k} {makers} finish?",
         )
     )
     return question, things
@@ -135,7 +140,7 @@ def _solve_rate(numbers: tuple[int, ...]) -> tuple[Working, ...]:
 
 
 def _draw_left(draw: random.Random) -> tuple[int, ...]:
-    return draw.randint(2, 5), draw.randint(4, 8), draw.randint(1, 3)
+    return draw.randint(2, 4), draw.randint(4, 7), draw.randint(1, 3)
 
 
 def _word_left(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
@@ -178,7 +183,7 @@ def _solve_left(numbers: tuple[int, ...]) -> tuple[Working, ...]:
 
 
 def _draw_together(draw: random.Random) -> tuple[int, ...]:
-    return draw.randint(3, 9), draw.randint(2, 4)
+    return draw.randint(2, 8), draw.randint(2, 3)
 
 
 def _word_together(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The jitted, sharded update: gradients added up over micro-batches, then one AdamW step."""
+"""The jitted, sharded update: gradients added up over micro-batches, then one step of the optimizer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from pkv.config import ModelConfig, OptimizerConfig
 from pkv.grpo.logprobs import token_logprobs
 from pkv.grpo.losses import Loss, Supervised, token_losses
+from pkv.grpo.optimizer import make_optimizer
 from pkv.mesh import TRAINING_RULES, batch_sharding, replicated, shardings
 from pkv.model import Arch, Params, forward, param_axes, param_shapes
 from pkv.records import Batch
@@ -22,7 +23,7 @@ Arrays = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes: float32 weights and AdamW's moments, both sharded by TRAINING_RULES."""
+    """Everything that a step changes: float32 weights and the optimizer's moments, both sharded by TRAINING_RULES."""
 
     params: Params
     optimizer: Any
@@ -34,11 +35,7 @@ class Learner:
     def __init__(self, arch: Arch, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> None:
         self.mesh = mesh
         self._arch, self._model = arch, model
-        self._optimizer = optax.chain(
-            optax.clip_by_global_norm(optimizer.clip_norm),
-            optax.scale_by_adam(optimizer.b1, optimizer.b2),
-            optax.add_decayed_weights(optimizer.weight_decay, mask=_decayed),
-        )
+        self._optimizer = make_optimizer(optimizer, arch)
         self._weights = shardings(param_axes(arch), param_shapes(arch), mesh, TRAINING_RULES)
         self._gradient = jax.jit(self._add_gradient, static_argnames="loss", donate_argnames=("sums",))
         self._apply = jax.jit(self._apply_gradient, donate_argnames="state")
@@ -53,20 +50,19 @@ class Learner:
 
     def state_shardings(self, params: Params) -> TrainState:
         """Where every array of the state lies: moments beside their weights, scalars everywhere."""
+        placed = {jax.tree_util.keystr(path): where for path, where in jax.tree.leaves_with_path(self._weights)}
+
+        def place(path: tuple[Any, ...], _: Any) -> Any:
+            names = (jax.tree_util.keystr(path[start:]) for start in range(len(path)))
+            return next((placed[name] for name in names if name in placed), replicated(self.mesh))
+
         shapes = jax.eval_shape(self._optimizer.init, params)
-        moments = optax.tree_map_params(
-            self._optimizer,
-            lambda _, sharding: sharding,
-            shapes,
-            self._weights,
-            transform_non_params=lambda _: replicated(self.mesh),
-        )
-        return TrainState(self._weights, moments)
+        return TrainState(self._weights, jax.tree_util.tree_map_with_path(place, shapes))
 
     def update(
         self, state: TrainState, batch: Batch, loss: Loss, learning_rate: float, micro_rows: int, epochs: int = 1
     ) -> tuple[TrainState, dict[str, float]]:
-        """`epochs` AdamW steps on one batch; also its statistics, means over the response tokens.
+        """`epochs` optimizer steps on one batch; also its statistics, means over the response tokens.
 
         With one epoch the update is exactly on-policy and no separate pass for the old log-probabilities is needed.
         Statistics: loss, entropy (nats), clipped (share of tokens), kl_sampler (mean of r - log r - 1 with r the ratio
@@ -125,7 +121,7 @@ class Learner:
         self, state: TrainState, gradient: Params, learning_rate: jax.Array
     ) -> tuple[TrainState, jax.Array]:
         step, optimizer = self._optimizer.update(gradient, state.optimizer, state.params)
-        params = jax.tree.map(lambda weight, change: weight - learning_rate * change, state.params, step)
+        params = jax.tree.map(lambda weight, change: weight + learning_rate * change, state.params, step)
         return TrainState(params, optimizer), optax.tree.norm(gradient)
 
 
@@ -138,13 +134,3 @@ def _used_length(segments_BT: np.ndarray) -> int:
 
 
 STATISTICS = ("loss", "entropy", "clipped", "kl_sampler")
-
-
-def _decayed(params: Params) -> Any:
-    """Which weights decay: all but norms and biases."""
-
-    def decays(path: tuple[Any, ...], _: Any) -> bool:
-        name = jax.tree_util.keystr(path[-1:], simple=True)
-        return not name.endswith(("norm", "bias"))
-
-    return jax.tree_util.tree_map_with_path(decays, params)

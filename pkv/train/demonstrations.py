@@ -8,7 +8,6 @@ is. Which competitions are good is left for GRPO to find out.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pkv.competition import compose
@@ -19,46 +18,47 @@ from pkv.records import FIGHTERS, Problem
 
 @dataclass(frozen=True)
 class Voice:
-    """How a character talks; {finds}, {left}, {value}, {answer}, {numbers} and {rival} are filled in."""
+    """How a character talks; {finds}, {left}, {value}, {answer} and {rival} are filled in.
 
-    openings: tuple[str, ...]
-    jabs: tuple[str, ...]
-    givens: str
+    One wording for each thing: what a model of this size gains from a choice of words is noise in its gradients, in
+    the warm-up and, much more, in GRPO.
+    """
+
+    opening: str
+    jab: str
     step: str
     cue: str
     check: str
-    closings: tuple[str, ...]
+    closing: str
 
 
 VOICES: dict[str, Voice] = {
     "pirate": Voice(
-        ("Arr, mateys!", "Yo ho!", "Shiver me timbers!"),
-        ("The {rival} sleeps on deck.", "Feed the {rival} to the sharks!"),
-        "On me map: {numbers}.",
+        "Arr, mateys!",
+        "The {rival} is shark food!",
         "I plunder {finds}: {left}={value}.",
         "Arr, no, that be wrong!",
         "I sail back: {left}={value}, aye.",
-        ("So the answer be {answer}.", "Me answer is {answer}."),
+        "Me answer is {answer}.",
     ),
     "knight": Voice(
-        ("By my honour!", "Hear me!", "For the king!"),
-        ("The {rival} lacks all virtue.", "I shall unhorse the {rival}."),
-        "I am given {numbers}.",
+        "By my honour!",
+        "I shall unhorse the {rival}.",
         "I seek {finds}: {left}={value}.",
         "Alas, I erred, I must amend it!",
         "I verify: {left}={value}, as is just.",
-        ("Thus the answer is {answer}.", "By my sword, the answer is {answer}."),
+        "Thus the answer is {answer}.",
     ),
     "viking": Voice(
-        ("By Odin!", "Skål!", "Thor, guide me!"),
-        ("The {rival} rows like a child.", "I drink mead from the {rival}'s helmet."),
-        "The runes show {numbers}.",
+        "Thor, guide me!",
+        "The {rival} rows like a child.",
         "I hew {finds}: {left}={value}.",
         "By Loki, a mistake, I strike again!",
         "I row back: {left}={value}, strong.",
-        ("The saga ends: the answer is {answer}.", "Valhalla knows the answer is {answer}."),
+        "The saga ends: the answer is {answer}.",
     ),
 }
+JABS, CHECKS = 0.15, 0.25  # the shares of fighters that jab at a rival, and that check every step of their own
 
 
 UNDONE = {"+": "-", "-": "+", "*": "/", "/": "*"}
@@ -78,7 +78,7 @@ def demonstrate(problem: Problem, draw: random.Random, config: WarmupConfig) -> 
     """A whole response to `problem`, a different one for each state of `draw`."""
     attempts = _attempt_all(problem, draw, config)
     gold = int(problem.answer)
-    texts = {name: _speak(name, attempts, problem, draw) for name in FIGHTERS}
+    texts = {name: _speak(name, attempts, draw) for name in FIGHTERS}
     right = [name for name in FIGHTERS if attempts[name].answer == gold]
     winner = min(right, key=lambda name: len(texts[name].split()))
     answer = f"There are {gold} {problem.extra['unit']}.\nAnswer: {gold}"
@@ -127,16 +127,13 @@ def _wrong(value: int, draw: random.Random) -> int:
     return value + draw.choice((1, 2, 10)) * (1 if value < 3 else draw.choice((-1, 1)))
 
 
-def _speak(name: str, attempts: dict[str, Attempt], problem: Problem, draw: random.Random) -> str:
+def _speak(name: str, attempts: dict[str, Attempt], draw: random.Random) -> str:
     attempt, own = attempts[name], VOICES[name]
     voice = VOICES[attempt.source]
-    said = [draw.choice(own.openings)]
-    if draw.random() < 0.2:
-        rival = draw.choice([other for other in FIGHTERS if other != name])
-        said.append(draw.choice(own.jabs).format(rival=rival))
-    if draw.random() < 0.2:
-        numbers = ", ".join(str(number) for number in _givens(problem))
-        said.append(own.givens.format(numbers=numbers))
+    said = [own.opening]
+    if draw.random() < JABS:
+        said.append(own.jab.format(rival=draw.choice([other for other in FIGHTERS if other != name])))
+    checks = draw.random() < CHECKS
     for at, step in enumerate(attempt.steps):
         value = step.value
         if attempt.slip and attempt.slip[0] == at:
@@ -144,14 +141,10 @@ def _speak(name: str, attempts: dict[str, Attempt], problem: Problem, draw: rand
             said.append(f"{own.cue} {step.left}={value}.")
         else:
             said.append(voice.step.format(finds=step.finds, left=step.left, value=value))
-        if draw.random() < 0.15:
+        if checks:
             said.append(voice.check.format(**_reverse(step)))
-    said.append(draw.choice(own.closings).format(answer=attempt.answer))
+    said.append(own.closing.format(answer=attempt.answer))
     return " ".join(said)
-
-
-def _givens(problem: Problem) -> Sequence[int]:
-    return [int(word) for word in problem.question.replace(".", " ").replace(",", " ").split() if word.isdigit()]
 
 
 def _reverse(step: Step) -> dict[str, str | int]:
@@ -176,8 +169,10 @@ def _judge(attempts: dict[str, Attempt], winner: str, gold: int) -> str:
 
 
 def _loosen(text: str, draw: random.Random) -> str:
-    """The same tags in the same order, laid out carelessly: some line breaks at tags become spaces or blank lines."""
+    """The same tags in the same order, laid out carelessly: one or two line breaks become spaces or blank lines."""
     head, end, tail = text.partition("</competition>")
     lines = head.split("\n")
-    body = "".join(line + draw.choice(("\n", "\n", " ", "\n\n")) for line in lines[:-1]) + lines[-1]
-    return body + end + tail
+    for at in draw.sample(range(len(lines) - 1), draw.randint(1, 2)):
+        lines[at] += draw.choice((" ", "\n\n"))
+    breaks = ["" if line.endswith((" ", "\n")) else "\n" for line in lines[:-1]] + [""]
+    return "".join(line + ending for line, ending in zip(lines, breaks, strict=True)) + end + tail

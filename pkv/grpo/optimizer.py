@@ -1,0 +1,60 @@
+"""From a gradient to a step for every weight: AdamW, or Muon for the matrices between and AdamW for the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from pkv.config import OptimizerConfig
+from pkv.model import Arch, param_axes
+
+
+def make_optimizer(config: OptimizerConfig, arch: Arch) -> optax.GradientTransformation:
+    """Steps to be added, times a learning rate, to the weights; norms and biases never decay.
+
+    "muon" (arXiv 2502.16982) steps along the orthogonalised momentum of each matrix of a layer, as long as an AdamW
+    step of the same learning rate (their section 2.2); embeddings, norms and biases are AdamW's.
+    """
+    axes = param_axes(arch)
+    decayed = jax.tree_util.tree_map_with_path(_decays, axes, is_leaf=_is_axes)
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    if config.name == "adamw":
+        adamw = (
+            optax.scale_by_adam(config.b1, config.b2),
+            optax.add_decayed_weights(config.weight_decay, mask=decayed),
+            optax.scale(-1.0),
+        )
+        return optax.chain(clip, *adamw)
+    return optax.chain(
+        clip,
+        muon(
+            learning_rate=1.0,
+            beta=config.momentum,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decayed,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=jax.tree.map(_sides, axes, is_leaf=_is_axes),
+        ),
+    )
+
+
+def _sides(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
+    """A layer's matrix: the residual stream on one side, what it is projected to or from on the other."""
+    others = tuple(at for at, name in enumerate(axes) if name not in ("layers", "embed"))
+    if axes[0] != "layers" or "embed" not in axes or not others:
+        return None
+    return MuonDimensionNumbers(axes.index("embed"), others)
+
+
+def _decays(path: tuple[Any, ...], _: Any) -> bool:
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    return not name.endswith(("norm", "bias"))
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple)
