@@ -7,11 +7,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pkv import config as knobs
-from pkv.config import Config, ConfigError, UserError, as_plain, find_config, load_config, parse_config, shipped_configs
+from pkv.config import (
+    Config,
+    ConfigError,
+    UserError,
+    as_plain,
+    find_config,
+    knobs,
+    load_config,
+    parse_config,
+    shipped_configs,
+)
 from pkv.mesh import AXES
 
-PACKAGE = Path(knobs.__file__).parent
+PACKAGE = Path(knobs.__file__).parent.parent
 
 
 def write(tmp_path, text):

@@ -187,3 +187,17 @@ def test_an_unknown_reward_is_found_before_the_first_step(config_file):
     config = load_config(config_file, ["--rounds.second.weights", "{corectness: 1.0}"])
     with pytest.raises(UserError, match="did you mean 'correctness'"):
         stages(config)
+
+
+def test_a_share_of_the_whole_trace_names_a_reward_or_a_family(config_file):
+    def shares(text: str, *more: str):
+        return stages(load_config(config_file, ["--grpo.whole_trace", text, *more]))[1].whole_trace
+
+    found = shares("{format: 0.3, winner: 1}")
+    assert found["tag_structure"] == found["competition_format"] == 0.3
+    assert found["winner"] == 1.0 and found["correctness"] == 0.0
+    assert set(shares("{format: 0.3}", "--grpo.credit", "sequence").values()) == {1.0}
+    with pytest.raises(UserError, match=r"grpo\.whole_trace: unknown reward 'formt'; did you mean 'format'"):
+        shares("{formt: 1}")
+    with pytest.raises(UserError, match=r"grpo\.whole_trace\.tag_structure: expected a share from 0 to 1, got 2"):
+        shares("{format: 2}")

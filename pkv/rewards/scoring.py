@@ -129,19 +129,20 @@ def _find_facts(context: Context) -> dict[str, Any]:
     return facts | judge.measure(context)
 
 
-def resolve_weights(weights: Mapping[str, float], user: Sequence[str] = ()) -> dict[str, float]:
+def resolve_weights(weights: Mapping[str, float], user: Sequence[str] = (), path: str = "weights") -> dict[str, float]:
     """The weight of every reward, 0 where none is given: a family sets its members, a reward's own name overrides.
 
-    user: names of the user's own rewards. Raises UserError for an unknown name or a weight that is no finite number.
+    user: names of the user's own rewards. path: what the config calls these weights. Raises UserError for an unknown
+    name or a weight that is no finite number.
     """
     known = (*RULES, *user)
     for name, weight in weights.items():
         if name not in known and name not in FAMILIES:
             near = difflib.get_close_matches(name, [*known, *FAMILIES], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join([*FAMILIES, *known])}"
-            raise UserError(f"weights: unknown reward {name!r}; {hint}")
+            raise UserError(f"{path}: unknown reward {name!r}; {hint}")
         if not math.isfinite(weight):
-            raise UserError(f"weights.{name}: expected a finite number, got {weight!r}")
+            raise UserError(f"{path}.{name}: expected a finite number, got {weight!r}")
     resolved = dict.fromkeys(known, 0.0)
     for family, members in FAMILIES.items():
         if family in weights:

@@ -26,16 +26,19 @@ class Credit:
     silent: float
 
 
-def assign_credit(groups: Sequence[Group], weights: Mapping[str, float], config: GrpoConfig) -> Credit:
-    """Advantages by reward, spread over the tokens of the blocks that own them (over all, with `credit: sequence`)."""
+def assign_credit(
+    groups: Sequence[Group], weights: Mapping[str, float], whole_trace: Mapping[str, float], config: GrpoConfig
+) -> Credit:
+    """Advantages by reward, spread over the tokens of the blocks that own them.
+
+    whole_trace: reward -> the share of its advantage that all other tokens get too.
+    """
     names = [name for name, weight in weights.items() if weight]
     owners = [groups[0].cards[0].rewards[name].owner for name in names]
     values_KPG = np.array([[[_value(card.rewards[n].value) for card in g.cards] for g in groups] for n in names])
     advantages_KPG = advantages_by_reward(values_KPG, config.scale, config.std_floor)
     weights_K = np.array([weights[name] for name in names], np.float32)
-    whole_K = np.array(
-        [1.0 if config.credit == "sequence" else config.whole_trace.get(n, 0.0) for n in names], np.float32
-    )
+    whole_K = np.array([whole_trace[name] for name in names], np.float32)
     signal_P = groups_with_signal(advantages_KPG, weights_K)
     sequences: list[TrainingSequence] = []
     by_owner: list[list[dict[str, float]]] = []

@@ -64,7 +64,7 @@ def grpo_step(
         )
     generated = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
     check_scored(groups, config.rewards.max_unscored_share)
-    credit = assign_credit(groups, stage.weights, config.grpo)
+    credit = assign_credit(groups, stage.weights, stage.whole_trace, config.grpo)
     with clock("update"):
         batch = pack(credit.sequences, config.grpo.row_tokens)
         loss = ClippedSurrogate(config.grpo.clip_low, config.grpo.clip_high, config.grpo.importance_cap)

@@ -17,6 +17,7 @@ class Stage:
     """Global steps [first, stop) of the run; `round` is None in the warm-up.
 
     weights, length_optimum, max_new_tokens: the round's own; the warm-up is measured with those of the first round.
+    whole_trace: the share of every reward's advantage that all tokens of a response get.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Stage:
     stop: int
     round: RoundConfig | None
     weights: Mapping[str, float]
+    whole_trace: Mapping[str, float]
     length_optimum: int
     max_new_tokens: int
 
@@ -41,15 +43,25 @@ def stages(config: Config) -> list[Stage]:
     wanted += [(round_.name, round_.steps, round_) for round_ in config.rounds]
     found: list[Stage] = []
     user = tuple(load_user_files(config.rewards.user_files))
+    whole = _whole_trace(config, user)
     first = 0
     for name, steps, round_ in wanted:
         like = round_ or (config.rounds[0] if config.rounds else RoundConfig())
         weights = resolve_weights(like.weights, user)
         if steps:
-            stage = Stage(name, first, first + steps, round_, weights, like.length_optimum, like.max_new_tokens)
+            stage = Stage(name, first, first + steps, round_, weights, whole, like.length_optimum, like.max_new_tokens)
             found.append(stage)
         first += steps
     return found
+
+
+def _whole_trace(config: Config, user: Sequence[str]) -> dict[str, float]:
+    """Of every reward, the share of its advantage that goes to all tokens; with `credit: sequence` all of it."""
+    shares = resolve_weights(config.grpo.whole_trace, user, "grpo.whole_trace")
+    for name, share in shares.items():
+        if not 0.0 <= share <= 1.0:
+            raise UserError(f"grpo.whole_trace.{name}: expected a share from 0 to 1, got {share:g}")
+    return dict.fromkeys(shares, 1.0) if config.grpo.credit == "sequence" else shares
 
 
 def check_requirement(round_: RoundConfig, evaluations: Sequence[Mapping[str, Any]]) -> None:

@@ -1,0 +1,53 @@
+"""Every knob of pkv: YAML files over typed defaults, command-line flags over those. No jax here."""
+
+from pkv.config.knobs import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    GrpoConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PromptConfig,
+    RewardConfig,
+    RoundConfig,
+    SamplingConfig,
+    UserError,
+    WarmupConfig,
+)
+from pkv.config.reading import (
+    as_plain,
+    describe,
+    find_config,
+    load_config,
+    parse_config,
+    parse_overrides,
+    shipped_configs,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "GrpoConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PromptConfig",
+    "RewardConfig",
+    "RoundConfig",
+    "SamplingConfig",
+    "UserError",
+    "WarmupConfig",
+    "as_plain",
+    "describe",
+    "find_config",
+    "load_config",
+    "parse_config",
+    "parse_overrides",
+    "shipped_configs",
+]

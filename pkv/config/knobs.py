@@ -1,0 +1,220 @@
+"""Every knob of pkv, typed, with its default and its bounds. Each room receives its own slice of `Config` only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: printed as one line, exit code 2."""
+
+
+class ConfigError(UserError):
+    """A config that cannot be used."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model."""
+
+    path: str = ""  # a Hugging Face directory or a hub id; a relative path is looked up beside the config file first
+    init: Literal["pretrained", "random"] = "pretrained"  # random: only config.json and the tokenizer are read
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of compute; norms, softmax, logits and rotary tables stay 32-bit
+    )
+    remat: Literal["none", "layer"] = (
+        "none"  # layer: keep each layer's input only, compute the rest again in the backward
+    )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices along each axis; -1 takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """The system prompt, one versioned file, the same for training, evaluation, chat and export."""
+
+    system: str = "competition"  # a name in pkv/competition/prompts, or a path
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where problems come from (see `pkv.data.open_source` for what a SOURCE may be)."""
+
+    train: str = "arithmetic:train"
+    heldout: str = "arithmetic:heldout"
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How rollouts are drawn."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    slots: int = 64  # rows that decode at the same time
+    segment: int = 32  # decode steps on the device between two visits of the host
+    cache_block: int = 128  # the KV cache grows in steps of this many positions
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What is common to all rounds; weights and lengths are each round's own."""
+
+    user_files: tuple[str, ...] = ()  # Python files with `rewards() -> dict[name, (owner, function)]`
+    timeout_s: float = 2.0  # a reward that takes longer is unscored
+    max_unscored_share: float = 0.1  # above this share of unscored rollouts in a step the run stops
+    workers: int = 1  # scoring processes; 0 scores in the main process
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """What turns gradients into steps."""
+
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, AdamW for the rest
+    b1: float = 0.9
+    b2: float = 0.99
+    momentum: float = 0.95  # muon's
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """One GRPO step."""
+
+    prompts: int = 8  # P
+    samples: int = 8  # G, rollouts a prompt
+    credit: Literal["sequence", "block"] = "block"  # one scalar for all tokens, or each reward to its owner's tokens
+    whole_trace: dict[str, float] = field(default_factory=lambda: {"correctness": 1.0})
+    # with block credit: reward -> the share of its advantage that every token of the response gets
+    scale: Literal["std", "floored_std", "none"] = (
+        "floored_std"  # what a centred reward is divided by, within its group
+    )
+    std_floor: float = 0.25
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    importance_cap: float = 2.0  # truncated importance sampling, per token, against the sampler's log-probabilities
+    epochs: int = 1  # updates a rollout batch; 1 is exactly on-policy
+    mask_truncated: bool = False  # rollouts that ended at their budget give no gradient
+    row_tokens: int = 1024  # T of a packed row
+    micro_rows: int = 4  # B of one forward and backward pass
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    """A short supervised start on synthetic competitions; steps 0 leaves it out."""
+
+    steps: int = 0
+    demonstrations: int = 32  # a step
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-4
+    ramp_steps: int = 20  # linear increase at the start
+    copying: float = 0.4  # share of demonstrations in which a later fighter copies an earlier one
+    loose_layout: float = 0.4  # share whose layout is not the exact one
+    mistakes: float = 0.3  # share in which a fighter errs: half of them mend it, half are passed over by the judge
+
+
+@dataclass(frozen=True)
+class RoundConfig:
+    """One round of GRPO: data, not code."""
+
+    name: str = ""
+    steps: int = 0
+    learning_rate: float = 1e-6
+    weights: dict[str, float] = field(
+        default_factory=dict
+    )  # reward name -> weight; a family name sets all of its members
+    length_optimum: int = 128  # a fighter's tokens that earn the most
+    max_new_tokens: int = 1024
+    require: dict[str, float] = field(
+        default_factory=dict
+    )  # held-out metric -> the least it must have reached before the round
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out problems, at the start and the end of every round."""
+
+    problems: int = 64
+    samples: int = 1
+    temperature: float = 0.0
+    shown: int = 5  # problems whose answers are printed before and after
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """State on disk."""
+
+    every: int = 20  # steps
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    rounds: tuple[RoundConfig, ...] = ()
+    evaluate: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+# Bounds that a type cannot say: path -> (least, greatest).
+BOUNDS: dict[str, tuple[float, float]] = {
+    "sampling.temperature": (0.0, 100.0),
+    "sampling.top_p": (1e-6, 1.0),
+    "sampling.top_k": (0, math.inf),
+    "sampling.slots": (1, math.inf),
+    "sampling.segment": (1, math.inf),
+    "sampling.cache_block": (1, math.inf),
+    "rewards.timeout_s": (1e-3, math.inf),
+    "rewards.max_unscored_share": (0.0, 1.0),
+    "rewards.workers": (0, 1024),
+    "optimizer.b1": (0.0, 1.0),
+    "optimizer.b2": (0.0, 1.0),
+    "optimizer.momentum": (0.0, 1.0),
+    "optimizer.weight_decay": (0.0, math.inf),
+    "optimizer.clip_norm": (1e-9, math.inf),
+    "grpo.prompts": (1, math.inf),
+    "grpo.samples": (2, math.inf),
+    "grpo.std_floor": (0.0, math.inf),
+    "grpo.clip_low": (0.0, 1.0),
+    "grpo.clip_high": (0.0, math.inf),
+    "grpo.importance_cap": (1.0, math.inf),
+    "grpo.epochs": (1, math.inf),
+    "grpo.row_tokens": (8, math.inf),
+    "grpo.micro_rows": (1, math.inf),
+    "warmup.steps": (0, math.inf),
+    "warmup.demonstrations": (1, math.inf),
+    "warmup.copying": (0.0, 1.0),
+    "warmup.loose_layout": (0.0, 1.0),
+    "warmup.mistakes": (0.0, 1.0),
+    "evaluate.problems": (1, math.inf),
+    "evaluate.samples": (1, math.inf),
+    "evaluate.temperature": (0.0, 100.0),
+    "evaluate.shown": (0, math.inf),
+    "checkpoint.every": (1, math.inf),
+    "checkpoint.keep": (1, math.inf),
+    "rounds.*.steps": (0, math.inf),
+    "rounds.*.learning_rate": (0.0, 1.0),
+    "rounds.*.length_optimum": (1, math.inf),
+    "rounds.*.max_new_tokens": (1, math.inf),
+}
