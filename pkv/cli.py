@@ -63,8 +63,10 @@ class Train:
         config = load_config(self.config, flags)
         folder = Path(self.run) if self.run else Path("runs") / find_config(self.config).stem
         from pkv.train.loop import train
+        from pkv.train.rounds import reward_budgets
         from pkv.train.summary import closing_summary
 
+        out.say(reward_budgets(config))
         train(config, folder, self.fresh)
         out.say(closing_summary(folder))
         if out.json:

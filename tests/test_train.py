@@ -20,7 +20,7 @@ from pkv.mesh import make_mesh
 from pkv.train import loop
 from pkv.train.demonstrations import demonstrate
 from pkv.train.loop import train
-from pkv.train.rounds import check_requirement, stages
+from pkv.train.rounds import check_requirement, reward_budgets, stages
 from pkv.train.setup import build
 from pkv.train.summary import closing_summary
 
@@ -201,3 +201,16 @@ def test_a_share_of_the_whole_trace_names_a_reward_or_a_family(config_file):
         shares("{formt: 1}")
     with pytest.raises(UserError, match=r"grpo\.whole_trace\.tag_structure: expected a share from 0 to 1, got 2"):
         shares("{format: 2}")
+
+
+def test_every_round_says_what_can_be_earned(config_file, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "def rewards():\n    return {'brevity': ('answer', lambda problem, trace: 1.0)}\n", encoding="utf-8"
+    )
+    weights = "{format: 1.0, correctness: 4.0, brevity: 0.5}"
+    flags = ["--rewards.user_files", f"[{mine}]", "--rounds.second.weights", weights]
+    first, second = reward_budgets(load_config(config_file, flags)).split("\n\n")
+    assert first.startswith("Round first") and "warning: a right answer is worth 0" in first
+    assert second.startswith("Round second") and "a right answer is worth 4, everything else together 2" in second
+    assert "brevity" in second and "warning" not in second

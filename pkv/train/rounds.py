@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pkv.config import Config, RoundConfig, UserError
-from pkv.rewards import load_user_files, resolve_weights
+from pkv.rewards import RULES, budget, load_user_files, resolve_weights
 
 WARMUP = "warm-up"
 
@@ -53,6 +53,16 @@ def stages(config: Config) -> list[Stage]:
             found.append(stage)
         first += steps
     return found
+
+
+def reward_budgets(config: Config) -> str:
+    """What a trace can earn in each round, as lines for people. Raises UserError for an unknown reward."""
+    rounds = [stage for stage in stages(config) if stage.round is not None]
+    user = [[name for name in stage.weights if name not in RULES] for stage in rounds]
+    tables = [
+        f"Round {stage.name}\n{budget(stage.weights, names)}\n" for stage, names in zip(rounds, user, strict=True)
+    ]
+    return "\n".join(tables)
 
 
 def _whole_trace(config: Config, user: Sequence[str]) -> dict[str, float]:
