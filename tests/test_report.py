@@ -80,7 +80,7 @@ def write_run(folder, question="A hive gives wax for 4 candles. How many hives f
                 "name": name,
                 "metrics": {
                     "accuracy": 0.31 + 0.13 * place,
-                    "competition_format": 0.5 + 0.15 * place,
+                    "format": 0.5 + 0.15 * place,
                     "length/tokens": 172.0,
                 },
                 "samples": [

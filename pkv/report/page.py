@@ -9,10 +9,10 @@ from importlib.resources import files
 from pkv.report.reading import COLORS, Competition, Run
 
 # Metrics that are shares of something, shown as per cent; the rest are numbers.
-_SHARES = ("accuracy", "format", "competition_format", "tag_structure", "winner", "judge_accuracy")
+_SHARES = ("accuracy", "format", "tag_structure", "winner", "judge_accuracy")
 _HEADLINES = (
     ("accuracy", "right answers"),
-    ("competition_format", "exact format"),
+    ("format", "all tags in order"),
     ("length/tokens", "tokens a response"),
 )
 _HEADLINES += (("overlap/viking", "viking's copying"), ("overlap/knight", "knight's copying"))

@@ -156,7 +156,7 @@ def charts(run: Run) -> tuple[Chart, ...]:
             "share of problems",
             (
                 _held_out(run, "right answer", COLORS["answer"], "accuracy"),
-                _held_out(run, "exact format", "#7a4fa3", "competition_format", "format"),
+                _held_out(run, "all tags in order", "#7a4fa3", "format"),
             ),
             share=True,
         ),
@@ -178,7 +178,7 @@ def charts(run: Run) -> tuple[Chart, ...]:
             "share of responses",
             (
                 _training(run, "accuracy", "right answer", COLORS["answer"]),
-                _training(run, "format", "exact format", "#7a4fa3"),
+                _training(run, "format", "all tags in order", "#7a4fa3"),
             ),
             share=True,
         ),
