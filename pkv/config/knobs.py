@@ -120,7 +120,7 @@ class WarmupConfig:
     ramp_steps: int = 20  # linear increase at the start
     copying: float = 0.4  # share of demonstrations in which a later fighter copies an earlier one
     loose_layout: float = 0.4  # share whose layout is not the exact one
-    mistakes: float = 0.3  # share in which a fighter errs: half of them mend it, half are passed over by the judge
+    mistakes: float = 0.3  # share of fighters that err: some mend it, most are passed over by the judge
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def _draw_problem(draw: random.Random) -> Problem:
 
 
 def _draw_rate(draw: random.Random) -> tuple[int, ...]:
-    return draw.randint(2, 4), draw.randint(2, 4), draw.randint(2, 3)
+    return draw.randint(2, 3), draw.randint(2, 4), draw.randint(2, 3)
 
 
 def _word_rate(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
@@ -140,7 +140,7 @@ def _solve_rate(numbers: tuple[int, ...]) -> tuple[Working, ...]:
 
 
 def _draw_left(draw: random.Random) -> tuple[int, ...]:
-    return draw.randint(2, 4), draw.randint(4, 7), draw.randint(1, 3)
+    return draw.randint(2, 4), draw.randint(4, 6), draw.randint(1, 2)
 
 
 def _word_left(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:
@@ -183,7 +183,7 @@ def _solve_left(numbers: tuple[int, ...]) -> tuple[Working, ...]:
 
 
 def _draw_together(draw: random.Random) -> tuple[int, ...]:
-    return draw.randint(2, 8), draw.randint(2, 3)
+    return draw.randint(2, 6), draw.randint(2, 3)
 
 
 def _word_together(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """Synthetic competitions for the warm-up: whole responses written by rule, right and wrong, honest and copied.
 
-Three fighters solve the problem in three different ways; at times one copies another, errs and mends it, or errs and
-is passed over by the judge; and the layout is not always the exact one. The warm-up shows the model what a competition
-is. Which competitions are good is left for GRPO to find out.
+Three fighters solve the problem in three different ways; at times one copies another, errs and mends it, or stops a
+step too early and is passed over by the judge; and the layout is not always the exact one. The warm-up shows the model
+what a competition is. Which competitions are good is left for GRPO to find out.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ VOICES: dict[str, Voice] = {
     ),
 }
 JABS, CHECKS = 0.15, 0.25  # the shares of fighters that jab at a rival, and that check every step of their own
-
-
+MENDED = 0.25  # the share of mistakes that the fighter notices; the others are left for the judge to see
 UNDONE = {"+": "-", "-": "+", "*": "/", "/": "*"}
 
 
@@ -94,17 +93,19 @@ def can_demonstrate(problem: Problem) -> bool:
 def _attempt_all(problem: Problem, draw: random.Random, config: WarmupConfig) -> dict[str, Attempt]:
     ways = list(workings(problem))
     draw.shuffle(ways)
-    attempts = {name: _attempt(name, way) for name, way in zip(FIGHTERS, ways, strict=True)}
-    if draw.random() < config.mistakes:
-        name = draw.choice(FIGHTERS)
-        way = ways[FIGHTERS.index(name)]
-        attempts[name] = _mend(name, way, draw) if draw.random() < 0.5 else _err(name, way, draw)
+    attempts = {name: _try(name, way, draw, config.mistakes) for name, way in zip(FIGHTERS, ways, strict=True)}
     if draw.random() < config.copying:
         thief, victim = draw.choice((("knight", "pirate"), ("viking", "pirate"), ("viking", "knight")))
         attempts[thief] = attempts[victim]
     if all(attempt.answer != int(problem.answer) for attempt in attempts.values()):
         attempts["pirate"] = _attempt("pirate", ways[0])
     return attempts
+
+
+def _try(name: str, way: Working, draw: random.Random, mistakes: float) -> Attempt:
+    if draw.random() >= mistakes:
+        return _attempt(name, way)
+    return _mend(name, way, draw) if draw.random() < MENDED else _err(name, way, draw)
 
 
 def _attempt(name: str, way: Working) -> Attempt:
@@ -117,10 +118,12 @@ def _mend(name: str, way: Working, draw: random.Random) -> Attempt:
 
 
 def _err(name: str, way: Working, draw: random.Random) -> Attempt:
-    """An attempt whose last step goes wrong and is not noticed."""
+    """An attempt that takes a step for the answer which isn't the last; where there is but one, it goes wrong."""
     *before, last = way.steps
+    if before:
+        return Attempt(tuple(before), None, before[-1].value, name)
     wrong = Step(last.finds, last.left, _wrong(last.value, draw))
-    return Attempt((*before, wrong), None, wrong.value, name)
+    return Attempt((wrong,), None, wrong.value, name)
 
 
 def _wrong(value: int, draw: random.Random) -> int:
