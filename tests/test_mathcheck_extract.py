@@ -26,6 +26,13 @@ READS = {
     "Answer: 20\nNo, I was wrong.\nAnswer: 24": ("24", "marker"),
     "Answer: The farmer needs 24 hives in all.": ("24", "marker"),
     "Answer: the Battle of Hastings won": ("the Battle of Hastings won", "marker"),
+    "Answer: It is 24": ("24", "marker"),
+    "Answer: $n$ equals 24": ("24", "marker"),
+    "Answer: $\\{n : n \\text{ is below } 24\\}$": ("\\{n : n \\text{ is below } 24\\}", "marker"),
+    "It had 96. Final answer: She needs just 24 hives. I hope that it is right, 4 times.": ("24", "marker"),
+    "so \\boxed{96} candles. Final Answer: The final answer is $24$. I hope it is correct.": ("24", "marker"),
+    "Final answer: 20. No! **Final answer: 24.**": ("24", "marker"),
+    "Let us see. Final answer: 20. So \\boxed{24}": ("24", "boxed"),
     "\\boxed{20}, no: \\boxed{24}": ("24", "boxed"),
     "so \\boxed{\\frac{\\sqrt{3}}{2}} holds": ("\\frac{\\sqrt{3}}{2}", "boxed"),
     "\\boxed{\\{1, 2\\}}": ("\\{1, 2\\}", "boxed"),
@@ -44,6 +51,16 @@ READS = {
     "The first answer of 20 missed 4. The answer is 24.": ("24", "phrase"),
     "She needs a third: $\\frac13 $": ("\\frac13", "only_number"),
     "The answer is Tuesday.": ("Tuesday", "phrase"),
+    "For all 96 the answer is $x + y$.": ("x + y", "phrase"),
+    "The answer is \\(k\\).": ("k", "phrase"),
+    "The answer is that $x$ is 24.": ("24", "phrase"),
+    "$x + y$": ("x + y", "only_number"),
+    "$$g(t) = t$$\n": ("g(t) = t", "only_number"),
+    "The line is $2x + 3y = 12$.": ("2x + 3y = 12", "only_number"),
+    "$r^2 + s^2 = 0$": ("r^2 + s^2 = 0", "only_number"),
+    "Then \\(A = 6s^2 = 24\\).": ("24", "phrase"),
+    "First x = 12, then x = 24": ("24", "phrase"),
+    "$t = -4, t = 24$": ("t = -4, t = 24", "only_number"),
     "Each makes 4, so 96 / 4 = 24.": ("24", "phrase"),
     "\\[ 96 / 4 = 24 \\]": ("24", "phrase"),
     "She needs 24 hives; yes, 24.": ("24", "only_number"),
@@ -60,6 +77,11 @@ FAILS = {
     "The knight's answer of 24 beats the pirate's answer of 20.": "ambiguous",
     "Answer: it may well be 24, though I like the number 25": "ambiguous",
     "x = 2 or x = 3": "ambiguous",
+    "x = 2, x = 3": "ambiguous",
+    "$x = 2$ and $x = 3$.": "ambiguous",
+    "Let $x$ be the number of hives.": "none",
+    "What the answer is not: $x$.": "none",
+    "It is $2x = 48$ and so $3x = 72$.": "ambiguous",
 }
 
 
@@ -93,6 +115,13 @@ def test_an_unclear_answer_is_a_coded_failure(text: str, code: str) -> None:
         "The answer is 42. The answer is 43.",
         "Answer: between 41 and 42",
         "Answer: \\pm 42",
+        "It is 7. Final answer: 41 or 42.",
+        "It is 7. Final answer: 42. Final answer: 43.",
+        "Answer: it is 41 or 42",
+        "Answer: it is 41 = 42",
+        "Answer: so that it must be 41 = 42",
+        "$x = 41, x = 42$",
+        "x = 41, x = 42",
     ],
 )
 def test_hedging_and_chaining_are_never_right(text: str) -> None:
@@ -123,6 +152,7 @@ PIECES = [
     "**",
     "\n",
 ]
+PIECES += ["$x$ ", ". Final answer: ", "x = 2, "]
 PIECES += [" or ", "24 ", "not ", "- ", "#### ", "\\frac{1}{2}", "Answer:\n", "\\", "٤", " \t", "3.", "the "]
 
 

@@ -1,8 +1,8 @@
 """Reads the final answer out of a text: what was marked as the answer, never a guess. Linear time.
 
-First an explicit marker (a line `Answer: X`) or a `\\boxed{X}`, whichever stands last; then prose (see prose.py): the
-phrase that states the answer, then an only number. Of several the last counts, so that a correction is not punished and
-hedging gains nothing. Anything else is a coded failure.
+First an explicit marker (a line `Answer: X`, a sentence `Final answer: X.`) or a `\\boxed{X}`, whichever stands last;
+then prose (see prose.py): the phrase that states the answer, then an only number. Of several the last counts, so that a
+correction is not punished and hedging gains nothing. Anything else is a coded failure.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pkv.mathcheck.numbers import read_number
-from pkv.mathcheck.prose import AmbiguousError, find_candidates, read_only_number, read_phrase, trim
+from pkv.mathcheck.prose import AmbiguousError, find_candidates, first_sentence, read_only_number, read_phrase, trim
 from pkv.records import Span
 
 Code = Literal["marker", "boxed", "phrase", "only_number", "ambiguous", "none"]
 
 _MARKER = re.compile(
-    r"^[ \t>#*_-]{0,12}(?:the[ \t]{1,4})?(?:(?:final|correct)[ \t]{1,4})?answer(?:[ \t]{1,4}is)?[*_ \t]{0,6}:"
-    r"(?P<value>.*)$",
+    r"(?:^[ \t>#*_-]{0,12}(?:the[ \t]{1,4})?(?:(?:final|correct)[ \t]{1,4})?"
+    r"|(?P<sentence>(?<=[.!?$][ \t])[*_]{0,3}final[ \t]))answer(?:[ \t]{1,4}is)?[*_ \t]{0,6}:",
     re.IGNORECASE | re.MULTILINE,
 )
 _BRACE = re.compile(r"(?P<box>\\boxed\s{0,4}\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-_PROSE_WORDS = 4  # a marked value with as many words, and not a number with its unit, is a sentence
+_VERB = re.compile(r"\b(?:is|are|was|be|equals)\b", re.IGNORECASE)
+_PROSE_WORDS = 4  # a marked value with a verb or as many words, and not a number with its unit, is a sentence
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,11 @@ def _found(text: str, span: Span, code: Code) -> Extraction:
 
 
 def _last_marker(text: str) -> Span | None:
-    """The value of the last `Answer:` line; a marker that stands alone marks the next line that is not empty."""
+    """The value of the last `Answer:` line or sentence; a marker that stands alone marks the next line with text."""
     for match in reversed(list(_MARKER.finditer(text))):
-        span = trim(text, Span(*match.span("value")))
+        end = text.find("\n", match.end())
+        span = Span(match.end(), len(text) if end < 0 else end)
+        span = trim(text, first_sentence(text, span) if match["sentence"] else span)
         if not span.size:
             following = re.compile(r"\S").search(text, match.end())
             if following:
@@ -83,10 +86,15 @@ def _last_box(text: str) -> Span | None:
 
 
 def _read_marked(text: str, span: Span) -> Extraction:
-    """A marked value as it stands; a marked sentence is read like prose, and is the value itself if it states none."""
+    """A marked value as it stands; a marked sentence is read like prose, and is the value itself if it states none.
+
+    But what is marked and closes with `= 24` is an equation chain, in a sentence as without one.
+    """
     value = text[span.start : span.stop]
-    if read_number(value) is None and len(_WORD.findall(value)) >= _PROSE_WORDS:
-        inside = _read_prose(text, span)
+    is_formula = text.endswith(("$", "\\(", "\\["), 0, span.start)  # all of it, or `trim` would have left them there
+    is_sentence = bool(_VERB.search(value)) or len(_WORD.findall(value)) >= _PROSE_WORDS
+    if is_sentence and not is_formula and read_number(value) is None:
+        inside = _read_prose(text, span, closing=False)
         if inside.code == "ambiguous":
             return inside
         if inside.value is not None:
@@ -94,10 +102,10 @@ def _read_marked(text: str, span: Span) -> Extraction:
     return Extraction(value, "marker", span)
 
 
-def _read_prose(text: str, span: Span) -> Extraction:
+def _read_prose(text: str, span: Span, closing: bool = True) -> Extraction:
     candidates = list(find_candidates(text, span))
     try:
-        stated = read_phrase(text, span, candidates)
+        stated = read_phrase(text, span, candidates, closing)
         if stated:
             return _found(text, stated, "phrase")
         only = read_only_number(text, candidates)

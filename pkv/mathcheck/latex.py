@@ -25,13 +25,18 @@ _SIGNS = str.maketrans(
     }
 )
 _PAIRS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s?\{([^{}]*)\}")
+_TEXT_COMMAND = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|math(?:rm|bf|it|sf)|mbox|hbox|operatorname)\s?\{([^{}]*)\}"
+)
+_GROUPING = re.compile(r"\{,\s?\}|,\s?\\!\s?")  # a comma that groups digits: `1{,}000`, `1,\!000`
 _NO_SPACE = re.compile(r"\\[,!]|\\(?:left|right|displaystyle)(?![A-Za-z])")
 _SPACE = re.compile(r"\\[;: ]|\\q?quad(?![A-Za-z])|~")
 _DEGREE = re.compile(r"\^\s?\{?\s?\\circ\s?\}?|\\degree(?![A-Za-z])")
-# One variable, with an index or arguments if it has them, and an equals sign: `x =`, `a_1=`, `f(x) =`.
+# One variable, with an index or arguments if it has them, and an equals sign: `x =`, `a_1=`, `f(x) =`; or a tuple of
+# variables before one of values: `(x, y) = (1, 2)`.
 _ASSIGNMENT = re.compile(
     r"(?P<name>(?:[A-Za-z]|\\[a-z]{2,8})'?(?:_(?:\w|\{\w{1,8}\}))?(?:\([A-Za-z](?:,\s?[A-Za-z]){0,2}\))?)\s*=(?!=)\s*"
+    r"|(?P<names>\([A-Za-z](?:,\s?[A-Za-z]){1,3}\))\s*=\s*(?=(?:\\left\s?)?\([^()=]*,)"
 )
 
 
@@ -56,13 +61,8 @@ def unwrap(text: str) -> str:
 def flatten(text: str) -> str:
     """One spelling for what LaTeX spells in many ways: spacing, text commands, fractions, percent, dollar, degrees."""
     text = unwrap(text.translate(_SIGNS))
-    text = (
-        text.replace("{,}", ",")
-        .replace("{, }", ",")
-        .replace("\\dfrac", "\\frac")
-        .replace("\\tfrac", "\\frac")
-        .replace("\\cfrac", "\\frac")
-    )
+    text = _GROUPING.sub(",", text)
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\cfrac", "\\frac")
     text = text.replace("\\%", "%").replace("\\$", "$").replace("\\cdot", "\\times")
     text = _SPACE.sub(" ", _NO_SPACE.sub("", text))
     text = _TEXT_COMMAND.sub(r" \1 ", text)
@@ -71,6 +71,6 @@ def flatten(text: str) -> str:
 
 
 def split_assignment(text: str) -> tuple[str, str]:
-    """("x", "5") for `x = 5`; ("", text) where the text does not start with one variable and an equals sign."""
+    """("x", "5") for `x = 5`; ("", text) where the text does not start with variables and an equals sign."""
     match = _ASSIGNMENT.match(text)
-    return (match["name"], text[match.end() :]) if match else ("", text)
+    return (match["name"] or match["names"].replace(" ", ""), text[match.end() :]) if match else ("", text)

@@ -59,6 +59,17 @@ _ENDING = re.compile(
     r"(?<![!<>=])=(?P<value>[^=]{1,64})$",
 )
 _CLOSING = " \t\n.!*$"
+# A formula that is an equation in unknowns states no value: "$2x + 3y = 7$", "$x^2 = 16$". Nor is the last of two
+# values of one name the answer: "x = 2, x = 3".
+_UNKNOWN = re.compile(r"(?<![A-Za-z\\])(?:\d[A-Za-z](?![A-Za-z])|[A-Za-z]\s?\^)")
+_OPENS = re.compile(r"\$|\\[(\[]")
+_NAMED_TWICE = re.compile(
+    r"(?<![A-Za-z\\])(?P<name>[A-Za-z](?:_?\w)?)\s?=[^=]{1,64}(?:[,;]|\band\b)[^=A-Za-z]{0,6}(?P=name)\s?$"
+)
+_FORMULA_VALUE = re.compile(
+    r"(?:\b(?:is|was|be)\b|:)\s{0,3}[*_]{0,3}(?P<value>\$[^$\n]{1,100}\$|\\\((?:(?!\\[()])[^\n]){1,100}\\\))[*_\s]{0,3}$",
+    re.IGNORECASE,
+)
 _TEXT_VALUE = re.compile(
     r"(?:\b(?:is|was|be)\b|:)\s{0,3}"
     r"(?P<value>[*\"']{0,3}[A-Za-z][A-Za-z'-]{0,30}(?: [A-Za-z][A-Za-z'-]{0,30}){0,4}[*\"']{0,3})$",
@@ -71,15 +82,16 @@ class AmbiguousError(Exception):
 
 
 def find_candidates(text: str, span: Span) -> Iterator[Span]:
-    """Numbers, and formulas with a digit or a command in them, in order."""
+    """Numbers, and formulas with a digit or a command in them, in order; any formula where the text is nothing else."""
+    whole = trim(text, span)
     for match in _CANDIDATE.finditer(text, span.start, span.stop):
         kind = match.lastgroup or "number"
-        if kind == "number" or re.search(r"[\d\\]", match[kind]):
+        if kind == "number" or re.search(r"[\d\\]", match[kind]) or trim(text, Span(*match.span())) == whole:
             yield Span(*match.span(kind))
 
 
-def read_phrase(text: str, span: Span, candidates: Sequence[Span]) -> Span | None:
-    """The value of the last phrase that states the answer, or of a closing `= 24`. Raises AmbiguousError."""
+def read_phrase(text: str, span: Span, candidates: Sequence[Span], closing: bool = True) -> Span | None:
+    """The value of the last phrase that states the answer, or of a closing `= 24` if wanted. Raises AmbiguousError."""
     stated: list[tuple[int, Span]] = []  # where the sentence ends, and the value
     index, words_end = 0, None
     for word in _ANSWER.finditer(text, span.start, span.stop):
@@ -91,7 +103,7 @@ def read_phrase(text: str, span: Span, candidates: Sequence[Span]) -> Span | Non
         end = _SENTENCE_END.search(text, word.end(), limit)
         sentence_end = end.start() if end else limit
         words_end = Span(word.end(), sentence_end)
-        value = _stated(text, words_end, candidates, index)
+        value = _stated(text, words_end, candidates, index) or _stated_formula(text, words_end)
         if value:
             stated.append((sentence_end, value))
     if stated:
@@ -100,11 +112,12 @@ def read_phrase(text: str, span: Span, candidates: Sequence[Span]) -> Span | Non
         if len({_key(text, rival) for rival in rivals}) > 1:
             raise AmbiguousError
         return value
-    closing = _closing_value(text, span)
-    if closing is None and not candidates and words_end:  # an answer in words: "the answer is Tuesday"
+    if closing and (value := _closing_value(text, span)):
+        return value
+    if not candidates and words_end:  # an answer in words: "the answer is Tuesday"
         match = _TEXT_VALUE.search(text[words_end.start : words_end.stop])
-        closing = Span(words_end.start + match.start("value"), words_end.start + match.end("value")) if match else None
-    return closing
+        return Span(words_end.start + match.start("value"), words_end.start + match.end("value")) if match else None
+    return None
 
 
 def read_only_number(text: str, candidates: Sequence[Span]) -> Span | None:
@@ -116,6 +129,12 @@ def read_only_number(text: str, candidates: Sequence[Span]) -> Span | None:
             raise AmbiguousError
         first = key
     return candidates[-1] if candidates else None
+
+
+def first_sentence(text: str, span: Span) -> Span:
+    """The part of a span up to its first full stop."""
+    end = _SENTENCE_END.search(text, span.start, span.stop)
+    return Span(span.start, end.start()) if end else span
 
 
 def trim(text: str, span: Span, punctuation: str = ".,;!") -> Span:
@@ -159,6 +178,14 @@ def _stated(text: str, sentence: Span, candidates: Sequence[Span], index: int) -
     return None
 
 
+def _stated_formula(text: str, sentence: Span) -> Span | None:
+    """The formula, be it of letters only, that a sentence ends with after its verb: "the answer is $x + y$"."""
+    match = _FORMULA_VALUE.search(text[sentence.start : sentence.stop])
+    if match is None or _DENIES.search(match.string, 0, match.start("value")):
+        return None
+    return Span(sentence.start + match.start("value"), sentence.start + match.end("value"))
+
+
 def _whole_value(text: str, value: Span, following: Sequence[Span]) -> Span:
     """The value with what is listed or chained to it, so that "24 or 25" is read as both and never passes as one."""
     for other in following:
@@ -174,7 +201,7 @@ def _whole_value(text: str, value: Span, following: Sequence[Span]) -> Span:
 
 
 def _closing_value(text: str, span: Span) -> Span | None:
-    """The number after an equals sign that ends the text, unless alternatives stand in the same line."""
+    """The number after an equals sign that ends the text, unless it is no value or one of several."""
     stop = span.stop
     while stop > span.start and (text[stop - 1] in _CLOSING or text[stop - 2 : stop] in ("\\)", "\\]")):
         stop -= 2 if text[stop - 1] in ")]" else 1
@@ -182,5 +209,9 @@ def _closing_value(text: str, span: Span) -> Span | None:
     line = text[start:stop].rpartition("\n")[2]
     match = _ENDING.search(line)
     if match is None or _ALTERNATIVE.search(line) or parse_number(match["value"]) is None:
+        return None
+    left = line[: match.start()]
+    _, *formulas = _OPENS.split(left)
+    if (formulas and "=" not in formulas[-1] and _UNKNOWN.search(formulas[-1])) or _NAMED_TWICE.search(left):
         return None
     return Span(stop - len(match["value"]), stop)

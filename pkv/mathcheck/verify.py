@@ -16,16 +16,19 @@ from pkv.mathcheck.pool import VerifyError, VerifyPool
 MAX_CHARACTERS = 400
 
 _RELATION = re.compile(
-    r"[=<>\u2248\u2260\u2264\u2265\u2261]|\\(?:leq?|geq?|neq?|lt|gt|approx|equiv|sim|implies|to|rightarrow)(?![A-Za-z])"
+    r"[<>!]=|[=<>\u2248\u2260\u2264\u2265\u2261]|\\(?:leq?|geq?|neq?|lt|gt|approx|equiv|sim|implies|to|rightarrow)(?![A-Za-z])"
 )
-_EQUATION = re.compile(r"=|\\(?:approx|equiv|sim|implies|to|rightarrow)(?![A-Za-z])|\u2248|\u2261")
-_SET = re.compile(r"[(\[].*,.*[)\]]$")
+_EQUATION = re.compile(r"(?<![<>!])=|\\(?:approx|equiv|sim|implies|to|rightarrow)(?![A-Za-z])|\u2248|\u2261")
+_SET = re.compile(r"(?:[A-Za-z]\s?\\in\s?)?[(\[].*,.*[)\]]$")
+_INEQUALITY = re.compile(r"[<>\u2264\u2265]|\\(?:leq?|geq?|lt|gt)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b|\\pm(?![A-Za-z])|\u00b1|\\\\")
 # A comma before exactly three digits is a thousands separator, unless brackets say that this is a tuple.
 _SPLIT_BARE = re.compile(r"\s*(?:,\s*)?\b(?:and|or)\b\s*|;\s*|,\s+|,(?!\d{3}(?!\d))")
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z .'-]*")
 _CHOICE = re.compile(r"\([A-Z]\)")
+_TIME = re.compile(r"\d{1,2}:(?:00|\d\d ?[ap]\.?m\.?)", re.IGNORECASE)  # `3:20` may be a ratio, `3:00` is none
+_UPRIGHT = re.compile(r"\\mathrm\s?\{([ei])\}")  # e and i as constants, which math-verify does not read
 _LAYOUT = re.compile(r"\s+|\\[,!;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])")
 
 
@@ -45,8 +48,9 @@ def is_right(answer: str, gold: str, pool: VerifyPool | None = None) -> bool:
     answer_flat, gold_flat = flatten(answer), flatten(gold)
     answer_items, gold_items = _items(answer_flat), _items(gold_flat)
     if answer_items and gold_items and answer_items[0] == gold_items[0]:
-        return answer_items[1] == gold_items[1]
-    if _chained(answer_flat, gold_flat) or (_listed(answer_flat) and not _listed(gold_flat)):
+        names = {split_assignment(flat)[0] for flat in (answer_flat, gold_flat)} - {""}
+        return answer_items[1] == gold_items[1] and len(names) < 2
+    if _chained(answer_flat, gold_flat) or _lists_more(answer_flat, gold_flat):
         return False
     answer_plain, gold_plain = _is_plain(answer_flat), _is_plain(gold_flat)
     if (answer_plain and (gold_plain or gold_number)) or (gold_plain and answer_number):
@@ -55,8 +59,8 @@ def is_right(answer: str, gold: str, pool: VerifyPool | None = None) -> bool:
         raise VerifyError(
             "no_pool", f"comparing {answer[:80]!r} with {gold[:80]!r} needs math-verify: pass a VerifyPool"
         )
-    answer = unwrap(answer)
-    return pool.check(unwrap(gold), answer if "=" in gold_flat else split_assignment(answer)[1])
+    answer, gold = (_UPRIGHT.sub(r" \1", unwrap(text)) for text in (answer, gold))
+    return pool.check(gold, answer if "=" in gold_flat else split_assignment(answer)[1])
 
 
 def _normal(text: str) -> str:
@@ -70,8 +74,8 @@ def _normal(text: str) -> str:
 
 
 def _is_plain(flat: str) -> bool:
-    """Whether it is words or the letter of a choice, which nothing but equal text can match."""
-    return bool(_PLAIN.fullmatch(flat) or _CHOICE.fullmatch(flat))
+    """Whether it is words, the letter of a choice or a time of day, which nothing but equal text can match."""
+    return any(pattern.fullmatch(flat) for pattern in (_PLAIN, _CHOICE, _TIME))
 
 
 def _chained(answer: str, gold: str) -> bool:
@@ -81,6 +85,13 @@ def _chained(answer: str, gold: str) -> bool:
     if _SET.match(gold) and not _EQUATION.search(answer):
         return False
     return len(_RELATION.findall(answer)) > len(_RELATION.findall(gold))
+
+
+def _lists_more(answer: str, gold: str) -> bool:
+    """Whether the answer is a list where the gold one is none; an interval for a gold `1 < x < 2` is no list."""
+    if _listed(gold) or not _listed(answer):
+        return False
+    return not (_SET.match(answer) and _INEQUALITY.search(gold))
 
 
 def _listed(text: str) -> bool:
