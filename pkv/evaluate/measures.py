@@ -54,6 +54,8 @@ def summarise(groups: Sequence[Group]) -> dict[str, float]:
 
     accuracy: share of right final answers. format: share with all tags in order. overlap/<fighter>: with what it
     could have copied. length/*: tokens. judge/*: see `rewards.judge.measure`; judge/winner_entropy: bits.
+    judge/position_bias: how far the winners are from an even draw where merit doesn't tell the fighters apart, since all
+    are right or all are wrong (total variation; 0 even, 2/3 always the same one).
     """
     cards = [card for group in groups for card in group.cards]
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -80,6 +82,7 @@ def summarise(groups: Sequence[Group]) -> dict[str, float]:
     for name in FIGHTERS:
         found[f"judge/winner_{name}"] = winners[name] / winners.total() if winners else None
     found["judge/winner_entropy"] = _entropy(winners)
+    found["judge/position_bias"] = _position_bias(card for card in cards if card.facts["judge/disagree"] is False)
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -96,3 +99,9 @@ def _mean(values: Iterable[float | bool | None]) -> float | None:
 def _entropy(counts: Counter[str]) -> float:
     total = counts.total()
     return -sum(count / total * math.log2(count / total) for count in counts.values()) if total else 0.0
+
+
+def _position_bias(cards: Iterable[Scorecard]) -> float | None:
+    winners = Counter(card.facts["winner"] for card in cards if card.facts["winner"])
+    total = winners.total()
+    return sum(abs(winners[name] / total - 1 / len(FIGHTERS)) for name in FIGHTERS) / 2 if total else None
