@@ -1,4 +1,4 @@
-"""Scores long competitions and says where the time goes: `python benchmarks/rewards.py [--count N --tokens T --workers W]`.
+"""Scores long competitions and says where the time goes: `python benchmarks/rewards.py [--count N --tokens T]`.
 
 Prints one JSON object: competitions a second with all workers, and milliseconds a competition by reward in one process
 (work that several rewards share is charged to the first that asks for it).

@@ -54,8 +54,8 @@ def summarise(groups: Sequence[Group]) -> dict[str, float]:
 
     accuracy: share of right final answers. format: share with all tags in order. overlap/<fighter>: with what it
     could have copied. length/*: tokens. judge/*: see `rewards.judge.measure`; judge/winner_entropy: bits.
-    judge/position_bias: how far the winners are from an even draw where merit doesn't tell the fighters apart, since all
-    are right or all are wrong (total variation; 0 even, 2/3 always the same one).
+    judge/position_bias: how far the winners are from an even draw where merit doesn't tell the fighters apart, all of
+    them being right or all wrong (total variation; 0 even, 2/3 always the same one).
     """
     cards = [card for group in groups for card in group.cards]
     rollouts = [rollout for group in groups for rollout in group.rollouts]
