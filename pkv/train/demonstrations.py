@@ -58,9 +58,9 @@ VOICES: dict[str, Voice] = {
         "The saga ends: the answer is {answer}.",
     ),
 }
-JABS, CHECKS = 0.15, 0.35  # the shares of fighters that jab at a rival, and that check every step of their own
+JABS, CHECKS = 0.15, 0.25  # the shares of fighters that jab at a rival, and that check every step of their own
 MENDED = 0.25  # the share of mistakes that the fighter notices; the others are left for the judge to see
-UNDONE = {"-": "+", "/": "*"}
+UNDONE = {"+": "-", "-": "+", "*": "/", "/": "*"}
 
 
 @dataclass(frozen=True)
@@ -145,18 +145,21 @@ def _speak(name: str, attempts: dict[str, Attempt], draw: random.Random) -> str:
         else:
             said.append(voice.step.format(finds=step.finds, left=step.left, value=value))
         if checks:
-            said.append(voice.check.format(**_other_way_round(step)))
+            said.append(voice.check.format(**_reverse(step)))
     said.append(own.closing.format(answer=attempt.answer))
     return " ".join(said)
 
 
-def _other_way_round(step: Step) -> dict[str, str | int]:
-    """The equation that checks a step: 20/5=4 by 4*5=20, and 4*5=20 by 5*4=20."""
-    operator = next(sign for sign in "+-*/" if sign in step.left)
-    first, _, second = step.left.partition(operator)
-    if operator in UNDONE:
-        return {"left": f"{step.value}{UNDONE[operator]}{second}", "value": int(first)}
-    return {"left": f"{second}{operator}{first}", "value": step.value}
+def _reverse(step: Step) -> dict[str, str | int]:
+    """The equation that undoes a step's last operation: 20/5=4 gives 4*5=20."""
+    at = max(step.left.rfind(operator) for operator in UNDONE)
+    before, undone, operand = step.left[:at], UNDONE[step.left[at]], step.left[at + 1 :]
+    known = int(before) if before.isdigit() else _undo(step.value, undone, int(operand))
+    return {"left": f"{step.value}{undone}{operand}", "value": known}
+
+
+def _undo(value: int, operator: str, operand: int) -> int:
+    return {"+": value + operand, "-": value - operand, "*": value * operand, "/": value // operand}[operator]
 
 
 def _judge(attempts: dict[str, Attempt], winner: str, gold: int) -> str:
