@@ -10,10 +10,10 @@ import pytest
 
 from pkv.competition import is_exact_layout, parse, tags_in_order
 from pkv.config import UserError, WarmupConfig
-from pkv.data.arithmetic import problems, workings
+from pkv.data.arithmetic import givens, problems, workings
 from pkv.records import FIGHTERS
 from pkv.rewards import Scorer
-from pkv.rewards.equations import find_equations, normalise
+from pkv.rewards.equations import find_equations, normalise, numbers
 from pkv.train.demonstrations import demonstrate
 
 HONEST = WarmupConfig(copying=0.0, loose_layout=0.0, mistakes=0.0)
@@ -64,6 +64,13 @@ def test_every_problem_is_solved_in_three_different_ways_and_each_step_holds():
             for step in way.steps:
                 (equation,) = find_equations(normalise(f"{step.left}={step.value}"))
                 assert equation.holds
+
+
+def test_what_is_recited_stands_in_the_question_and_works_nothing_out():
+    for problem in problems("train", 200):
+        recited = normalise(givens(problem))
+        assert set(numbers(recited)) == set(numbers(normalise(problem.question)))
+        assert find_equations(recited) == []
 
 
 def test_honest_demonstrations_are_right_exact_and_three_ways(scorer):

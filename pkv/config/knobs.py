@@ -118,7 +118,7 @@ class WarmupConfig:
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-4
     ramp_steps: int = 20  # linear increase at the start
-    copying: float = 0.4  # share of demonstrations in which a later fighter copies an earlier one
+    copying: float = 0.25  # share of demonstrations in which a later fighter copies an earlier one
     loose_layout: float = 0.4  # share whose layout is not the exact one
     mistakes: float = 0.3  # share of fighters that err: some mend it, most are passed over by the judge
 

@@ -57,6 +57,7 @@ class Kind:
 
     draw: Callable[[random.Random], tuple[int, ...]]
     word: Callable[[random.Random, tuple[int, ...]], tuple[str, str]]  # question, unit of the answer
+    recite: Callable[[tuple[int, ...], str], str]  # what the question gives, from its numbers and the answer's unit
     solve: Callable[[tuple[int, ...]], tuple[Working, ...]]
 
 
@@ -82,6 +83,11 @@ def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
 def workings(problem: Problem) -> tuple[Working, ...]:
     """The three ways to solve a problem made by `problems`."""
     return KINDS[problem.extra["kind"]].solve(tuple(problem.extra["numbers"]))
+
+
+def givens(problem: Problem) -> str:
+    """What the question of a problem made by `problems` gives, in short."""
+    return KINDS[problem.extra["kind"]].recite(tuple(problem.extra["numbers"]), problem.extra["unit"])
 
 
 def split_of(question: str) -> str:
@@ -119,6 +125,11 @@ def _word_rate(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]
     return question, things
 
 
+def _recite_rate(numbers: tuple[int, ...], unit: str) -> str:
+    a, r, k = numbers
+    return f"{a} make {a * r} {unit}, now come {a * k}"
+
+
 def _solve_rate(numbers: tuple[int, ...]) -> tuple[Working, ...]:
     a, r, k = numbers
     total, many = a * r, a * k
@@ -153,6 +164,11 @@ def _word_left(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, str]
         )
     )
     return question, things
+
+
+def _recite_left(numbers: tuple[int, ...], unit: str) -> str:
+    a, b, c = numbers
+    return f"{a} hold {b} {unit}, gone are {c}"
 
 
 def _solve_left(numbers: tuple[int, ...]) -> tuple[Working, ...]:
@@ -198,6 +214,11 @@ def _word_together(draw: random.Random, numbers: tuple[int, ...]) -> tuple[str, 
     return question, things
 
 
+def _recite_together(numbers: tuple[int, ...], unit: str) -> str:
+    x, k = numbers
+    return f"one has {x} {unit}, the other {k} times"
+
+
 def _solve_together(numbers: tuple[int, ...]) -> tuple[Working, ...]:
     x, k = numbers
     sums = tuple(Step("one more", f"{i * x}+{x}", (i + 1) * x) for i in range(1, k + 1))
@@ -209,7 +230,7 @@ def _solve_together(numbers: tuple[int, ...]) -> tuple[Working, ...]:
 
 
 KINDS: dict[str, Kind] = {
-    "rate": Kind(_draw_rate, _word_rate, _solve_rate),
-    "left": Kind(_draw_left, _word_left, _solve_left),
-    "together": Kind(_draw_together, _word_together, _solve_together),
+    "rate": Kind(_draw_rate, _word_rate, _recite_rate, _solve_rate),
+    "left": Kind(_draw_left, _word_left, _recite_left, _solve_left),
+    "together": Kind(_draw_together, _word_together, _recite_together, _solve_together),
 }

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from pkv.competition import compose
 from pkv.config import WarmupConfig
-from pkv.data.arithmetic import KINDS, Step, Working, workings
+from pkv.data.arithmetic import KINDS, Step, Working, givens, workings
 from pkv.records import FIGHTERS, Problem
 
 
 @dataclass(frozen=True)
 class Voice:
-    """How a character talks; {finds}, {left}, {value}, {answer} and {rival} are filled in.
+    """How a character talks; {given}, {finds}, {left}, {value}, {answer} and {rival} are filled in.
 
     One wording for each thing: what a model of this size gains from a choice of words is noise in its gradients, in
     the warm-up and, much more, in GRPO.
@@ -26,6 +26,7 @@ class Voice:
 
     opening: str
     jab: str
+    recital: str
     step: str
     cue: str
     check: str
@@ -36,6 +37,7 @@ VOICES: dict[str, Voice] = {
     "pirate": Voice(
         "Arr, mateys!",
         "The {rival} is shark food!",
+        "I spy this: {given}.",
         "I plunder {finds}: {left}={value}.",
         "Arr, no, that be wrong!",
         "I sail back: {left}={value}, aye.",
@@ -44,6 +46,7 @@ VOICES: dict[str, Voice] = {
     "knight": Voice(
         "By my honour!",
         "I shall unhorse the {rival}.",
+        "We are told: {given}.",
         "I seek {finds}: {left}={value}.",
         "Alas, I erred, I must amend it!",
         "I verify: {left}={value}, as is just.",
@@ -52,13 +55,15 @@ VOICES: dict[str, Voice] = {
     "viking": Voice(
         "Thor, guide me!",
         "The {rival} rows like a child.",
+        "The runes say: {given}.",
         "I hew {finds}: {left}={value}.",
         "By Loki, a mistake, I strike again!",
         "I row back: {left}={value}, strong.",
         "The saga ends: the answer is {answer}.",
     ),
 }
-JABS, CHECKS = 0.15, 0.25  # the shares of fighters that jab at a rival, and that check every step of their own
+# The shares of fighters that jab at a rival, that say first what is given, and that check every step of their own.
+JABS, RECITALS, CHECKS = 0.15, 0.4, 0.15
 MENDED = 0.25  # the share of mistakes that the fighter notices; the others are left for the judge to see
 UNDONE = {"+": "-", "-": "+", "*": "/", "/": "*"}
 
@@ -77,7 +82,7 @@ def demonstrate(problem: Problem, draw: random.Random, config: WarmupConfig) -> 
     """A whole response to `problem`, a different one for each state of `draw`."""
     attempts = _attempt_all(problem, draw, config)
     gold = int(problem.answer)
-    texts = {name: _speak(name, attempts, draw) for name in FIGHTERS}
+    texts = {name: _speak(name, attempts, givens(problem), draw) for name in FIGHTERS}
     right = [name for name in FIGHTERS if attempts[name].answer == gold]
     winner = min(right, key=lambda name: len(texts[name].split()))
     answer = f"There are {gold} {problem.extra['unit']}.\nAnswer: {gold}"
@@ -130,12 +135,14 @@ def _wrong(value: int, draw: random.Random) -> int:
     return value + draw.choice((1, 2, 10)) * (1 if value < 3 else draw.choice((-1, 1)))
 
 
-def _speak(name: str, attempts: dict[str, Attempt], draw: random.Random) -> str:
+def _speak(name: str, attempts: dict[str, Attempt], given: str, draw: random.Random) -> str:
     attempt, own = attempts[name], VOICES[name]
     voice = VOICES[attempt.source]
     said = [own.opening]
     if draw.random() < JABS:
         said.append(own.jab.format(rival=draw.choice([other for other in FIGHTERS if other != name])))
+    if draw.random() < RECITALS:
+        said.append(own.recital.format(given=given))
     checks = draw.random() < CHECKS
     for at, step in enumerate(attempt.steps):
         value = step.value
