@@ -37,6 +37,8 @@ READS = {
     "so \\boxed{\\frac{\\sqrt{3}}{2}} holds": ("\\frac{\\sqrt{3}}{2}", "boxed"),
     "\\boxed{\\{1, 2\\}}": ("\\{1, 2\\}", "boxed"),
     "\\boxed{5!}": ("5!", "boxed"),
+    "Answer:\n$$\nx^2 + 1\n$$\nas asked": ("x^2 + 1", "marker"),
+    "Answer: \\[\n7\n\\]": ("7", "marker"),
     "\\boxed{24} and then \\boxed{25": ("24", "boxed"),
     "Answer: \\boxed{24}": ("24", "boxed"),
     "\\boxed{20}\nAnswer: 24": ("24", "marker"),
@@ -122,6 +124,24 @@ def test_an_unclear_answer_is_a_coded_failure(text: str, code: str) -> None:
         "Answer: so that it must be 41 = 42",
         "$x = 41, x = 42$",
         "x = 41, x = 42",
+        "The answer is minus 42.",
+        "The answer is half of 42.",
+        "The answer is less than 42.",
+        "The answer is 42 squared.",
+        "The answer is 42 \u2212 1.",
+        "The answer is 42 \u00b7 43.",
+        "The answer is 42 (or 43).",
+        "The answer is 42, maybe 43.",
+        "The answer is 42; if not, 43.",
+        "The answer is 42 vs 43.",
+        "The answer is 42 minus 3.",
+        "The answer is 42 more than 3.",
+        "The answer is 42x.",
+        "The answer is unlikely to be 42.",
+        "Answer: 42 is wrong",
+        "Answer: 42 (or 43)",
+        "Answer: 4 2",
+        "The answer is 6 \u00b7 7 = 42.",
     ],
 )
 def test_hedging_and_chaining_are_never_right(text: str) -> None:
@@ -162,9 +182,9 @@ def test_time_is_linear_in_the_text(piece: str) -> None:
         text = piece * (characters // len(piece))
         best = 9.0
         for _ in range(2):
-            started = time.perf_counter()
+            started = time.process_time()
             extract_answer(text)
-            best = min(best, time.perf_counter() - started)
+            best = min(best, time.process_time() - started)
         return best
 
     # Quadratic time would be 64 times as long; the floor keeps a busy machine from failing it.

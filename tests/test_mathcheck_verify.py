@@ -18,7 +18,35 @@ DECIDED = [
     ("24", "24", True),
     ("24.0", "24", True),
     ("24 hives", "24", True),
-    ("48/2", "24", True),
+    ("6/8", "3/4", True),
+    ("24 hives", "24", True),
+    # work that is left to be done is no answer
+    ("48/2", "24", False),
+    ("$\\frac{48}{2}$", "24", False),
+    ("17 \\times 23", "391", False),
+    ("17*23", "391", False),
+    ("20/5*6", "24", False),
+    ("24 + 0x", "24", False),
+    ("\\int_0^{24} 1 dx", "24", False),
+    ("\\sqrt{576}", "24", False),
+    ("2^{10}", "1024", False),
+    ("5!", "120", False),
+    ("9^{9^{9^{9}}}", "24", False),
+    ("2 4", "24", False),
+    ("2\\,4", "24", False),
+    ("2\\,400", "2400", True),
+    ("11_2", "11", False),
+    ("minus 24", "-24", True),
+    ("6.02 \u00d7 10^23", "6.02 \\times 10^{23}", True),
+    ("C) 24", "\\text{(C)}", True),
+    ("A) or B)", "A", False),
+    ("24 \u2212 1", "24", False),
+    ("caf\u00e9", "Caf\u00e9", True),
+    ("10:30 AM", "10:30 a.m.", True),
+    ("10:30 pm", "10:30 a.m.", False),
+    ("24** candles", "24", True),
+    ("\u00bd", "1/2", True),
+    ("3\u00bd", "7/2", True),
     ("1,080", "1080", True),
     ("\\frac{1}{2}", "0.5", True),
     ("0.333", "1/3", False),
@@ -92,8 +120,14 @@ SYMBOLIC = [
     ("\\sqrt{8}", "2\\sqrt{2}", True),
     ("\\sqrt{8}", "2\\sqrt{3}", False),
     ("\\frac{\\sqrt{3}}{3}", "\\frac{1}{\\sqrt{3}}", True),
-    ("2^{10}", "1024", True),
-    ("5!", "120", True),
+    ("\u221a8", "2\\sqrt{2}", True),
+    ("28 pi", "28\\pi", True),
+    ("ln 2", "\\ln 2", True),
+    ("sqrt(8)", "2\\sqrt{2}", True),
+    ("\u221e", "\\infty", True),
+    ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", True),
+    ("\\begin{pmatrix} 1 & 2 \\\\\n 3 & 4 \\end{pmatrix}", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", True),
+    ("\\begin{pmatrix}1&2\\\\3&5\\end{pmatrix}", "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", False),
     ("2x + 3", "y = 2x+3", True),
     ("y = 3 + 2x", "y = 2x+3", True),
     ("y = 2x", "y = 2x+3", False),
@@ -178,6 +212,11 @@ def test_an_unreadable_gold_answer_is_a_failure_not_a_wrong_answer(pool: VerifyP
     with pytest.raises(VerifyError) as caught:
         is_right("5", "\\frac{{{", pool)
     assert caught.value.code == "failed"
+
+
+def test_an_answer_that_cannot_be_worked_out_is_wrong_not_unscored(pool: VerifyPool) -> None:
+    for endless in ("9^{9^{9^{9}}}", "\\prod_{n=1}^{99999999} n", "\\sqrt{9^{9^{9}}}"):
+        assert not is_right(endless, "2\\sqrt{2}", pool)
 
 
 def test_code_in_an_answer_is_not_run(pool: VerifyPool, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 
 import pytest
 
@@ -90,6 +91,22 @@ LESS = {
     "a copy with the operands turned": write(
         knight="By my honour, I reverse it all: 4 * 6 = 24 because 20 divided by 5 is 4. The answer is 24."
     ),
+    "a copy with its equations turned round": write(
+        knight="By my honour! A lone dwelling yields 4 = 20 / 5, sire. Gathering such yields sixfold, the sum becomes "
+        "24 = 6 * 4. Thus the answer is 24."
+    ),
+    "a copy in one line": write(
+        knight="By my honour! In a single noble stroke the quantity is (20 / 5) * 6 = 24. No squire could doubt it. "
+        "Thus the answer is 24."
+    ),
+    "a copy with arrows": write(
+        knight="By my honour! A lone dwelling yields 20 / 5 -> 4, sire. Gathering such yields sixfold, the sum becomes "
+        "6 * 4 -> 24. Thus the answer is 24."
+    ),
+    "a copy with long units": write(
+        knight="By my honour! A lone dwelling yields 20 fine candles / 5 good hives = 4. Gathering such yields "
+        "sixfold, the sum becomes 6 good hives * 4 fine candles = 24. Thus the answer is 24."
+    ),
     "an empty pirate": write(pirate=""),
     "a pirate of one word": write(pirate="Arr! 24"),
     "empty pirate and knight": write(pirate="", knight="", winner="viking"),
@@ -113,6 +130,9 @@ LESS = {
     "a list of answers": write(answer="Answer: 22, 23, 24, 25"),
     "either or": write(answer="Answer: 24 or 25"),
     "an answer copied from the question": write(answer="Answer: 20"),
+    "the question's own sum as answer": write(answer="Answer: $\\frac{20}{5} \\times 6$"),
+    "a quotient as answer": write(answer="Answer: 48/2"),
+    "an answer that cannot be worked out": write(answer="Answer: $9^{9^{9}}$"),
     "the question's text as answer": write(answer=PROBLEM.question),
     "perfect format, wrong mathematics": write(
         **{name: HONEST[name].replace("24", "25").replace("= 4.", "= 5.") for name in HONEST}
@@ -125,6 +145,7 @@ LESS = {
 LEAKS = (
     *("<winner>", "</competition>", "< pirate >", "<PIRATE>", "&lt;knight&gt;", "<\u200bviking>", "&#60;result&#62;"),
     *("＜pirate＞", "<pir\u0430te>", r"\<winner\>", '<winner name="x">', "`<winner>`", "<winner", "%3Cwinner%3E"),
+    *("<w\u200b\u200b\u200binner>", "<winner=pirate>", "<winner:pirate>", "⟪/winner⟫"),
 )
 
 
@@ -148,6 +169,29 @@ def test_filler_adds_next_to_no_length_even_far_below_the_optimum(name):
     assert filled > plain + 50
     assert spoken_tokens(PIRATE + filler, filled) <= spoken_tokens(PIRATE, plain) + 8
     assert spoken_tokens(PIRATE, plain) == plain
+
+
+def test_what_only_looks_like_words_earns_no_length(scorer):
+    draw = random.Random(1)
+    letters = ("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(40))
+    for noise in (" ".join(letters), " ".join(str(draw.randint(100, 999)) for _ in range(40))):
+        assert scorer.score(PROBLEM, parse(write(viking=noise))).rewards["length_viking"].value == 0
+
+
+def test_honest_words_of_every_script_count():
+    for text in (
+        "\u0e25\u0e39\u0e01\u0e40\u0e23\u0e37\u0e2d\u0e40\u0e1e\u0e34\u0e48\u0e21\u0e2b\u0e49\u0e32\u0e25\u0e33",
+        "\u6bcf\u4e2a\u8702\u5de2\u4ea7\u56db\u652f\u8721\u70db\u56e0\u4e3a\u4e8c\u5341\u9664\u4ee5\u4e94\u7b49\u4e8e\u56db"
+        "\u6240\u4ee5\u516d\u4e2a\u8702\u5de2\u4ea7\u51fa\u66f4\u591a\u4e86\u8fd9\u5c31\u662f\u6211",
+        "\u092a\u093e\u0901\u091a \u091b\u0924\u094d\u0924\u0947 \u092c\u0940\u0938"
+        " \u092e\u094b\u092e\u092c\u0924\u094d\u0924\u093f\u092f\u093e\u0901 \u092c\u0928\u093e\u0924\u0947 \u0939\u0948\u0902",
+        unicodedata.normalize(
+            "NFD",
+            "Chaque \u00e9l\u00e8ve a \u00e9t\u00e9 not\u00e9 \u00e0 c\u00f4t\u00e9 de la fen\u00eatre ferm\u00e9e",
+        ),
+    ):
+        assert spoken_tokens(text, 100) > 95
+    assert spoken_tokens("\u0336".join(PIRATE), 400) < 120
 
 
 def test_the_honest_trace_is_not_at_a_ceiling(honest):

@@ -202,6 +202,54 @@ def test_the_viking_may_copy_neither(scorer):
     assert value(scorer, build(knight=PIRATE, viking=VIKING), "originality_viking") == 0.5
 
 
+def originality_of(scorer, problem, pirate, knight) -> float | None:
+    return scorer.score(problem, parse(build(pirate=pirate, knight=knight))).rewards["originality_knight"].value
+
+
+def test_a_step_that_the_question_asks_for_is_no_copy_beside_own_ones(scorer):
+    apples = Problem("a", "Tom has 17 apples and buys 25 more. How many apples has he now?", "42")
+    pirate = "Arr, I put the old loot and the new in one chest: 17 + 25 = 42 apples. The answer is 42."
+    knight = (
+        "By my honour, I round the purchase up and take 5 back: 17 + 30 = 47, 47 - 5 = 42. I verify: 17 + 25 = 42. "
+        "The answer is 42."
+    )
+    assert originality_of(scorer, apples, pirate, knight) > 0.3
+    assert originality_of(scorer, apples, pirate, pirate.replace("Arr, I", "By my honour, I")) == -0.5
+
+
+def test_work_in_number_words_and_in_other_languages_is_an_attempt(scorer):
+    words = "By my honour, I divide twenty by five and get four. Then six times four is twenty-four. The answer is 24."
+    assert originality_of(scorer, PROBLEM, "Arr. " + VIKING, words) == 0.5
+    hives = Problem(
+        "z",
+        "5\u4e2a\u8702\u5de2\u4ea720\u652f\u8721\u70db\uff0c6\u4e2a\u8702\u5de2\u4ea7\u591a\u5c11\u652f\uff1f",
+        "24",
+    )
+    first = "\u6bcf\u4e2a\u8702\u5de2\u4ea7 20 / 5 = 4 \u652f\u3002\u516d\u4e2a\u4ea7 6 * 4 = 24 \u652f\u3002Answer: 24"
+    second = (
+        "\u6211\u7528\u6bd4\u4f8b\u6765\u7b97\uff0c6 / 5 = 1.2\uff0c"
+        "\u7136\u540e 1.2 * 20 = 24\uff0c\u9a8c\u8bc1\u65e0\u8bef\u3002Answer: 24"
+    )
+    assert originality_of(scorer, hives, first, second) == 0.5
+    assert originality_of(scorer, hives, first, first) == -0.5
+    sides = Problem("f", "Combien de c\u00f4t\u00e9s poss\u00e8de un hexagone ?", "6")
+    first = (
+        "Arr, hexa veut dire six en grec, donc la figure poss\u00e8de six c\u00f4t\u00e9s, parole de pirate. Answer: 6"
+    )
+    second = "Par mon honneur, je dessine la figure et je compte chaque bord un par un : il y en a six. Answer: 6"
+    assert originality_of(scorer, sides, first, second) > 0
+
+
+def test_a_judge_that_repeats_a_false_step_has_checked_nothing(scorer):
+    slip = PIRATE.replace("6 * 4 = 24", "6 * 4 = 26").replace("be 24", "be 26")
+    ruling = "Beep. pirate 26, knight 24, viking 25. I check the pirate: 6 * 4 = 26 and 20 / 5 = 4. It holds."
+    assert value(scorer, build(pirate=slip, result=ruling), "judge_reasoning") == pytest.approx(0.6)
+    ruling = "Beep. pirate 26, knight 24, viking 25. The pirate is wrong in 6 * 4 = 26, but 20 / 5 = 4 holds."
+    assert value(scorer, build(pirate=slip, result=ruling), "judge_reasoning") == pytest.approx(1.0)
+    turned = RESULT.replace("6 * 4 = 24", "24 = 6 * 4")
+    assert value(scorer, build(result=turned), "judge_reasoning") == pytest.approx(1.0)
+
+
 def test_judge_accuracy_counts_only_where_the_fighters_disagree(scorer):
     assert value(scorer, build(winner="viking"), "judge_accuracy") == 0
     assert value(scorer, build(winner="knight"), "judge_accuracy") == 1
@@ -225,10 +273,15 @@ CORRECTIONS = [
     ("20 / 5 = 5. Wait: 20 / 5 = 4. 6 * 4 = 25. Wait: 6 * 4 = 24. The answer is 24.", 0.4),  # the same cue again
     ("20 / 5 = 5. Wait: 20 / 5 = 4. 6 * 4 = 25. Oops: 6 * 4 = 24. The answer is 24.", 0.8),
     (
-        "2 + 2 = 5. Wait: 2 + 2 = 4. 4 + 4 = 9. Oops: 4 + 4 = 8. 8 + 8 = 17. Scratch that: 8 + 8 = 16. "
-        "16 + 8 = 24. The answer is 24.",
+        "5 + 5 = 11. Wait: 5 + 5 = 10. 10 + 6 = 17. Oops: 10 + 6 = 16. 16 + 6 = 23. Scratch that: 16 + 6 = 22. "
+        "22 + 2 = 24. The answer is 24.",
         0.8,
     ),
+    ("I get 5 = 20 / 5. Nay, 4 = 20 / 5. And 24 = 6 * 4. The answer is 24.", 0.4),
+    ("20 / 5 = 5. Hang on. 20 / 5 = 4. 6 * 4 = 24. The answer is 24.", 0.4),
+    ("n = 5. Wait, n = 4. So 6 * n = 24. The answer is 24.", 0.2),
+    # about nothing that was asked
+    ("1 + 1 = 3. No: 1 + 1 = 2. 2 + 2 = 5. Oops: 2 + 2 = 4. 20 / 5 = 4. 6 * 4 = 24. The answer is 24.", 0.0),
 ]
 
 
@@ -283,6 +336,8 @@ def test_whatever_the_text_every_reward_is_scored_or_absent_and_in_range(parts, 
         "no, wait ",
         "answer is 5. ",
         "no, 1+1=2. wait 1+1=3. ",
+        "((((((((9^12)^12)^12)^12)^12)^12)^12)^12) = 5. ",
+        "7+8=777. no, 7+8=888. 1+1=2 1+2=3 1+3=4 ",
         "\\frac{",
         "<pirate>",
         "1" * 50,
@@ -331,15 +386,19 @@ def endless(problem, trace):
 def nonsense(problem, trace):
     return float("nan")
 
+def leaving(problem, trace):
+    raise SystemExit(3)
+
 def rewards():
     found = {"brief": ("trace", brief)}
-    return found | {"broken": ("answer", broken), "endless": ("trace", endless), "nan": ("tags", nonsense)}
+    found |= {"broken": ("answer", broken), "endless": ("trace", endless)}
+    return found | {"nan": ("tags", nonsense), "leaving": ("trace", leaving)}
 """
 
 
 def check_user_card(card: Scorecard) -> None:
     assert card.rewards["brief"].value == 1.0 and card.rewards["brief"].owner == "trace"
-    assert set(card.unscored) == {"broken", "endless", "nan"}
+    assert set(card.unscored) == {"broken", "endless", "nan", "leaving"}
     assert "RuntimeError: no" in card.rewards["broken"].detail and "timeout" in card.rewards["endless"].detail
     assert card.total == 2.0  # what is unscored adds nothing, whatever its weight
 
@@ -350,6 +409,17 @@ def test_a_failing_reward_is_unscored_and_never_zero(tmp_path):
     config = RewardConfig(user_files=(str(path),), timeout_s=0.2)
     with Scorer({"brief": 2.0, "broken": 5.0, "endless": 5.0}, 64, config) as scorer:
         check_user_card(scorer.score(PROBLEM, parse(build())))
+
+
+@pytest.mark.slow
+def test_a_scoring_process_that_dies_is_one_clear_line(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("import os\ndef rewards():\n    return {'fatal': ('trace', lambda p, t: os._exit(3))}\n")
+    with (
+        ScoringPool({}, 64, RewardConfig(workers=1, user_files=(str(path),))) as pool,
+        pytest.raises(UserError, match="a scoring process died"),
+    ):
+        pool.submit(PROBLEM, build()).result(60)
 
 
 def test_a_reward_that_is_late_off_the_main_thread_is_unscored_too(tmp_path):
@@ -445,6 +515,7 @@ def test_a_rounds_weights_and_length_are_used(tmp_path):
         (b'{"id": "b", "question": "q", "answer": "", "completion": ""}', "line 2: 'answer' is empty"),
         (b'{"id": "b", "question": 5, "answer": "1", "completion": ""}', "line 2: 'question': expected text"),
         (b'{"id": true, "question": "q", "answer": "1", "completion": ""}', "line 2: 'id': expected text"),
+        (b'{"id": NaN, "question": "q", "answer": "1", "completion": ""}', "line 2: not a JSON object"),
         (b"[" * 100_000, "line 2: not a JSON object"),
     ],
 )

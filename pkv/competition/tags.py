@@ -116,17 +116,17 @@ def _pattern() -> re.Pattern[str]:
     # The first character is a plain set, so that the search skips to it. A bracket of another kind, or a quotation
     # mark, opens a tag only before a slash: `a[result]` is code, `[/result]` is not.
     opener = (
-        r"[<&\\%\[{«《](?:(?<=<)|(?<=&)(?:amp;){0,3}(?:lt|lang|langle|#0{0,6}60|#x0{0,6}3c);?"
-        rf"|(?<=\\)\\?(?:langle|lt|textless|u003c|x3c)|(?<=%)3c|(?<=[\[{{«《])(?=[{_NOISE}]{{0,4}}/))"
+        r"[<&\\%\[{«《⟪](?:(?<=<)|(?<=&)(?:amp;){0,3}(?:lt|lang|langle|#0{0,6}60|#x0{0,6}3c);?"
+        rf"|(?<=\\)\\?(?:langle|lt|textless|u003c|x3c)|(?<=%)3c|(?<=[\[{{«《⟪])(?=[{_NOISE}]{{0,4}}/))"
     )
-    closer = r"(?:[>\]}»》]|&(?:amp;){0,3}(?:gt|rang|rangle|#0{0,6}62|#x0{0,6}3e);?"
+    closer = r"(?:[>\]}»》⟫]|&(?:amp;){0,3}(?:gt|rang|rangle|#0{0,6}62|#x0{0,6}3e);?"
     closer += r"|\\\\?(?:rangle|gt|textgreater|u003e|x3e)|%3e)"
-    names = "|".join(f"[{_NOISE}]{{0,2}}".join(name) for name in TAGS)
+    names = "|".join(rf"(?:[{_NOISE}]{{0,2}}|\x00{{0,16}})".join(name) for name in TAGS)
     # Without its closing bracket it is a tag only when nothing stands between: `a < result` is mathematics.
     unclosed = r"(?(tight)(?=[^\S\n]{0,8}(?:\n|<|\Z))|(?!))"
     return re.compile(
         rf"{opener}(?P<tight>(?=/?[a-z]))?(?P<lead>[{_NOISE}/]{{0,8}})(?P<name>{names})(?![a-z0-9])"
-        rf"(?:[{_NOISE}/]{{0,8}}{closer}|(?P<attribute>[\s/][^<>\n]{{0,160}}>)|{unclosed})"
+        rf"(?:[{_NOISE}/]{{0,8}}{closer}|(?P<attribute>[\s/=:][^<>\n]{{0,160}}>)|{unclosed})"
     )
 
 

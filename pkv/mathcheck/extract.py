@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pkv.mathcheck.numbers import read_number
-from pkv.mathcheck.prose import AmbiguousError, find_candidates, first_sentence, read_only_number, read_phrase, trim
+from pkv.mathcheck.prose import (
+    DENIES,
+    AmbiguousError,
+    find_candidates,
+    first_sentence,
+    read_only_number,
+    read_phrase,
+    trim,
+)
 from pkv.records import Span
 
 Code = Literal["marker", "boxed", "phrase", "only_number", "ambiguous", "none"]
@@ -23,7 +31,10 @@ _MARKER = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _BRACE = re.compile(r"(?P<box>\\boxed\s{0,4}\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+_DISPLAY = re.compile(r"[ \t*_]{0,8}(\$\$|\\\[)")
+_DISPLAY_LENGTH = 1000  # characters of a displayed formula
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_DIGIT = re.compile(r"\d", re.ASCII)
 _VERB = re.compile(r"\b(?:is|are|was|be|equals)\b", re.IGNORECASE)
 _PROSE_WORDS = 4  # a marked value with a verb or as many words, and not a number with its unit, is a sentence
 
@@ -55,17 +66,27 @@ def _found(text: str, span: Span, code: Code) -> Extraction:
 def _last_marker(text: str) -> Span | None:
     """The value of the last `Answer:` line or sentence; a marker that stands alone marks the next line with text."""
     for match in reversed(list(_MARKER.finditer(text))):
-        end = text.find("\n", match.end())
-        span = Span(match.end(), len(text) if end < 0 else end)
+        span = _rest_of_line(text, match.end())
         span = trim(text, first_sentence(text, span) if match["sentence"] else span)
         if not span.size:
             following = re.compile(r"\S").search(text, match.end())
             if following:
-                end = text.find("\n", following.start())
-                span = trim(text, Span(following.start(), len(text) if end < 0 else end))
+                span = trim(text, _rest_of_line(text, following.start()))
         if span.size:
             return span
     return None
+
+
+def _rest_of_line(text: str, at: int) -> Span:
+    """From a character to the end of its line, or of the displayed formula that opens there."""
+    opening = _DISPLAY.match(text, at)
+    if opening:
+        close = "$$" if opening[1] == "$$" else "\\]"
+        end = text.find(close, opening.end(), opening.end() + _DISPLAY_LENGTH)
+        if end >= 0:
+            return Span(at, end + len(close))
+    end = text.find("\n", at)
+    return Span(at, len(text) if end < 0 else end)
 
 
 def _last_box(text: str) -> Span | None:
@@ -93,6 +114,8 @@ def _read_marked(text: str, span: Span) -> Extraction:
     value = text[span.start : span.stop]
     is_formula = text.endswith(("$", "\\(", "\\["), 0, span.start)  # all of it, or `trim` would have left them there
     is_sentence = bool(_VERB.search(value)) or len(_WORD.findall(value)) >= _PROSE_WORDS
+    if is_sentence and DENIES.search(value) and _DIGIT.search(value):
+        return Extraction(None, "ambiguous")
     if is_sentence and not is_formula and read_number(value) is None:
         inside = _read_prose(text, span, closing=False)
         if inside.code == "ambiguous":

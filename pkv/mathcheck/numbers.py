@@ -20,7 +20,7 @@ _NUMBER = re.compile(
     rf"""
     (?P<sign>[+-]?)\s?(?:(?P<currency>\$|USD\b|EUR\b|GBP\b)\s?(?P<inner_sign>-?))?
     (?:
-        10\s?\^\s?(?:\{{(?P<power>-?\d{{1,2}})\}}|(?P<digit_power>\d))
+        10\s?\^\s?(?:\{{(?P<power>-?\d{{1,2}})\}}|(?P<digit_power>\d{{1,2}}))
       | (?P<whole>\d+)?\s?\\frac\s?
         (?:\{{(?P<top>-?(?:{_DECIMAL}))\}}|(?P<top_digit>\d))\s?(?:\{{(?P<bottom>{_DECIMAL})\}}|(?P<bottom_digit>\d))
       | (?P<mixed>\d+)[ ](?P<mixed_top>\d+)/(?P<mixed_bottom>\d+)
@@ -28,7 +28,7 @@ _NUMBER = re.compile(
       | (?P<head>\d*\.\d*)\\overline\s?\{{(?P<period>\d{{1,12}})\}}
       | (?P<decimal>{_DECIMAL})
         (?:[eE](?P<e>[+-]?\d{{1,2}})(?!\d)
-          |\s?(?:\\times|\*)\s?10\s?\^\s?(?:\{{(?P<times>-?\d{{1,2}})\}}|(?P<digit_times>\d)))?
+          |\s?(?:\\times|\*)\s?10\s?\^\s?(?:\{{(?P<times>-?\d{{1,2}})\}}|(?P<digit_times>\d{{1,2}})))?
     )
     (?P<rest>(?![\d.,/^\\({{]).*)
     """,
@@ -96,6 +96,7 @@ class Number:
 
     kind: what a known unit measures ("length", "USD", "length/time", "length^2"); "" without a known one.
     variable: the one that stood before an equals sign, or "".
+    quotient: it was written as one, `96/4`, which leaves a whole number to be worked out.
     """
 
     value: Fraction
@@ -103,6 +104,7 @@ class Number:
     kind: str = ""
     scale: Fraction = Fraction(1)
     variable: str = ""
+    quotient: bool = False
 
     @property
     def exact(self) -> Fraction:
@@ -133,7 +135,8 @@ def read_number(text: str) -> Number | None:
         return None
     multiplier, percent, kind, scale = suffix
     sign = -1 if (match["sign"] == "-") != (match["inner_sign"] == "-") else 1
-    return Number(sign * magnitude * multiplier, percent, kind, scale, variable)
+    quotient = bool(match["slash_top"] or ((match["top"] or match["top_digit"]) and not match["whole"]))
+    return Number(sign * magnitude * multiplier, percent, kind, scale, variable, quotient)
 
 
 def same_number(answer: Number, gold: Number) -> bool:
@@ -142,8 +145,11 @@ def same_number(answer: Number, gold: Number) -> bool:
     Known units are converted and differing kinds are wrong; a unit that only one side states was understood.
     Percent: equal values are right always (50% and 0.5). A gold "50%" may also be answered as 50, its sign left out;
     and a gold 50 as "50%", since then the question asks for percents. A gold 0.5 says a share, so "0.5%" is wrong.
+    A whole number that is answered by a quotient (24 by `96/4`) was not worked out.
     """
     if answer.variable and gold.variable and answer.variable != gold.variable:
+        return False
+    if answer.quotient and not gold.quotient and gold.exact.denominator == 1:
         return False
     if answer.percent or gold.percent:
         if answer.exact == gold.exact:

@@ -44,14 +44,32 @@ _STATES = re.compile(
     re.IGNORECASE,
 )
 _TOUCHES = re.compile(_OPENING)
-_DENIES = re.compile(r"\b(?:not|never|cannot|neither|wrong|incorrect|rather than|instead of)\b|n't\b", re.IGNORECASE)
+DENIES = re.compile(
+    r"\b(?:not|never|cannot|neither|hardly|unlikely|wrong|incorrect|rather than|instead of)\b|n't\b", re.IGNORECASE
+)
+# Before a number or behind it, what makes another number of it.
+_CHANGES = re.compile(
+    r"\b(?:minus|negative|half(?: of)?|twice|double|triple|thrice"
+    r"|(?:less|more|fewer|greater|smaller|larger) than)\W{1,4}$",
+    re.IGNORECASE,
+)
+_CHANGED = re.compile(
+    r"[*_$)\s]{0,4}\b(?:squared|cubed|factorial|times|minus|plus|divided by|dozens?|(?:less|more|fewer) than)\b"
+    r"|[xyznk]\b",
+    re.IGNORECASE,
+)
+# What gives a second answer beside the first: "24, maybe 25".
+_HEDGES = re.compile(
+    r"\b(?:maybe|perhaps|possibly|alternatively|otherwise|versus|vs|(?:could|might|may) be|if not|else)\b",
+    re.IGNORECASE,
+)
 _DISOWNED = re.compile(
     r"\b(?:wrong|incorrect|mistaken|false|flawed|first|initial|earlier|previous|original|naive|tempting)\s{1,3}$",
     re.IGNORECASE,
 )
 # What makes a list, a range or a formula of a stated value: "24 or 25", "24 hives or 25", "41 = 42", "3, 5", "8 * 3".
 _GOES_ON = re.compile(
-    r"(?:\s[A-Za-z]{1,20}){0,3}\s?,?\s{1,3}or\s{1,3}(?:[A-Za-z]{1,20}\s){0,2}|\s{0,3}(?:[=/+*\u2248\u00b1\u00d7\u00f7-]|\\times|\\pm)\s{0,3}"
+    r"(?:\s[A-Za-z]{1,20}){0,3}\s?,?\s{1,3}\(?or\s{1,3}(?:[A-Za-z]{1,20}\s){0,2}|\s{0,3}(?:[=/+*\u2248\u00b1\u00d7\u00f7\u00b7\u22c5\u2212\u2192|<>~^&-]|\\times|\\pm)\s{0,3}"
     r"|\s?[,;]\s{0,3}(?:and\s)?|\s{1,3}(?:and|to)\s{1,3}|\s?\u2013\s?"
 )
 _ALTERNATIVE = re.compile(r"\bor\b|\\pm(?![A-Za-z])|\u00b1", re.IGNORECASE)
@@ -92,7 +110,7 @@ def find_candidates(text: str, span: Span) -> Iterator[Span]:
 
 def read_phrase(text: str, span: Span, candidates: Sequence[Span], closing: bool = True) -> Span | None:
     """The value of the last phrase that states the answer, or of a closing `= 24` if wanted. Raises AmbiguousError."""
-    stated: list[tuple[int, Span]] = []  # where the sentence ends, and the value
+    stated: list[tuple[int, Span | None]] = []  # where the sentence ends, and the value; None where it is unclear
     index, words_end = 0, None
     for word in _ANSWER.finditer(text, span.start, span.stop):
         while index < len(candidates) and candidates[index].start < word.end():
@@ -103,13 +121,17 @@ def read_phrase(text: str, span: Span, candidates: Sequence[Span], closing: bool
         end = _SENTENCE_END.search(text, word.end(), limit)
         sentence_end = end.start() if end else limit
         words_end = Span(word.end(), sentence_end)
-        value = _stated(text, words_end, candidates, index) or _stated_formula(text, words_end)
+        try:
+            value = _stated(text, words_end, candidates, index) or _stated_formula(text, words_end)
+        except AmbiguousError:
+            stated.append((sentence_end, None))
+            continue
         if value:
             stated.append((sentence_end, value))
     if stated:
         sentence_end, value = stated[-1]
         rivals = [other for end, other in stated[-8:] if end == sentence_end]
-        if len({_key(text, rival) for rival in rivals}) > 1:
+        if None in rivals or len({_key(text, rival) for rival in rivals if rival}) > 1:
             raise AmbiguousError
         return value
     if closing and (value := _closing_value(text, span)):
@@ -166,22 +188,31 @@ def _key(text: str, span: Span) -> object:
 
 
 def _stated(text: str, sentence: Span, candidates: Sequence[Span], index: int) -> Span | None:
-    """The first candidate in the rest of a sentence after the word "answer" that is stated as its value."""
-    before = sentence.start
+    """The first candidate in the rest of a sentence after the word "answer" that is stated as its value.
+
+    Raises AmbiguousError where a value is denied, or is made another one by the words around it.
+    """
+    before, denied = sentence.start, False
     while index < len(candidates) and candidates[index].start < sentence.stop:
         value, gap = candidates[index], text[before : candidates[index].start]
         touches = before == sentence.start and _TOUCHES.fullmatch(gap)
-        if (touches or _STATES.search(gap)) and not _DENIES.search(gap):
+        states = touches or _STATES.search(gap)
+        denied |= bool(states and DENIES.search(gap))
+        if states and not DENIES.search(gap):
+            if _CHANGES.search(gap) or _CHANGED.match(text, value.stop):
+                raise AmbiguousError
             return _whole_value(text, value, candidates[index + 1 : index + 9])
         before = value.stop
         index += 1
+    if denied:
+        raise AmbiguousError
     return None
 
 
 def _stated_formula(text: str, sentence: Span) -> Span | None:
     """The formula, be it of letters only, that a sentence ends with after its verb: "the answer is $x + y$"."""
     match = _FORMULA_VALUE.search(text[sentence.start : sentence.stop])
-    if match is None or _DENIES.search(match.string, 0, match.start("value")):
+    if match is None or DENIES.search(match.string, 0, match.start("value")):
         return None
     return Span(sentence.start + match.start("value"), sentence.start + match.end("value"))
 
@@ -194,7 +225,7 @@ def _whole_value(text: str, value: Span, following: Sequence[Span]) -> Span:
             break
         for delimiter in ("\\(", "\\)", "$", "*"):
             between = between.replace(delimiter, "")
-        if not _GOES_ON.fullmatch(between):
+        if not _GOES_ON.fullmatch(between) and not _HEDGES.search(between):
             break
         value = Span(value.start, other.stop)
     return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from pkv.mathcheck.latex import flatten, split_assignment, unwrap
+from pkv.mathcheck.latex import flatten, spell_signs, split_assignment, unwrap
 from pkv.mathcheck.numbers import read_number, same_number
 from pkv.mathcheck.pool import VerifyError, VerifyPool
 
@@ -22,14 +22,20 @@ _EQUATION = re.compile(r"(?<![<>!])=|\\(?:approx|equiv|sim|implies|to|rightarrow
 _SET = re.compile(r"(?:[A-Za-z]\s?\\in\s?)?[(\[].*,.*[)\]]$")
 _INEQUALITY = re.compile(r"[<>\u2264\u2265]|\\(?:leq?|geq?|lt|gt)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b|\\pm(?![A-Za-z])|\u00b1|\\\\")
+_SEPARATOR = re.compile(r"[,;]|(?<=\d) (?=\d+(?![\d/]))|\b(?:and|or|vs|versus)\b|\\pm(?![A-Za-z])|\u00b1|\\\\")
 # A comma before exactly three digits is a thousands separator, unless brackets say that this is a tuple.
 _SPLIT_BARE = re.compile(r"\s*(?:,\s*)?\b(?:and|or)\b\s*|;\s*|,\s+|,(?!\d{3}(?!\d))")
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z .'-]*")
+# Something left to be worked out: `17 \times 23`, `4!`, `24 + 0x`, `\sqrt{576}` are no answers where 391 or 24 is one.
+_UNFINISHED = re.compile(
+    r"[+*!^|]|(?<=\d)_|(?<=[\w)}\]])\s?[-/]"
+    r"|\\(?:times|div|sqrt|int|sum|prod|lim|binom|log|ln|exp|sin|cos|tan|max|min|gcd)(?![A-Za-z])"
+)
+_PLAIN = re.compile(r"[^\W\d_](?:[^\W\d_]|[ .'-])*")
 _CHOICE = re.compile(r"\([A-Z]\)")
+_CHOSEN = re.compile(r"\(?([A-Z])[).:](?!.*\b[A-Z][).:])(?:\s.*)?")  # `C) 24`, with what the choice says
 _TIME = re.compile(r"\d{1,2}:(?:00|\d\d ?[ap]\.?m\.?)", re.IGNORECASE)  # `3:20` may be a ratio, `3:00` is none
 _UPRIGHT = re.compile(r"\\mathrm\s?\{([ei])\}")  # e and i as constants, which math-verify does not read
-_LAYOUT = re.compile(r"\s+|\\[,!;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])")
+_LAYOUT = re.compile(r"(?<!\d)\s+|\s+(?!\d)|(?<!\\)\\[,!;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])")
 
 
 def is_right(answer: str, gold: str, pool: VerifyPool | None = None) -> bool:
@@ -46,6 +52,9 @@ def is_right(answer: str, gold: str, pool: VerifyPool | None = None) -> bool:
     if _normal(answer) == _normal(gold):
         return True
     answer_flat, gold_flat = flatten(answer), flatten(gold)
+    chosen = _CHOSEN.fullmatch(answer_flat)
+    if chosen and chosen[1] == gold_flat.strip("()"):
+        return True
     answer_items, gold_items = _items(answer_flat), _items(gold_flat)
     if answer_items and gold_items and answer_items[0] == gold_items[0]:
         names = {split_assignment(flat)[0] for flat in (answer_flat, gold_flat)} - {""}
@@ -55,12 +64,23 @@ def is_right(answer: str, gold: str, pool: VerifyPool | None = None) -> bool:
     answer_plain, gold_plain = _is_plain(answer_flat), _is_plain(gold_flat)
     if (answer_plain and (gold_plain or gold_number)) or (gold_plain and answer_number):
         return False
+    if gold_number and _UNFINISHED.search(answer_flat):
+        return False
     if pool is None:
         raise VerifyError(
             "no_pool", f"comparing {answer[:80]!r} with {gold[:80]!r} needs math-verify: pass a VerifyPool"
         )
-    answer, gold = (_UPRIGHT.sub(r" \1", unwrap(text)) for text in (answer, gold))
-    return pool.check(gold, answer if "=" in gold_flat else split_assignment(answer)[1])
+    answer, gold = (_UPRIGHT.sub(r" \1", unwrap(spell_signs(text))) for text in (answer, gold))
+    return _check(answer if "=" in gold_flat else split_assignment(answer)[1], gold, pool)
+
+
+def _check(answer: str, gold: str, pool: VerifyPool) -> bool:
+    """math-verify's word; where it comes to none although it can read the gold answer, the answer is wrong."""
+    try:
+        return pool.check(gold, answer)
+    except VerifyError:
+        pool.check(gold, gold)
+        return False
 
 
 def _normal(text: str) -> str:
@@ -68,6 +88,8 @@ def _normal(text: str) -> str:
     flat = flatten(text)
     if _PLAIN.fullmatch(flat):
         return re.sub(r"^(?:the|an?) (?=.)", "", flat.casefold())
+    if _TIME.fullmatch(flat):
+        return flat.casefold().replace(".", "").replace(" ", "")
     if _CHOICE.fullmatch(flat):  # (B) is B
         return flat[1].casefold()
     return _LAYOUT.sub("", flat)

@@ -14,8 +14,10 @@ from fractions import Fraction
 
 MAX_DIGITS = 12
 MAX_EXPONENT = 12
+MAX_BITS = 256  # of a value's numerator and denominator; powers of powers would take for ever
 MAX_SIDE_TOKENS = 60  # of one side of an equation; a longer one is no line of working
 MAX_DEPTH = 20
+MAX_UNIT_WORDS = 3  # between a number and the sign behind it: "20 fine candles / 5 good hives"
 
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
@@ -31,6 +33,7 @@ _REWRITES = tuple(
         (r"(?<=[\d)])\s+plus\s+(?=[\d(])", " + "),
         (r"(?<=[\d)])\s+minus\s+(?=[\d(])", " - "),
         (r"(?<=[\d)])\s+(?:equals|is equal to|makes|gives|is)\s+(?=[-\d(])", " = "),
+        (r"(?<=[\d)])\s*(?:[-=]>|[→⟶⇒]|\\(?:to|[Rr]ightarrow)(?![A-Za-z]))\s*(?=[-\d(])", " = "),
         (r"\*\*(?=\s*\d)(?<=\d\*\*)", "^"),
     )
 )
@@ -42,9 +45,15 @@ _TOKEN = re.compile(
 )
 
 
+Fact = tuple[object, ...]
+
+
 @dataclass(frozen=True)
 class Equation:
-    """`left = right`, at characters [at, stop) of the normalised text; a value is None where a side has a variable."""
+    """`left = right`, the working on the left: `4 = 20 / 5` is turned round.
+
+    left_value, right_value: None where a side has a variable. at, stop: its characters in the normalised text.
+    """
 
     left: tuple[str, ...]
     right: tuple[str, ...]
@@ -70,20 +79,16 @@ class Equation:
         return frozenset(value for token in self.left if (value := read_number(token)) is not None)
 
     @property
-    def fact(self) -> tuple[object, ...]:
+    def facts(self) -> frozenset[Fact]:
         """What is worked out, whatever the wording: 20 / 5, 4 * 5 and 5 * 4 are one fact, as are 7 + 5 and 12 - 5.
 
-        The right side does not count, so that a slip and its correction are the same step.
+        A formula of several operations is as many facts: (20 / 5) * 6 is 20 / 5 and 4 * 6. The right side does not
+        count, so that a slip and its correction are the same step; but with a variable on the left it does.
         """
-        bare = [token for token in self.left if token not in "()"]
-        if len(bare) == 3 and self.left_value is not None:
-            first, sign, second = read_number(bare[0]), bare[1], read_number(bare[2])
-            if first is not None and second is not None:
-                if sign in "+*":
-                    return (sign, frozenset((first, second)), self.left_value)
-                if sign in "-/":
-                    return ("+*"["-/".index(sign)], frozenset((self.left_value, second)), first)
-        return ("".join(self.left), *(() if self.left_value is not None else self.right))
+        steps: list[Fact] = []
+        if self.left_value is not None:
+            evaluate(self.left, steps)
+        return frozenset(steps or [("".join(self.left), *(() if self.left_value is not None else self.right))])
 
 
 def normalise(text: str) -> str:
@@ -114,6 +119,8 @@ def find_equations(normalised: str) -> list[Equation]:
         sides = _split_sides(run)
         for left, right in itertools.pairwise(sides):
             first, second = tuple([token for token, _, _ in left]), tuple([token for token, _, _ in right])
+            if len(first) == 1 and first[0][0].isdigit() and len(second) > 1:
+                first, second = second, first
             worked = len(first) > 1 or "".join(first).isalpha()
             if worked and len(first) <= MAX_SIDE_TOKENS and len(second) <= MAX_SIDE_TOKENS:
                 found.append(Equation(first, second, evaluate(first), evaluate(second), left[0][1], right[-1][2]))
@@ -123,18 +130,18 @@ def find_equations(normalised: str) -> list[Equation]:
 def _runs(text: str) -> list[list[tuple[str, int, int]]]:
     """Stretches of mathematics: tokens with their characters; a unit after a number ("20 candles / 5") is left out."""
     runs: list[list[tuple[str, int, int]]] = [[]]
-    unit = False
+    unit = 0  # words since the last number
     for match in _TOKEN.finditer(text):
         kind = match.lastgroup
         if kind in ("number", "sign", "letter"):
             if unit and not (kind == "sign" and match[0] != "("):
                 runs.append([])
-            unit = False
+            unit = 0
             runs[-1].append((match[0], match.start(), match.end()))
-        elif kind == "word" and not unit and runs[-1] and runs[-1][-1][0][0].isdigit():
-            unit = True
+        elif kind == "word" and unit < MAX_UNIT_WORDS and runs[-1] and runs[-1][-1][0][0].isdigit():
+            unit += 1
         elif kind != "space":
-            unit = False
+            unit = 0
             if runs[-1]:
                 runs.append([])
     return [run for run in runs if any(token == "=" for token, _, _ in run)]
@@ -156,55 +163,75 @@ def _split_sides(run: list[tuple[str, int, int]]) -> list[list[tuple[str, int, i
     return [side for side in sides if side]
 
 
-def evaluate(tokens: tuple[str, ...]) -> Fraction | None:
-    """The value of + - * / ^ and brackets over plain numbers, exactly; None where it has none or is too large."""
+def evaluate(tokens: tuple[str, ...], steps: list[Fact] | None = None) -> Fraction | None:
+    """The value of + - * / ^ and brackets over plain numbers, exactly; None where it has none or is too large.
+
+    steps: takes the operations, in the order in which they are worked out.
+    """
     if len(tokens) > MAX_SIDE_TOKENS:
         return None
     try:
-        value, at = _sum(tokens, 0, 0)
+        value, at = _sum(tokens, 0, 0, [] if steps is None else steps)
     except (ValueError, ZeroDivisionError):
         return None
     return value if at == len(tokens) else None
 
 
-def _sum(tokens: tuple[str, ...], at: int, depth: int) -> tuple[Fraction, int]:
+def _sum(tokens: tuple[str, ...], at: int, depth: int, steps: list[Fact]) -> tuple[Fraction, int]:
     if depth > MAX_DEPTH:
         raise ValueError("too deep")
-    value, at = _product(tokens, at, depth)
+    value, at = _product(tokens, at, depth, steps)
     while at < len(tokens) and tokens[at] in "+-":
-        other, after = _product(tokens, at + 1, depth)
-        value = value + other if tokens[at] == "+" else value - other
+        other, after = _product(tokens, at + 1, depth, steps)
+        value = _work_out(value, tokens[at], other, steps)
         at = after
     return value, at
 
 
-def _product(tokens: tuple[str, ...], at: int, depth: int) -> tuple[Fraction, int]:
-    value, at = _power(tokens, at, depth)
+def _product(tokens: tuple[str, ...], at: int, depth: int, steps: list[Fact]) -> tuple[Fraction, int]:
+    value, at = _power(tokens, at, depth, steps)
     while at < len(tokens) and tokens[at] in "*/":
-        other, after = _power(tokens, at + 1, depth)
-        value = value * other if tokens[at] == "*" else value / other
+        other, after = _power(tokens, at + 1, depth, steps)
+        value = _work_out(value, tokens[at], other, steps)
         at = after
     return value, at
 
 
-def _power(tokens: tuple[str, ...], at: int, depth: int) -> tuple[Fraction, int]:
+def _power(tokens: tuple[str, ...], at: int, depth: int, steps: list[Fact]) -> tuple[Fraction, int]:
     if at < len(tokens) and tokens[at] == "-":
-        value, at = _power(tokens, at + 1, depth + 1) if depth < MAX_DEPTH else _fail()
+        value, at = _power(tokens, at + 1, depth + 1, steps) if depth < MAX_DEPTH else _fail()
         return -value, at
-    value, at = _atom(tokens, at, depth)
+    value, at = _atom(tokens, at, depth, steps)
     if at < len(tokens) and tokens[at] == "^":
-        exponent, at = _atom(tokens, at + 1, depth)
-        if exponent.denominator != 1 or not 0 <= exponent <= MAX_EXPONENT:
-            _fail()
-        value = value**exponent.numerator
+        exponent, at = _atom(tokens, at + 1, depth, steps)
+        value = _work_out(value, "^", exponent, steps)
     return value, at
 
 
-def _atom(tokens: tuple[str, ...], at: int, depth: int) -> tuple[Fraction, int]:
+def _work_out(first: Fraction, sign: str, second: Fraction, steps: list[Fact]) -> Fraction:
+    """One operation, and the fact that it is: + and - say the same about three numbers, as do * and /."""
+    if sign == "^":
+        if second.denominator != 1 or not 0 <= second <= MAX_EXPONENT:
+            _fail()
+        value = first**second.numerator
+        fact: Fact = ("^", first, second)
+    elif sign in "+*":
+        value = first + second if sign == "+" else first * second
+        fact = (sign, frozenset((first, second)), value)
+    else:
+        value = first - second if sign == "-" else first / second
+        fact = ("+" if sign == "-" else "*", frozenset((value, second)), first)
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+        raise ValueError("too large")
+    steps.append(fact)
+    return value
+
+
+def _atom(tokens: tuple[str, ...], at: int, depth: int, steps: list[Fact]) -> tuple[Fraction, int]:
     if at >= len(tokens):
         _fail()
     if tokens[at] == "(":
-        value, at = _sum(tokens, at + 1, depth + 1)
+        value, at = _sum(tokens, at + 1, depth + 1, steps)
         if at >= len(tokens) or tokens[at] != ")":
             _fail()
         return value, at + 1

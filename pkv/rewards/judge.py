@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from pkv.mathcheck import VerifyError, parse_number
 from pkv.records import FIGHTERS
 from pkv.rewards.context import Context
-from pkv.rewards.equations import find_equations, normalise, numbers
+from pkv.rewards.equations import Equation, find_equations, normalise, numbers
 from pkv.rewards.lexicon import words
 from pkv.rewards.outcome import winner_name
+
+DENIAL = 80  # characters around an equation in which it may be called wrong
+_DENIES = re.compile(r"\b(?:not|no|wrong|false|incorrect|mistakes?|errs?|erred|error|fails?)\b|n't\b", re.IGNORECASE)
 
 NAMES_WINNER, NAMES_OTHERS, STATES_ANSWER, REDOES_WORK, QUOTES_WORK = 0.2, 0.2, 0.2, 0.4, 0.2
 
@@ -45,16 +50,28 @@ def judge_reasoning(context: Context) -> float:
 
 
 def _checking(name: str, ruling: str, context: Context) -> float:
-    facts = {equation.fact for equation in context.equations(name)}
+    """What a redone step earns; nothing where the ruling says a false equation of the winner after it as if it held."""
+    work = context.equations(name)
+    facts = {fact for equation in work for fact in equation.facts}
+    slips = {(equation.left, equation.right) for equation in work if equation.holds is False}
     figures = set(numbers(context.normalised(name)))
     best = 0.0
     for equation in find_equations(ruling):
-        own = equation.fact in facts
+        own = equation.facts <= facts
+        if (equation.left, equation.right) in slips and not _is_denied(ruling, equation):
+            return 0.0
         if equation.holds and (own or (facts and {*equation.operands, equation.right_value} <= figures)):
-            return REDOES_WORK
-        if own and equation.holds is None:
-            best = QUOTES_WORK
+            best = REDOES_WORK
+        elif own and equation.holds is None:
+            best = max(best, QUOTES_WORK)
     return best
+
+
+def _is_denied(ruling: str, equation: Equation) -> bool:
+    """Whether the words around an equation, up to the next full stops, call it wrong."""
+    before = ruling[max(0, equation.at - DENIAL) : equation.at].rpartition(".")[2]
+    after = ruling[equation.stop : equation.stop + DENIAL].partition(".")[0]
+    return any(_DENIES.search(part) for part in (before, after))
 
 
 def measure(context: Context) -> dict[str, object]:

@@ -7,25 +7,27 @@ import unicodedata
 import zlib
 
 from pkv.rewards.context import Context
-from pkv.rewards.lexicon import pieces
+from pkv.rewards.lexicon import SIGN, pieces
+from pkv.rewards.originality import is_attempt
 
 NGRAM = 5  # pieces; a mended equation ("20 / 5 = 4" after "20 / 5 = 5") differs within so many
 LONGEST_WORD = 30  # characters; a longer one is no word, but filler
-# zlib's size over size, below which a text begins to say too little. Measured: counting aloud ("I count 1. I count 2.")
-# 0.36 at 150 bytes, 0.24 at 400, 0.18 at 1,000, 0.17 at 5,000; working in words and formulas 0.73, 0.56, 0.42, 0.31.
+# zlib's size in bytes over the characters, below which a text begins to say too little. Measured: counting aloud ("I count
+# 1. I count 2.") 0.36 at 150 characters, 0.24 at 400, 0.18 at 1,000, 0.17 at 5,000; working in words and formulas 0.73,
+# 0.56, 0.42, 0.31.
 DENSITY_FLOOR = 0.25
-DENSITY_FLOOR_BYTES = 50  # over the text's bytes: by how much the floor is higher for a short text
+DENSITY_FLOOR_EXTRA = 50  # over the text's characters: by how much the floor is higher for a short text
 
 _BLANKS = "\u115f\u1160\u3164\uffa0\u2800"  # letters and symbols that are drawn as nothing
 _SUSPECT = re.compile(r"[^\x20-\x7e\n\t]")
 _WIDE_BLANK = re.compile(r"\n{3,}|[^\S\n]{2,}")
-_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
+_LONG_WORD = re.compile(rf"[^\s{SIGN}]{{{LONGEST_WORD + 1},}}")
 
 
 def length(name: str, context: Context) -> float:
     """Linear up to the optimal number of spoken tokens, then falling, to 0 at twice as many."""
     block = context.trace.blocks.get(name)
-    if block is None:
+    if block is None or not is_attempt(name, context):
         return 0.0
     share = spoken_tokens(context.text(name), block.tokens.size) / context.length_optimum
     # Falling counts every token: padding that isn't paid must not shield what is too long.
@@ -48,7 +50,8 @@ def spoken_tokens(text: str, tokens: int) -> float:
 
 def strip_filler(text: str) -> tuple[str, int]:
     """The text without what is only there to be counted, and how many bytes that was."""
-    plain = _SUSPECT.sub(lambda match: "" if _is_invisible(match[0]) else match[0], text)
+    text = unicodedata.normalize("NFC", text)
+    plain = _SUSPECT.sub(lambda match: "" if _is_invisible(match) else match[0], text)
     plain = _WIDE_BLANK.sub(lambda match: match[0][:2] if match[0][0] == "\n" else " ", plain.strip())
     plain = _LONG_WORD.sub(lambda match: "" if match[0].isalnum() else match[0], plain)
     return plain, len(text.strip(" \n").encode("utf-8", "replace")) - len(plain.encode("utf-8", "replace"))
@@ -67,12 +70,21 @@ def fresh_pieces(said: list[str]) -> int:
 
 
 def said_share(text: str) -> float:
-    """1 for a text that compresses like working, falling to 0 at half of that."""
-    raw = text.encode("utf-8", "replace")
-    floor = DENSITY_FLOOR + DENSITY_FLOOR_BYTES / len(raw)
-    return min(1.0, max(0.0, 2 * len(zlib.compress(raw)) / len(raw) / floor - 1))
+    """1 for a text that compresses like working, falling to 0 at half of that; by characters, for any script."""
+    floor = DENSITY_FLOOR + DENSITY_FLOOR_EXTRA / len(text)
+    compressed = len(zlib.compress(text.encode("utf-8", "replace")))
+    return min(1.0, max(0.0, 2 * compressed / len(text) / floor - 1))
 
 
-def _is_invisible(char: str) -> bool:
+def _is_invisible(match: re.Match[str]) -> bool:
+    char = match[0]
     category = unicodedata.category(char)
-    return char in _BLANKS or category[0] == "C" or category in ("Mn", "Me", "Zl", "Zp")
+    if category == "Mn":
+        return not _is_spelling(match.string[max(0, match.start() - 2) : match.start()])
+    return char in _BLANKS or category[0] == "C" or category in ("Me", "Zl", "Zp")
+
+
+def _is_spelling(before: str) -> bool:
+    """Whether a mark behind these characters spells a word: in a script that needs marks, and at most two in a row."""
+    needs_marks = before[-1:] >= "\u0590" and unicodedata.category(before[-1])[0] in "LM"
+    return needs_marks and any(unicodedata.category(char)[0] == "L" for char in before)

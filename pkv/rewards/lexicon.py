@@ -5,21 +5,30 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib import resources
 
-PIECE = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[^\w\s]|_")
-WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+# Each sign of a script that puts no blanks between words is a word: kana, Han, Thai, Lao and Khmer.
+SIGN = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+_MARK = "\u0300-\u036f\u0900-\u0dff"  # combining marks, and the Indic scripts, where \w has no word on vowel signs
+PIECE = re.compile(rf"[{SIGN}]|(?:[^\W_{SIGN}]|[{_MARK}])+(?:['’][^\W_{SIGN}]+)*|[^\w\s]|_")
+WORD = re.compile(rf"[{SIGN}]|(?:[^\W\d_{SIGN}]|[{_MARK}])+(?:['’][^\W\d_{SIGN}]+)*")
 
 
 @dataclass(frozen=True)
 class Lexicon:
-    """personas: words by fighter. cues: matches any phrase that announces a correction. small: function words."""
+    """personas: words by fighter. cues: matches any phrase that announces a correction. small, foreign: function words.
+
+    foreign: those of some languages that are often met beside English, for telling prose from noise.
+    """
 
     personas: Mapping[str, frozenset[str]]
     cues: re.Pattern[str]
     small: frozenset[str]
+    foreign: frozenset[str]
+    numbers: Mapping[str, int]  # what a number word says
 
     @property
     def persona_words(self) -> frozenset[str]:
@@ -36,6 +45,8 @@ def lexicon() -> Lexicon:
         personas={name: frozenset(words) for name, words in raw["personas"].items()},
         cues=re.compile(r"\b(?:" + "|".join(bounded) + ")"),
         small=frozenset(raw["function_words"]),
+        foreign=frozenset(raw["foreign_function_words"]),
+        numbers=raw["number_words"],
     )
 
 
@@ -47,3 +58,13 @@ def pieces(text: str) -> list[str]:
 def words(text: str) -> list[str]:
     """Words only, in lower case."""
     return WORD.findall(text.casefold())
+
+
+def is_sign(word: str) -> bool:
+    """Whether a word is a sign of a script without blanks."""
+    return len(word) == 1 and re.match(f"[{SIGN}]", word) is not None
+
+
+def number_words(said: Sequence[str]) -> list[Fraction]:
+    """What the number words among some words say; "one" is left out, for it is said of anything."""
+    return [Fraction(lexicon().numbers[word]) for word in said if word in lexicon().numbers]

@@ -18,7 +18,7 @@ from collections.abc import Sequence, Set
 from pkv.mathcheck import parse_number
 from pkv.rewards.context import Context
 from pkv.rewards.equations import Equation, normalise, numbers
-from pkv.rewards.lexicon import lexicon, words
+from pkv.rewards.lexicon import is_sign, lexicon, number_words, words
 
 # Overlap up to which a solution is its own (independent texts: 0.04 to 0.3) and from which it is a copy (every fifth
 # word swapped: 0.80); half copied, 0.52, lies about the middle.
@@ -58,11 +58,18 @@ def _is_attempt(name: str, context: Context) -> bool:
     if not equations and context.answer(name).value is None:
         return False
     question = set(words(context.problem.question)) - lexicon().small
-    shares = context.givens.intersection(numbers(context.normalised(name))) or question.intersection(said)
+    figures = {*numbers(context.normalised(name)), *number_words(said)}
+    shares = context.givens & figures or question.intersection(said)
     if (context.givens or question) and not shares and not _leads_to_answer(name, context):
         return False
     works = any(equation.holds and equation.operands & context.givens for equation in equations)
-    return works or sum(word in lexicon().small for word in said) >= LANGUAGE * len(said)
+    return works or is_language(said)
+
+
+def is_language(said: Sequence[str]) -> bool:
+    """Whether words are a language's: enough of them are function words, or signs of a script without blanks."""
+    known = lexicon()
+    return sum(word in known.small or word in known.foreign or is_sign(word) for word in said) >= LANGUAGE * len(said)
 
 
 def _leads_to_answer(name: str, context: Context) -> bool:
@@ -104,15 +111,21 @@ def contained(first: Sequence[str], second: Sequence[str]) -> float:
     return len(ones & others) / min(len(ones), len(others)) if ones and others else 0.0
 
 
-def shared_working(first: Set[object], second: Set[object]) -> float:
-    """Common steps, as a share of the list that has fewer: own steps added to copied ones don't hide them."""
-    return len(first & second) / min(len(first), len(second)) if first and second else 0.0
+def shared_working(own: Set[object], earlier: Set[object]) -> float:
+    """Common steps, as a share of the list that has fewer: own steps added to copied ones don't hide them.
+
+    But where the earlier fighter took a single step, which the question may ask for, the later one's own steps count.
+    """
+    if not own or not earlier:
+        return 0.0
+    return len(own & earlier) / (len(own) if len(earlier) == 1 else min(len(own), len(earlier)))
 
 
 def working(name: str, context: Context) -> frozenset[object]:
     """The steps that a block works out: its equations' facts, without what the question says and bare results."""
     given = "".join(normalise(context.problem.question).split())
-    return frozenset(e.fact for e in context.equations(name) if not _is_bare(e) and "".join(e.left) not in given)
+    own = (e for e in context.equations(name) if not _is_bare(e) and "".join(e.left) not in given)
+    return frozenset(fact for equation in own for fact in equation.facts)
 
 
 def _is_bare(equation: Equation) -> bool:
@@ -124,7 +137,7 @@ def _masked(name: str, context: Context) -> list[str]:
     """The words that a fighter could have chosen otherwise."""
     masked = lexicon().persona_words | (set(words(context.problem.question)) - lexicon().small)
     said = words(_COMMAND.sub(" ", context.text(name)))
-    return [word for word in said if word not in masked and (len(word) > 1 or word in "ai")]
+    return [word for word in said if word not in masked and (len(word) > 1 or word in "ai" or is_sign(word))]
 
 
 def _content(said: Sequence[str]) -> list[str]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from functools import partial
 from types import TracebackType
 
 import numpy as np
 
 from pkv.competition.parser import parse
-from pkv.config import RewardConfig
+from pkv.config import RewardConfig, UserError
 from pkv.records import Problem, Scorecard, Trace
 from pkv.rewards.scoring import Scorer
 
+_DIED = (
+    "a scoring process died: the machine ran out of memory, or a reward of rewards.user_files ended it; "
+    "lower rewards.workers or mend the reward, and run the same command again"
+)
 _scorer: Scorer | None = None  # of this worker process; set once, when it starts
 
 
@@ -41,10 +46,18 @@ class ScoringPool:
     def submit(
         self, problem: Problem, text: str, offsets: np.ndarray | None = None, truncated: bool = False
     ) -> Future[tuple[Trace, Scorecard]]:
-        """Parse and score one response (see `competition.parse` for the arguments), as soon as a process is free."""
-        if self._processes is not None:
-            return self._processes.submit(_work, problem, text, offsets, truncated)
+        """Parse and score one response (see `competition.parse` for the arguments), as soon as a process is free.
+
+        The result raises UserError when a process died.
+        """
         future: Future[tuple[Trace, Scorecard]] = Future()
+        if self._processes is not None:
+            try:
+                work = self._processes.submit(_work, problem, text, offsets, truncated)
+            except BrokenExecutor:
+                raise UserError(_DIED) from None
+            work.add_done_callback(partial(_pass_on, future))
+            return future
         assert self._own is not None
         future.set_result(_score(self._own, problem, text, offsets, truncated))
         return future
@@ -61,6 +74,16 @@ class ScoringPool:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _pass_on(future: Future[tuple[Trace, Scorecard]], done: Future[tuple[Trace, Scorecard]]) -> None:
+    error = done.exception()
+    if isinstance(error, BrokenExecutor):
+        future.set_exception(UserError(_DIED))
+    elif error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(done.result())
 
 
 def _score(

@@ -8,7 +8,9 @@ another claim, so that neither repeating a cue nor going back and forth pays.
 
 from __future__ import annotations
 
+import bisect
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -23,6 +25,7 @@ WRONG_TO_RIGHT, CHANGED, RIGHT_TO_WRONG = 0.4, 0.2, 0.1
 MOST_CUES = 200  # looked at; a block that announces more corrections is spam, and must not cost quadratic time
 WINDOW = 300  # characters after a cue in which the new value must stand
 
+_VARIABLE = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 _PHRASE_END = re.compile(r"[.!?;\n]+")
 # "The answer is 5", "that makes 12", "so I get 7": a claim without an equation.
 _STATEMENT = re.compile(
@@ -78,21 +81,49 @@ def find_corrections(name: str, context: Context) -> list[Correction]:
     """The corrections of a block, in order, each with its worth."""
     text = context.normalised(name).lower()
     claims = _find_claims(text, context.equations(name), context.gold)
+    uses = _Uses.of(claims, context.givens)
+    by_end = sorted(claims, key=lambda claim: claim.stop)
+    starts = [claim.at for claim in claims]
+    latest: dict[str, Claim] = {}  # by what they are about: the last claims that end before the cue
+    old: Claim | None = None
     found: list[Correction] = []
     spent: set[str] = set()
+    ended = 0
     for cue, start, stop in _cue_clusters(text, claims)[:MOST_CUES]:
-        limit = stop + WINDOW
-        before = [claim for claim in claims if claim.stop <= start]
-        after = [claim for claim in claims if stop <= claim.at <= limit]
-        pair = _match(before, after) or _match_bare(before, text, stop, context.gold)
+        while ended < len(by_end) and by_end[ended].stop <= start:
+            old = by_end[ended]
+            latest[old.about] = old
+            ended += 1
+        after = claims[bisect.bisect_left(starts, stop) : bisect.bisect_right(starts, stop + WINDOW)]
+        pair = _match(latest, after) or _match_bare(old, text, stop, context.gold)
         if pair is None or cue in spent or pair[1].about in spent:
             continue
-        old, new = pair
-        if not _is_used(new, text, claims, context, name):
+        if not _is_used(pair[1], text, uses, context, name) or not _matters(pair[1], uses, context, name):
             continue
-        spent |= {cue, new.about}
-        found.append(Correction(cue, old, new, _worth(old, new)))
+        spent |= {cue, pair[1].about}
+        found.append(Correction(cue, *pair, _worth(*pair)))
     return found
+
+
+@dataclass(frozen=True)
+class _Uses:
+    """Where the claims of a block are made and used for the last time."""
+
+    last: dict[str, Claim]  # by what they are about
+    number: dict[Fraction, int]  # by number: where the last claim starts that works with it
+    letter: dict[str, int]  # by variable: the same
+    reached: set[Fraction]  # what the question gives, and what claims find that work with it
+
+    @classmethod
+    def of(cls, claims: list[Claim], givens: Set[Fraction]) -> _Uses:
+        number = {value: claim.at for claim in claims for value in numbers(claim.about)}
+        letter = {name: claim.at for claim in claims for name in _VARIABLE.findall(claim.about)}
+        reached = set(givens)
+        for claim in claims:
+            found = read_number(claim.value)
+            if found is not None and not reached.isdisjoint(numbers(claim.about)):
+                reached.add(found)
+        return cls({claim.about: claim for claim in claims}, number, letter, reached)
 
 
 def _cue_clusters(text: str, claims: list[Claim]) -> list[tuple[str, int, int]]:
@@ -125,9 +156,8 @@ def _find_claims(text: str, equations: list[Equation], gold: Fraction | None) ->
     return sorted(claims, key=lambda claim: claim.at)
 
 
-def _match(before: list[Claim], after: list[Claim]) -> tuple[Claim, Claim] | None:
+def _match(latest: dict[str, Claim], after: list[Claim]) -> tuple[Claim, Claim] | None:
     """The last claim before a cue that is made again behind it with another value."""
-    latest = {claim.about: claim for claim in before}
     for new in after:
         old = latest.get(new.about)
         if old is not None and not _same(old.value, new.value):
@@ -135,12 +165,12 @@ def _match(before: list[Claim], after: list[Claim]) -> tuple[Claim, Claim] | Non
     return None
 
 
-def _match_bare(before: list[Claim], text: str, stop: int, gold: Fraction | None) -> tuple[Claim, Claim] | None:
+def _match_bare(old: Claim | None, text: str, stop: int, gold: Fraction | None) -> tuple[Claim, Claim] | None:
     """A cue straight after a claim, and straight behind the cue another value: "20 / 5 = 5, no wait, 4"."""
     match = _BARE_VALUE.match(text, stop)
-    if match is None or not before:
+    if match is None or old is None:
         return None
-    old, value = before[-1], str(read_number(match["value"].rstrip(",")))
+    value = str(read_number(match["value"].rstrip(",")))
     if _same(old.value, value):
         return None
     holds = None
@@ -159,19 +189,29 @@ def _same(first: str, second: str) -> bool:
     return first == second or (read_number(first) is not None and read_number(first) == read_number(second))
 
 
-def _is_used(new: Claim, text: str, claims: list[Claim], context: Context, name: str) -> bool:
+def _is_used(new: Claim, text: str, uses: _Uses, context: Context, name: str) -> bool:
     """The new value is the block's answer or stands in later working, and the claim isn't changed back later."""
-    later = [claim for claim in claims if claim.at >= new.stop]
-    last_word = next((claim for claim in reversed(later) if claim.about == new.about), new)
-    if not _same(last_word.value, new.value):
+    last_word = uses.last.get(new.about, new)
+    if last_word.at >= new.stop and not _same(last_word.value, new.value):
         return False
     answer = context.answer(name).value
     if answer is not None and _same(answer, new.value):
         return True
+    if uses.letter.get(new.about, -1) >= new.stop:
+        return True
     value = read_number(new.value)
     if value is None:
         return new.value in text[new.stop :]
-    return any(value in numbers(claim.about) for claim in later)
+    return uses.number.get(value, -1) >= new.stop
+
+
+def _matters(new: Claim, uses: _Uses, context: Context, name: str) -> bool:
+    """The claim works with what the question gives, or what follows from it, or is the answer: no planted 1 + 1."""
+    figures = numbers(new.about)
+    if not figures or not context.givens or not uses.reached.isdisjoint(figures):
+        return True
+    answer = context.answer(name).value
+    return answer is not None and _same(answer, new.value)
 
 
 def _worth(old: Claim, new: Claim) -> float:

@@ -58,7 +58,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[Problem, str]]:
 
 def _read_line(line: bytes, where: str) -> tuple[Problem, str]:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a JSON object in UTF-8: {error}") from error
     if not isinstance(record, dict):
@@ -75,6 +75,10 @@ def _read_line(line: bytes, where: str) -> tuple[Problem, str]:
     return Problem(str(record["id"]), record["question"], str(record["answer"]), str(where), extra), record[
         "completion"
     ]
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _choose_round(config: Config | None, name: str | None) -> RoundConfig:

@@ -83,7 +83,7 @@ def _call(name: str, owner: str, measure: Callable[[], float | None], timeout_s:
         return Reward(name, None, owner, "unscored", f"{error.code}: {error}")
     except _TimeUp:
         return Reward(name, None, owner, "unscored", f"timeout: took more than {timeout_s:g} s")
-    except Exception as error:  # noqa: BLE001 - the border: whatever a reward raises makes it unscored
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the border: whatever a reward raises makes it unscored
         return Reward(name, None, owner, "unscored", f"{type(error).__name__}: {error}")
 
 
