@@ -12,9 +12,9 @@ from pkv.rewards.originality import is_attempt
 
 NGRAM = 5  # pieces; a mended equation ("20 / 5 = 4" after "20 / 5 = 5") differs within so many
 LONGEST_WORD = 30  # characters; a longer one is no word, but filler
-# zlib's size in bytes over the characters, below which a text begins to say too little. Measured: counting aloud ("I count
-# 1. I count 2.") 0.36 at 150 characters, 0.24 at 400, 0.18 at 1,000, 0.17 at 5,000; working in words and formulas 0.73,
-# 0.56, 0.42, 0.31.
+# zlib's size in bytes over the characters, below which a text begins to say too little. Measured: counting aloud
+# ("I count 1. I count 2.") 0.36 at 150 characters, 0.24 at 400, 0.18 at 1,000, 0.17 at 5,000; working in words and
+# formulas 0.73, 0.56, 0.42, 0.31.
 DENSITY_FLOOR = 0.25
 DENSITY_FLOOR_EXTRA = 50  # over the text's characters: by how much the floor is higher for a short text
 
