@@ -149,6 +149,22 @@ def test_hedging_and_chaining_are_never_right(text: str) -> None:
     assert value is None or not is_right(value, "42")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is 42, as may be checked: 6 * 7 is what 6 hives make.",
+        "The answer is 42 times.",
+        "The answer is 42 fewer than Tom.",
+        "The answer is 42 more than before.",
+        "Answer: She cannot buy more than 42 candles.",
+        "The answer is not obvious, but it is 42.",
+    ],
+)
+def test_words_around_an_answer_do_not_make_it_another_one(text: str) -> None:
+    value = extract_answer(text).value
+    assert value is not None and is_right(value, "42")
+
+
 def test_a_correction_is_not_punished() -> None:
     for text in ("\\boxed{41} no, \\boxed{42}", "Answer: 41\nAnswer: 42", "The answer is 41. Wait! The answer is 42."):
         value = extract_answer(text).value

@@ -186,13 +186,21 @@ def test_honest_words_of_every_script_count():
         "\u092a\u093e\u0901\u091a \u091b\u0924\u094d\u0924\u0947 \u092c\u0940\u0938"
         " \u092e\u094b\u092e\u092c\u0924\u094d\u0924\u093f\u092f\u093e\u0901"
         " \u092c\u0928\u093e\u0924\u0947 \u0939\u0948\u0902",
-        unicodedata.normalize(
-            "NFD",
-            "Chaque \u00e9l\u00e8ve a \u00e9t\u00e9 not\u00e9 \u00e0 c\u00f4t\u00e9 de la fen\u00eatre ferm\u00e9e",
-        ),
+        "Chaque \u00e9l\u00e8ve a \u00e9t\u00e9 not\u00e9 \u00e0 c\u00f4t\u00e9 de la fen\u00eatre ferm\u00e9e",
+        "M\u1ed7i t\u1ed5 ong l\u00e0m ra b\u1ed1n c\u00e2y n\u1ebfn"
+        " n\u00ean s\u00e1u t\u1ed5 l\u00e0m ra hai m\u01b0\u01a1i b\u1ed1n c\u00e2y",
     ):
         assert spoken_tokens(text, 100) > 95
     assert spoken_tokens("\u0336".join(PIRATE), 400) < 120
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_accents_on_every_letter_earn_less_than_a_third_of_what_they_cost(form):
+    plain = len(split_tokens(PIRATE)) - 1
+    accented = unicodedata.normalize(form, "".join(char + "\u0301" if char.isalpha() else char for char in PIRATE))
+    tokens = plain + len(accented.encode()) - len(PIRATE)
+    assert tokens > 2 * plain
+    assert spoken_tokens(accented, tokens) - plain < (tokens - plain) / 3
 
 
 def test_the_honest_trace_is_not_at_a_ceiling(honest):

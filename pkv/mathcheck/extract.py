@@ -13,7 +13,7 @@ from typing import Literal
 
 from pkv.mathcheck.numbers import read_number
 from pkv.mathcheck.prose import (
-    DENIES,
+    TAKEN_BACK,
     AmbiguousError,
     find_candidates,
     first_sentence,
@@ -34,7 +34,6 @@ _BRACE = re.compile(r"(?P<box>\\boxed\s{0,4}\{)|\\.|(?P<open>\{)|(?P<close>\})",
 _DISPLAY = re.compile(r"[ \t*_]{0,8}(\$\$|\\\[)")
 _DISPLAY_LENGTH = 1000  # characters of a displayed formula
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-_DIGIT = re.compile(r"\d", re.ASCII)
 _VERB = re.compile(r"\b(?:is|are|was|be|equals)\b", re.IGNORECASE)
 _PROSE_WORDS = 4  # a marked value with a verb or as many words, and not a number with its unit, is a sentence
 
@@ -114,7 +113,7 @@ def _read_marked(text: str, span: Span) -> Extraction:
     value = text[span.start : span.stop]
     is_formula = text.endswith(("$", "\\(", "\\["), 0, span.start)  # all of it, or `trim` would have left them there
     is_sentence = bool(_VERB.search(value)) or len(_WORD.findall(value)) >= _PROSE_WORDS
-    if is_sentence and DENIES.search(value) and _DIGIT.search(value):
+    if TAKEN_BACK.search(value):
         return Extraction(None, "ambiguous")
     if is_sentence and not is_formula and read_number(value) is None:
         inside = _read_prose(text, span, closing=False)

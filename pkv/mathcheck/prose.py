@@ -44,7 +44,7 @@ _STATES = re.compile(
     re.IGNORECASE,
 )
 _TOUCHES = re.compile(_OPENING)
-DENIES = re.compile(
+_DENIES = re.compile(
     r"\b(?:not|never|cannot|neither|hardly|unlikely|wrong|incorrect|rather than|instead of)\b|n't\b", re.IGNORECASE
 )
 # Before a number or behind it, what makes another number of it.
@@ -54,13 +54,21 @@ _CHANGES = re.compile(
     re.IGNORECASE,
 )
 _CHANGED = re.compile(
-    r"[*_$)\s]{0,4}\b(?:squared|cubed|factorial|times|minus|plus|divided by|dozens?|(?:less|more|fewer) than)\b"
-    r"|[xyznk]\b",
+    r"[*_$)\s]{0,4}\b(?:squared|cubed|factorial|dozens"
+    r"|(?:times|minus|plus|divided by|(?:less|more|fewer) than)\s{1,3}\$?\d)|[xyznk]\b",
     re.IGNORECASE,
 )
-# What gives a second answer beside the first: "24, maybe 25".
+# What gives a second answer beside the first, just before it: "24, maybe 25". "24, as may be checked: 6 * 4" gives none.
 _HEDGES = re.compile(
-    r"\b(?:maybe|perhaps|possibly|alternatively|otherwise|versus|vs|(?:could|might|may) be|if not|else)\b",
+    r"\b(?:maybe|perhaps|possibly|alternatively|otherwise|versus|vs|(?:could|might|may) be|if not|else)\b"
+    r"\W{1,4}$",
+    re.IGNORECASE,
+)
+_BUT = re.compile(r"\bbut\b", re.IGNORECASE)
+# A marked value that is taken back at once: "42 is wrong".
+TAKEN_BACK = re.compile(
+    r"\d\S{0,20}\s{1,3}(?:[A-Za-z]{1,20}\s{1,3}){0,3}(?:is|are|was|be)\s{1,3}"
+    r"(?:not|wrong|incorrect|false)\b",
     re.IGNORECASE,
 )
 _DISOWNED = re.compile(
@@ -197,8 +205,9 @@ def _stated(text: str, sentence: Span, candidates: Sequence[Span], index: int) -
         value, gap = candidates[index], text[before : candidates[index].start]
         touches = before == sentence.start and _TOUCHES.fullmatch(gap)
         states = touches or _STATES.search(gap)
-        denied |= bool(states and DENIES.search(gap))
-        if states and not DENIES.search(gap):
+        denies = _DENIES.search(_BUT.split(gap)[-1])
+        denied |= bool(states and denies)
+        if states and not denies:
             if _CHANGES.search(gap) or _CHANGED.match(text, value.stop):
                 raise AmbiguousError
             return _whole_value(text, value, candidates[index + 1 : index + 9])
@@ -212,7 +221,7 @@ def _stated(text: str, sentence: Span, candidates: Sequence[Span], index: int) -
 def _stated_formula(text: str, sentence: Span) -> Span | None:
     """The formula, be it of letters only, that a sentence ends with after its verb: "the answer is $x + y$"."""
     match = _FORMULA_VALUE.search(text[sentence.start : sentence.stop])
-    if match is None or DENIES.search(match.string, 0, match.start("value")):
+    if match is None or _DENIES.search(match.string, 0, match.start("value")):
         return None
     return Span(sentence.start + match.start("value"), sentence.start + match.end("value"))
 

@@ -63,10 +63,10 @@ def _is_attempt(name: str, context: Context) -> bool:
     if (context.givens or question) and not shares and not _leads_to_answer(name, context):
         return False
     works = any(equation.holds and equation.operands & context.givens for equation in equations)
-    return works or is_language(said)
+    return works or _is_language(said)
 
 
-def is_language(said: Sequence[str]) -> bool:
+def _is_language(said: Sequence[str]) -> bool:
     """Whether words are a language's: enough of them are function words, or signs of a script without blanks."""
     known = lexicon()
     return sum(word in known.small or word in known.foreign or is_sign(word) for word in said) >= LANGUAGE * len(said)
