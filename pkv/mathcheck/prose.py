@@ -58,7 +58,7 @@ _CHANGED = re.compile(
     r"|(?:times|minus|plus|divided by|(?:less|more|fewer) than)\s{1,3}\$?\d)|[xyznk]\b",
     re.IGNORECASE,
 )
-# What gives a second answer beside the first, just before it: "24, maybe 25"; "24, as may be checked: 6 * 4" gives none.
+# What gives a second answer beside the first, just before it: "24, maybe 25". "24, as may be shown: 6 * 4" gives none.
 _HEDGES = re.compile(
     r"\b(?:maybe|perhaps|possibly|alternatively|otherwise|versus|vs|(?:could|might|may) be|if not|else)\b"
     r"\W{1,4}$",
