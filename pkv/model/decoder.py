@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from pkv.mesh import constrain_rows
 from pkv.model.arch import Arch
 from pkv.model.attention import attend
-from pkv.model.cache import Cache, cache_length
+from pkv.model.cache import Cache
+from pkv.model.rope import Scaling, turns
 from pkv.model.weights import Params
 
-Rotation = tuple[jax.Array, jax.Array]  # cos and sin, float32 [B, T, 1, H/2]
+Rotation = tuple[jax.Array, jax.Array]  # cos and sin, float32 [B, T, 1, R/2] for the R dimensions that turn
+Look = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # `attend` with everything but queries, keys and values
 # Takes a layer's new keys and values [B, T, K, H]; gives those to look at, and the cache that holds them.
 Remember = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, Cache]]
 
@@ -40,7 +42,8 @@ def forward(
     Without a cache a token sees the earlier tokens of its row, and with `segments_BT` (0 is padding) only those of its
     own segment. With a cache, keys and values at position p are written into slot p of their row, and a query at p
     sees the slots up to p: a prefill that is padded on the right needs no mask, because decoding overwrites the
-    padding's slots before it reaches them. What would be written beyond the cache's end is dropped.
+    padding's slots before it reaches them. What would be written beyond the cache's end is dropped. In a local layer
+    either sees no further back than the window.
 
     `params["layers"]` is stacked (scanned: compiles once for all layers) or a tuple (unrolled); the cache alike.
     remat "layer" keeps each layer's input for the backward pass and computes the rest again.
@@ -52,55 +55,77 @@ def forward(
         raise ValueError("forward: segments are for packed rows without a cache")
     if cache is not None and stacked == isinstance(cache, (tuple, list)):
         raise ValueError("forward: weights and cache differ in form; pass both stacked or both as a tuple of layers")
-    rotation = rotary_table(positions_BT, arch)
-    mask_BTS = _row_mask(tokens_BT, segments_BT) if cache is None else _slot_mask(positions_BT, cache)
+    rotations = rotary_tables(positions_BT, arch)
+    sight = {"segments_BT": segments_BT} if cache is None else {"positions_BT": positions_BT}
+    look = partial(attend, scale=arch.query_scale, window=arch.window, cap=arch.attention_cap, **sight)
 
-    def layer(x_BTD: jax.Array, weights: Params, cache: Cache, index: Any) -> tuple[jax.Array, Cache]:
-        remember = _recall_row if cache is None else partial(_write, cache, index, positions_BT)
-        return decoder_layer(x_BTD, weights, arch, rotation, mask_BTS, remember)
+    def layer(x_BTD: jax.Array, weights: Params, cache: Cache, index: Any, local: Any) -> tuple[jax.Array, Cache]:
+        def compute(x_BTD: jax.Array, weights: Params, cache: Cache, index: Any) -> tuple[jax.Array, Cache]:
+            remember = _recall_row if cache is None else partial(_write, cache, index, positions_BT)
+            rotation = _of_layer(rotations, local)
+            return decoder_layer(x_BTD, weights, arch, rotation, partial(look, local=local), remember)
 
-    if remat == "layer":
-        layer = jax.checkpoint(layer)
-    x_BTD = constrain_rows(params["embedding"].at[tokens_BT].get(mode="clip").astype(dtype))
+        return (jax.checkpoint(compute) if remat == "layer" else compute)(x_BTD, weights, cache, index)
+
+    x_BTD = constrain_rows(embed(params, arch, tokens_BT, dtype))
+    local_layers = arch.local_layers or (False,) * arch.layers
     if stacked:
-        # The stacked cache is carried and written in place; as scanned inputs and outputs it would be copied whole.
-        def scanned(carry: tuple[jax.Array, Cache], step: tuple[Params, jax.Array]) -> tuple[Any, None]:
-            return layer(carry[0], step[0], carry[1], step[1]), None
+        # Layers that are all local, or none, know it while they compile; others are told, one by one.
+        alike = local_layers[0] if len(set(local_layers)) == 1 else None
 
-        (x_BTD, cache), _ = jax.lax.scan(scanned, (x_BTD, cache), (layers, jnp.arange(arch.layers)))
+        # The stacked cache is carried and written in place; as scanned inputs and outputs it would be copied whole.
+        def scanned(carry: tuple[jax.Array, Cache], step: tuple[Params, jax.Array, jax.Array]) -> tuple[Any, None]:
+            (x_BTD, cache), (weights, index, local) = carry, step
+            return layer(x_BTD, weights, cache, index, local if alike is None else alike), None
+
+        steps = (layers, jnp.arange(arch.layers), jnp.array(local_layers))
+        (x_BTD, cache), _ = jax.lax.scan(scanned, (x_BTD, cache), steps)
     else:
         caches = []
-        for weights, layer_cache in zip(layers, cache or [None] * len(layers), strict=True):
-            x_BTD, layer_cache = layer(x_BTD, weights, layer_cache, None)
+        for weights, layer_cache, local in zip(layers, cache or [None] * len(layers), local_layers, strict=True):
+            x_BTD, layer_cache = layer(x_BTD, weights, layer_cache, None, local)
             caches.append(layer_cache)
         cache = tuple(caches) if cache is not None else None
-    return rms_norm(x_BTD, params["final_norm"], arch.norm_eps), cache
+    return _norm(x_BTD, params["final_norm"], arch), cache
+
+
+def embed(params: Params, arch: Arch, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    """The stream before the first layer, [B, T, D] in `dtype`; a scale is rounded to `dtype` as transformers does."""
+    x_BTD = params["embedding"].at[tokens_BT].get(mode="clip").astype(dtype)
+    return x_BTD * jnp.asarray(arch.hidden**0.5, dtype) if arch.scaled_embedding else x_BTD
 
 
 def logits(params: Params, arch: Arch, hidden: jax.Array) -> jax.Array:
     """The scores of the next token, float32 [..., V], from hidden states [..., D] after the final norm."""
     if arch.tied_embeddings:
         table_VD = params["embedding"].astype(hidden.dtype)
-        return jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
-    table_DV = params["unembedding"].astype(hidden.dtype)
-    return jnp.einsum("...D,DV->...V", hidden, table_DV, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
+    else:
+        table_DV = params["unembedding"].astype(hidden.dtype)
+        scores = jnp.einsum("...D,DV->...V", hidden, table_DV, preferred_element_type=jnp.float32)
+    return scores if arch.logit_cap is None else arch.logit_cap * jnp.tanh(scores / arch.logit_cap)
 
 
 def decoder_layer(
-    x_BTD: jax.Array, weights: Params, arch: Arch, rotation: Rotation, mask_BTS: jax.Array, remember: Remember
+    x_BTD: jax.Array, weights: Params, arch: Arch, rotation: Rotation, look: Look, remember: Remember
 ) -> tuple[jax.Array, Cache]:
     """One layer: attention and the gated feed-forward, each on a normed copy, each added to the stream."""
-    w, eps = jax.tree.map(lambda weight: weight.astype(x_BTD.dtype), weights), arch.norm_eps
-    q_BTNH, k_BTKH, v_BTKH = _project(rms_norm(x_BTD, w["attention_norm"], eps), w["attention"], arch)
+    w = jax.tree.map(lambda weight: weight.astype(x_BTD.dtype), weights)
+    q_BTNH, k_BTKH, v_BTKH = _project(_norm(x_BTD, w["attention_norm"], arch), w["attention"], arch)
     keys_BKHS, values_BKSH, cache = remember(rotate(k_BTKH, rotation), v_BTKH)
-    mixed_BTNH = attend(rotate(q_BTNH, rotation), keys_BKHS, values_BKSH, mask_BTS, causal=cache is None)
-    x_BTD = x_BTD + dense(mixed_BTNH, w["attention"]["o"], inputs=2)
+    mixed_BTNH = look(rotate(q_BTNH, rotation), keys_BKHS, values_BKSH)
+    mixed_BTD = dense(mixed_BTNH, w["attention"]["o"], inputs=2)
+    x_BTD = x_BTD + (_norm(mixed_BTD, w["attention_post_norm"], arch) if arch.post_norms else mixed_BTD)
 
-    normed_BTD = rms_norm(x_BTD, w["ffn_norm"], eps)
-    gate_BTF = dense(normed_BTD, w["ffn"]["gate"])
+    normed_BTD = _norm(x_BTD, w["ffn_norm"], arch)
+    gate_BTF = ACTIVATIONS[arch.activation](dense(normed_BTD, w["ffn"]["gate"]))
     up_BTF = dense(normed_BTD, w["ffn"]["up"])
-    x_BTD = x_BTD + dense(jax.nn.silu(gate_BTF) * up_BTF, w["ffn"]["down"])
+    down_BTD = dense(gate_BTF * up_BTF, w["ffn"]["down"])
+    x_BTD = x_BTD + (_norm(down_BTD, w["ffn_post_norm"], arch) if arch.post_norms else down_BTD)
     return constrain_rows(x_BTD), cache
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
 def _project(x_BTD: jax.Array, w: Params, arch: Arch) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -110,8 +135,7 @@ def _project(x_BTD: jax.Array, w: Params, arch: Arch) -> tuple[jax.Array, jax.Ar
     if arch.qkv_bias:
         q_BTNH, k_BTKH, v_BTKH = q_BTNH + w["q_bias"], k_BTKH + w["k_bias"], v_BTKH + w["v_bias"]
     if arch.qk_norm:
-        q_BTNH = rms_norm(q_BTNH, w["q_norm"], arch.norm_eps)
-        k_BTKH = rms_norm(k_BTKH, w["k_norm"], arch.norm_eps)
+        q_BTNH, k_BTKH = _norm(q_BTNH, w["q_norm"], arch), _norm(k_BTKH, w["k_norm"], arch)
     return q_BTNH, k_BTKH, v_BTKH
 
 
@@ -125,37 +149,43 @@ def dense(x: jax.Array, w: jax.Array, inputs: int = 1) -> jax.Array:
     return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*x.shape[:2], *w.shape[inputs:])
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def _norm(x: jax.Array, weight: jax.Array, arch: Arch) -> jax.Array:
     """Root-mean-square norm over the last axis, in 32 bits, returned in x's dtype (arXiv 1910.07467, equation 4)."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    x32, scale = x.astype(jnp.float32), weight.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + arch.norm_eps)
+    return (normed * (1 + scale if arch.norm_offset else scale)).astype(x.dtype)
 
 
-def rotary_table(positions_BT: jax.Array, arch: Arch) -> Rotation:
-    """cos and sin of every position's angles, float32 [B, T, 1, H/2] (arXiv 2104.09864, equation 15)."""
-    exponents = jnp.arange(0, arch.head_size, 2, dtype=jnp.float32) / arch.head_size
-    angles = positions_BT[..., None, None].astype(jnp.float32) * arch.rope_theta**-exponents
-    return jnp.cos(angles), jnp.sin(angles)
+def rotary_tables(positions_BT: jax.Array, arch: Arch) -> tuple[Rotation, Rotation | None]:
+    """cos and sin of every position's angles, float32 [B, T, 1, R/2] with R dimensions of a head turning
+    (arXiv 2104.09864, equation 15): for all layers, and for the local ones where they turn by a base of their own."""
+
+    def table(theta: float, scaling: Scaling | None) -> Rotation:
+        radians, factor = turns(theta, arch.rotary_size, scaling)
+        angles = positions_BT[..., None, None].astype(jnp.float32) * radians
+        return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+    nearby = None if arch.local_rope_theta is None else table(arch.local_rope_theta, None)
+    return table(arch.rope_theta, arch.rope_scaling), nearby
+
+
+def _of_layer(rotations: tuple[Rotation, Rotation | None], local: bool | jax.Array) -> Rotation:
+    everywhere, nearby = rotations
+    if nearby is None:
+        return everywhere
+    return jax.tree.map(partial(jnp.where, local), nearby, everywhere)
 
 
 def rotate(x_BTNH: jax.Array, rotation: Rotation) -> jax.Array:
-    """Turn each head by its position's angles; the pairs are (i, i + H/2), as Hugging Face checkpoints have them."""
+    """Turn each head by its position's angles; the pairs are (i, i + R/2), as Hugging Face checkpoints have them.
+
+    Only the first R of the H dimensions turn; the others pass.
+    """
     cos, sin = rotation
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
-
-
-def _row_mask(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
-    """bool [B or 1, T, T]: earlier tokens of the same row and segment."""
-    T = tokens_BT.shape[1]
-    causal = jnp.tril(jnp.ones((1, T, T), bool))
-    return causal if segments_BT is None else causal & (segments_BT[:, :, None] == segments_BT[:, None, :])
-
-
-def _slot_mask(positions_BT: jax.Array, cache: Cache) -> jax.Array:
-    """bool [B, T, S]: slots up to the query's position."""
-    return jnp.arange(cache_length(cache)) <= positions_BT[:, :, None]
+    size = 2 * cos.shape[-1]
+    a, b = jnp.split(x_BTNH[..., :size].astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate([turned, x_BTNH[..., size:]], axis=-1) if size < x_BTNH.shape[-1] else turned
 
 
 def _recall_row(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array, None]:

@@ -45,37 +45,45 @@ def save_params(
     directory.mkdir(parents=True, exist_ok=True)
 
     dtype = jnp.dtype(dtype)
-    tensors = [tensor for group in disk_tensors(arch, family).values() for tensor in group]
-    files = _split(tensors, dtype.itemsize, max_file_bytes)
+    tensors: dict[str, list[DiskTensor]] = {}
+    for tensor in (tensor for group in disk_tensors(arch, family).values() for tensor in group):
+        tensors.setdefault(tensor.name, []).append(tensor)
+    files = _split(list(tensors.values()), dtype.itemsize, max_file_bytes)
     where: dict[str, str] = {}
     for number, part in enumerate(files, 1):
         file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        arrays = {tensor.name: _to_disk(params, tensor, dtype) for tensor in part}
+        arrays = {parts[0].name: _fuse(params, parts, dtype) for parts in part}
         save_file(arrays, directory / file, metadata={"format": "pt"})  # transformers asks for this word
         where.update(dict.fromkeys(arrays, file))
     if len(files) > 1:
-        total = sum(_bytes(tensor, dtype.itemsize) for tensor in tensors)
+        total = sum(_bytes(parts, dtype.itemsize) for parts in tensors.values())
         _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
     config.pop("dtype", None)  # transformers 5 reads both names, older versions and other programs only this one
     _write_json(directory / "config.json", {**config, "torch_dtype": dtype.name})
 
 
-def _split(tensors: list[DiskTensor], itemsize: int, limit: int) -> list[list[DiskTensor]]:
+def _split(tensors: list[list[DiskTensor]], itemsize: int, limit: int) -> list[list[list[DiskTensor]]]:
     """The tensors in order, cut before a file would grow beyond the limit; a tensor is never cut."""
-    files: list[list[DiskTensor]] = [[]]
+    files: list[list[list[DiskTensor]]] = [[]]
     size = 0
-    for tensor in tensors:
-        more = _bytes(tensor, itemsize)
+    for parts in tensors:
+        more = _bytes(parts, itemsize)
         if files[-1] and size + more > limit:
             files.append([])
             size = 0
-        files[-1].append(tensor)
+        files[-1].append(parts)
         size += more
     return files
 
 
-def _bytes(tensor: DiskTensor, itemsize: int) -> int:
-    return int(np.prod(tensor.shape)) * itemsize
+def _bytes(parts: list[DiskTensor], itemsize: int) -> int:
+    return sum(int(np.prod(tensor.shape)) for tensor in parts) * itemsize
+
+
+def _fuse(params: Params, parts: list[DiskTensor], dtype: Any) -> np.ndarray:
+    """A tensor of the file from the weights that share it, in the order of their rows."""
+    parts = sorted(parts, key=lambda tensor: tensor.place.first_row)
+    return np.concatenate([_to_disk(params, tensor, dtype) for tensor in parts])
 
 
 def _to_disk(params: Params, tensor: DiskTensor, dtype: Any) -> np.ndarray:

@@ -119,15 +119,18 @@ class TensorFiles:
 
 
 def _check(files: TensorFiles, expected: dict[str, list[DiskTensor]], redundant: frozenset[str]) -> None:
-    tensors = {tensor.name: tensor for group in expected.values() for tensor in group}
-    missing, homeless = set(tensors) - files.names, files.names - set(tensors) - redundant
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor in (tensor for group in expected.values() for tensor in group):
+        rows = max(tensor.place.first_row + tensor.shape[0], *shapes.get(tensor.name, (0,))[:1])
+        shapes[tensor.name] = (rows, *tensor.shape[1:])
+    missing, homeless = set(shapes) - files.names, files.names - set(shapes) - redundant
     for words, names in (("the checkpoint lacks", missing), ("the model has no place for", homeless)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"{files.directory}: {words} the tensor {min(names)}{more}")
-    for name, tensor in tensors.items():
-        if (shape := files.shape(name)) != tensor.shape:
-            raise UserError(f"{files.directory}: {name} has shape {shape}; its config.json means {tensor.shape}")
+    for name, meant in shapes.items():
+        if (shape := files.shape(name)) != meant:
+            raise UserError(f"{files.directory}: {name} has shape {shape}; its config.json means {meant}")
 
 
 def _load_weight(
@@ -147,7 +150,8 @@ def _load_weight(
 
 
 def _read(files: TensorFiles, tensor: DiskTensor) -> np.ndarray:
-    return tensor.place.from_disk(files.read(tensor.name), tensor.axes, tensor.sizes)
+    rows = files.read(tensor.name)[tensor.place.first_row :][: tensor.shape[0]]
+    return tensor.place.from_disk(rows, tensor.axes, tensor.sizes)
 
 
 @functools.lru_cache(maxsize=32)

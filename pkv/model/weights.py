@@ -48,8 +48,8 @@ class Attention(nnx.Module):
             self.k_bias = new("k_bias", (L, K, H), ("layers", "kv_heads", "head"), zeros)
             self.v_bias = new("v_bias", (L, K, H), ("layers", "kv_heads", "head"), zeros)
         if arch.qk_norm:
-            self.q_norm = new("q_norm", (L, H), ("layers", "head"), ones)
-            self.k_norm = new("k_norm", (L, H), ("layers", "head"), ones)
+            self.q_norm = new("q_norm", (L, H), ("layers", "head"), unit(arch))
+            self.k_norm = new("k_norm", (L, H), ("layers", "head"), unit(arch))
 
 
 class FeedForward(nnx.Module):
@@ -69,10 +69,13 @@ class Layers(nnx.Module):
     def __init__(self, arch: Arch, key: jax.Array) -> None:
         L, D = arch.layers, arch.hidden
         new = partial(param, key)
-        self.attention_norm = new("attention_norm", (L, D), ("layers", "embed"), ones)
+        self.attention_norm = new("attention_norm", (L, D), ("layers", "embed"), unit(arch))
         self.attention = Attention(arch, fold(key, "attention"))
-        self.ffn_norm = new("ffn_norm", (L, D), ("layers", "embed"), ones)
+        self.ffn_norm = new("ffn_norm", (L, D), ("layers", "embed"), unit(arch))
         self.ffn = FeedForward(arch, fold(key, "ffn"))
+        if arch.post_norms:
+            self.attention_post_norm = new("attention_post_norm", (L, D), ("layers", "embed"), unit(arch))
+            self.ffn_post_norm = new("ffn_post_norm", (L, D), ("layers", "embed"), unit(arch))
 
 
 class Decoder(nnx.Module):
@@ -83,9 +86,14 @@ class Decoder(nnx.Module):
         new, std = partial(param, key), arch.init_std
         self.embedding = new("embedding", (V, D), ("vocab", "embed"), normal(std))
         self.layers = Layers(arch, fold(key, "layers"))
-        self.final_norm = new("final_norm", (D,), ("embed",), ones)
+        self.final_norm = new("final_norm", (D,), ("embed",), unit(arch))
         if not arch.tied_embeddings:
             self.unembedding = new("unembedding", (D, V), ("embed", "vocab"), normal(std))
+
+
+def unit(arch: Arch) -> Initializer:
+    """Of a norm's weight that changes nothing."""
+    return zeros if arch.norm_offset else ones
 
 
 def residual_std(arch: Arch) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from pkv.config import UserError
-from pkv.model.families import qwen2
+from pkv.model.families import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3
 from pkv.model.families.family import Family, Place
 
-FAMILIES = {"qwen2": qwen2.FAMILY}
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (qwen2, qwen3, llama, mistral, gemma2, gemma3, phi3)}
 
 __all__ = ["FAMILIES", "Family", "Place", "family_of"]
 

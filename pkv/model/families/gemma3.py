@@ -1,0 +1,55 @@
+"""Gemma 3, text: five local layers for each that sees everything, with a rotary base of their own; norms on queries
+and keys instead of caps on scores; otherwise Gemma 2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pkv.config import UserError
+from pkv.model.arch import Arch
+from pkv.model.families.family import Family
+from pkv.model.families.gemma2 import read_gemma, write_gemma
+from pkv.model.families.llama_like import make_arch, places, redundant
+from pkv.model.families.reading import FULL, SLIDING, ConfigReader, read_rope_block, write_rope
+
+
+def read(config: dict[str, Any]) -> Arch:
+    """An Arch from a Gemma 3 text config. Raises UserError for a feature that is not supported."""
+    fields = ConfigReader(config)
+    fields.only("attn_logit_softcapping", None)  # transformers does not read it here
+    fields.skip("_sliding_window_pattern")  # how transformers 5 writes the pattern a second time
+    features = read_gemma(fields, 131_072, fields.take("sliding_window_pattern", int, 6))
+    cap = fields.take_or_none("final_logit_softcapping", float)
+    ropes = _read_ropes(fields, features["max_positions"])
+    return make_arch(fields, **features, **ropes, qk_norm=True, logit_cap=cap)
+
+
+def _read_ropes(fields: ConfigReader, max_positions: int) -> dict[str, Any]:
+    """Older configs have rope_theta, rope_scaling and rope_local_base_freq; transformers 5, a block for each kind."""
+    scaling, both = (fields.take_or_none(name, dict) or {} for name in ("rope_scaling", "rope_parameters"))
+    if scaling and both:
+        raise UserError("config.json: both rope_scaling and rope_parameters; keep the one that is meant")
+    blocks = ConfigReader(both, "config.json: rope_parameters")
+    everywhere, nearby = (blocks.take_or_none(kind, dict) or {} for kind in (FULL, SLIDING))
+    blocks.finish()
+    theta = fields.take("rope_theta", float, 1_000_000.0)
+    local_theta = fields.take("rope_local_base_freq", float, 10_000.0)
+    block = {"rope_theta": theta, **scaling, **everywhere}
+    found = read_rope_block(ConfigReader(block, f"config.json: rope of {FULL}"), fields, max_positions)
+    block = ConfigReader({"rope_theta": local_theta, **nearby}, f"config.json: rope of {SLIDING}")
+    block.only("rope_type", "default")
+    found["local_rope_theta"] = block.take("rope_theta", float)
+    block.finish()
+    return found
+
+
+def words(arch: Arch) -> dict[str, Any]:
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        **write_gemma(arch),
+        **write_rope(arch),
+        "rope_local_base_freq": arch.local_rope_theta,
+    }
+
+
+FAMILY = Family("gemma3_text", read, words, places, redundant)
