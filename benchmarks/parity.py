@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from golden.compare import compare  # noqa: E402
-from golden.make import CASES, answers, make_model, save  # noqa: E402
+from golden.compare import compare
+from golden.make import CASES, answers, make_model, save
 
 
 def main() -> None:

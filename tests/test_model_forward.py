@@ -1,6 +1,8 @@
 """The decoder's invariants, on tiny models of several features, with layers stacked and unstacked."""
 
+import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +25,37 @@ from pkv.model import (
     unstack_layers,
 )
 from pkv.model.attention import CHUNK, attend
+from pkv.model.rope import Yarn
 
 SMALL = {"vocab_size": 61, "hidden": 32, "layers": 3, "heads": 4, "kv_heads": 2, "head_size": 8, "ffn": 48}
 ARCHES = {
     "biased": Arch(**SMALL, qkv_bias=True, tied_embeddings=True, init_std=0.3),
     "normed": Arch(**SMALL, qk_norm=True, rope_theta=1e6, init_std=0.3),
+    # Some layers local, with a base of their own; caps, post-norms, offsets.
+    "local and global": Arch(
+        **SMALL,
+        window=4,
+        local_layers=(True, False, True),
+        local_rope_theta=100.0,
+        query_pre_attn_scalar=5,
+        attention_cap=3.0,
+        logit_cap=4.0,
+        norm_offset=True,
+        post_norms=True,
+        activation="gelu_tanh",
+        scaled_embedding=True,
+        tied_embeddings=True,
+        init_std=0.3,
+    ),
+    # All layers local, and a part of each head turns, scaled.
+    "local": Arch(
+        **SMALL,
+        window=4,
+        local_layers=(True, True, True),
+        rotary_share=0.5,
+        rope_scaling=Yarn(factor=4.0, original_positions=8, attention_factor=1.1),
+        init_std=0.3,
+    ),
 }
 B, T = 3, 12
 
@@ -101,19 +129,35 @@ def test_stacked_and_unstacked_layers_say_the_same(arch, params, tokens, remat):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), other_gradient, gradient)
 
 
-def test_causality_by_gradient(arch, params, tokens):
-    """What comes out at t changes with the inputs up to t and with none after it."""
-    table = params["embedding"][tokens[0]]  # every position its own row, so that each can be told apart
-    own = {**params, "embedding": table}
-    at = 6
+def felt(arch, params, tokens, at):
+    """How much the hidden state at `at` changes with the input at each position of one row, [T]."""
+    table = params["embedding"][tokens]  # every position its own row, so that each can be told apart
 
     def out(table):
-        hidden, _ = forward({**own, "embedding": table}, arch, jnp.arange(T)[None], jnp.arange(T)[None])
+        hidden, _ = forward({**params, "embedding": table}, arch, jnp.arange(T)[None], jnp.arange(T)[None])
         return jnp.sum(jnp.sin(hidden[0, at]))
 
-    felt = np.abs(jax.grad(out)(table)).max(axis=-1)
-    assert (felt[: at + 1] > 1e-6).all()
-    assert (felt[at + 1 :] == 0).all()
+    return np.abs(jax.grad(out)(table)).max(axis=-1)
+
+
+def test_causality_by_gradient(arch, params, tokens):
+    """What comes out at t changes with the inputs up to t and with none after it."""
+    at = 6
+    change = felt(arch, params, tokens[0], at)
+    assert (change[: at + 1] > 1e-7).all()
+    assert (change[at + 1 :] == 0).all()
+
+
+def test_a_window_hides_what_lies_before_it(arch, params, tokens):
+    """Through one local layer a query feels as many keys as the window holds, through two twice its reach back."""
+    one = {**params, "layers": jax.tree.map(lambda weight: weight[:1], params["layers"])}
+    local = arch.local_layers[:1] == (True,)
+    single = dataclasses.replace(arch, layers=1, local_layers=arch.local_layers[:1])
+    at = T - 1
+    seen = np.flatnonzero(felt(single, one, tokens[0], at))
+    assert seen.tolist() == list(range(at - 3 if local else 0, T))
+    if arch.local_layers == (True, True, True):
+        assert np.flatnonzero(felt(arch, params, tokens[0], at)).tolist() == list(range(at - 9, T))
 
 
 def test_batch_mates_and_padding_change_nothing(arch, params, tokens):
@@ -134,26 +178,66 @@ def test_packed_equals_unpacked(arch, params, tokens):
     assert np.isfinite(packed).all()
 
 
+def plainly(q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, cap):
+    """Attention by its definition, on repeated keys."""
+    repeats = q_BTNH.shape[2] // k_BKHS.shape[1]
+    scores = jnp.einsum("btnh,bnhs->bnts", q_BTNH, jnp.repeat(k_BKHS, repeats, 1)) * scale
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+    shares = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bnts,bnsh->btnh", shares, jnp.repeat(v_BKSH, repeats, 1))
+
+
 @pytest.mark.parametrize("segmented", [False, True])
-def test_attention_in_pieces_equals_attention_at_once(segmented):
-    """Long causal rows skip the keys that no query of a piece may see: the same numbers and gradients, less work."""
+@pytest.mark.parametrize("window", [None, 5, CHUNK + 7, 10_000])
+def test_attention_is_what_its_definition_says(segmented, window):
+    """Long rows skip the keys that no query of a piece may see: the same numbers and gradients, less work."""
     length = 2 * CHUNK + 1
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = ((2, length, 4, 8), (2, 2, 8, length), (2, 2, length, 8))
     arrays = tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-    mask = jnp.tril(jnp.ones((1, length, length), bool))
+    back = jnp.arange(length)[:, None] - jnp.arange(length)
+    segments = jnp.broadcast_to(1 + (jnp.arange(length) >= CHUNK + 3), (2, length)) if segmented else None
+    mask = (back >= 0)[None]
     if segmented:
-        segments = (jnp.arange(length) >= CHUNK + 3)[None]
         mask = mask & (segments[:, :, None] == segments[:, None, :])
+    narrow = mask if window is None else mask & (back < window)
+    cap = None if window is None else 2.0
 
-    def total(arrays, causal):
-        out = attend(*arrays, mask, causal=causal)
+    @partial(jax.jit, static_argnums=1)
+    @partial(jax.value_and_grad, has_aux=True)
+    def total(arrays, way):
+        options = {"scale": 0.3, "cap": cap, "segments_BT": segments, "window": window}
+        if way == "plain" or way == "plain, wide":
+            out = plainly(*arrays, narrow if way == "plain" else mask, 0.3, cap)
+        elif way == "traced":  # as in a scan over layers of both kinds
+            out = jax.lax.map(lambda local: attend(*arrays, local=local, **options), jnp.array([True, False]))[0]
+        else:
+            out = attend(*arrays, local=way == "local", **options)
         return jnp.sum(jnp.sin(out)), out
 
-    (_, pieces), gradient = jax.value_and_grad(total, has_aux=True)(arrays, True)
-    (_, at_once), expected = jax.value_and_grad(total, has_aux=True)(arrays, False)
-    same(pieces, at_once)
-    jax.tree.map(same, gradient, expected)
+    for ways in (("local", "traced", "plain"), ("wide", "plain, wide")):
+        (_, expected), gradient = total(arrays, ways[-1])
+        for way in ways[:-1]:
+            (_, got), got_gradient = total(arrays, way)
+            same(got, expected)
+            jax.tree.map(same, got_gradient, gradient)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_over_slots_is_what_its_definition_says(queries, window):
+    """One query has a way of its own on the CPU; slots beyond a query's position are never seen."""
+    slots = 16
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(keys, ((2, queries, 4, 8), (2, 2, 8, slots), (2, 2, slots, 8)), strict=True)
+    )
+    positions = jnp.array([[3], [11]]) + jnp.arange(queries)
+    back = positions[:, :, None] - jnp.arange(slots)
+    mask = (back >= 0) & ((back < window) if window else True)
+    got = attend(q, k, v, scale=0.3, cap=2.0, positions_BT=positions, window=window)
+    same(got, plainly(q, k, v, mask, 0.3, 2.0))
 
 
 def test_positions_matter(arch, params, tokens):

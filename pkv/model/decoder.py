@@ -55,28 +55,25 @@ def forward(
         raise ValueError("forward: segments are for packed rows without a cache")
     if cache is not None and stacked == isinstance(cache, (tuple, list)):
         raise ValueError("forward: weights and cache differ in form; pass both stacked or both as a tuple of layers")
+    local_layers = arch.local_layers or (False,) * arch.layers
+    told = stacked and len(set(local_layers)) > 1  # layers of both kinds in one scan hear at run time what they are
     rotations = rotary_tables(positions_BT, arch)
-    sight = {"segments_BT": segments_BT} if cache is None else {"positions_BT": positions_BT}
-    look = partial(attend, scale=arch.query_scale, window=arch.window, cap=arch.attention_cap, **sight)
+    slots_BT = None if cache is None else positions_BT
+    sight = {"positions_BT": slots_BT, "segments_BT": segments_BT, "window": arch.window}
+    look = partial(attend, scale=arch.query_scale, cap=arch.attention_cap, **sight)
 
     def layer(x_BTD: jax.Array, weights: Params, cache: Cache, index: Any, local: Any) -> tuple[jax.Array, Cache]:
-        def compute(x_BTD: jax.Array, weights: Params, cache: Cache, index: Any) -> tuple[jax.Array, Cache]:
-            remember = _recall_row if cache is None else partial(_write, cache, index, positions_BT)
-            rotation = _of_layer(rotations, local)
-            return decoder_layer(x_BTD, weights, arch, rotation, partial(look, local=local), remember)
+        remember = _recall_row if cache is None else partial(_write, cache, index, positions_BT)
+        return decoder_layer(x_BTD, weights, arch, _of_layer(rotations, local), partial(look, local=local), remember)
 
-        return (jax.checkpoint(compute) if remat == "layer" else compute)(x_BTD, weights, cache, index)
-
+    if remat == "layer":
+        layer = jax.checkpoint(layer, static_argnums=() if told else (4,))
     x_BTD = constrain_rows(embed(params, arch, tokens_BT, dtype))
-    local_layers = arch.local_layers or (False,) * arch.layers
     if stacked:
-        # Layers that are all local, or none, know it while they compile; others are told, one by one.
-        alike = local_layers[0] if len(set(local_layers)) == 1 else None
-
         # The stacked cache is carried and written in place; as scanned inputs and outputs it would be copied whole.
         def scanned(carry: tuple[jax.Array, Cache], step: tuple[Params, jax.Array, jax.Array]) -> tuple[Any, None]:
             (x_BTD, cache), (weights, index, local) = carry, step
-            return layer(x_BTD, weights, cache, index, local if alike is None else alike), None
+            return layer(x_BTD, weights, cache, index, local if told else local_layers[0]), None
 
         steps = (layers, jnp.arange(arch.layers), jnp.array(local_layers))
         (x_BTD, cache), _ = jax.lax.scan(scanned, (x_BTD, cache), steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -54,6 +55,7 @@ def worst(gradients: dict[str, np.ndarray], said: dict[str, Any]) -> float:
     return max(abs(float(np.linalg.norm(gradients[name]) / length) - 1) for name, length in lengths)
 
 
+@partial(jax.jit, static_argnums=1)
 def run(params: Params, arch: Arch, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     hidden, _ = forward(params, arch, tokens, jnp.broadcast_to(positions, tokens.shape))
     return logits(params, arch, hidden)
@@ -65,11 +67,12 @@ def loss_and_gradients(
     """Mean cross-entropy, and its gradient by tensor: written and read as the weights are, it lies as torch's does."""
 
     @jax.jit
+    @jax.value_and_grad
     def total(params: Params) -> jax.Array:
         chances = jax.nn.log_softmax(run(params, arch, tokens, jnp.arange(tokens.shape[1]))[:, :-1])
         return -jnp.take_along_axis(chances, tokens[:, 1:, None], axis=-1).mean()
 
-    loss, gradients = jax.value_and_grad(total)(params)
+    loss, gradients = total(params)
     with TemporaryDirectory() as out:
         source = read_config(directory)
         save_params(gradients, read_arch(directory), Path(out) / "gradients", source)

@@ -39,6 +39,7 @@ def words(arch: Arch) -> dict[str, Any]:
         "sliding_window": arch.window,
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
+        "pad_token_id": None,  # left out, transformers takes 32000, which a small vocabulary does not have
     }
 
 

@@ -91,8 +91,8 @@ def read_rope(
     """rope_theta, rope_scaling and rotary_share of an Arch, from either generation of configs.
 
     Older ones say rope_theta and rope_scaling, transformers 5 rope_parameters. partial: whether the family knows
-    partial_rotary_factor. longrope: for Phi, whose only scaling it is, the original window as said outside of the block.
-    Raises UserError.
+    partial_rotary_factor. longrope: the original window, for a family (Phi) that says it outside of the block and has
+    no other scaling. Raises UserError.
     """
     old, new = (fields.take_or_none(name, dict) or {} for name in ("rope_scaling", "rope_parameters"))
     if old and new and old != new:
@@ -142,7 +142,7 @@ def _read_scaling(block: ConfigReader, kind: str, max_positions: int, longrope: 
         usual = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
         short, long = (tuple(map(float, block.take(name, list))) for name in ("short_factor", "long_factor"))
         return LongRope(short, long, original, usual if given is None else given, max_positions > original)
-    factor = _factor(block, max_positions / original)
+    factor = _factor(block, max_positions / original if max_positions > original else None)
     top, bottom = block.take_or_none("mscale", float), block.take_or_none("mscale_all_dim", float)
     usual = _mscale(factor, top) / _mscale(factor, bottom) if top and bottom else _mscale(factor, 1.0)
     fast, slow = block.take("beta_fast", float, 32.0), block.take("beta_slow", float, 1.0)
