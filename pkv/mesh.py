@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pkv.config import MeshConfig, UserError
 
@@ -76,6 +76,25 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
+def over_shards(function: Callable[..., jax.Array], axes: Sequence[tuple[str, ...]]) -> Callable[..., jax.Array]:
+    """A function that every device calls on its own shards of its arrays, by TRAINING_RULES for their logical axes.
+
+    Its result is sharded like the first array. Inside `jax.set_mesh`; without a mesh it is the function itself. Rows
+    that the devices don't divide are left whole. Raises UserError for another axis that they don't divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(AXES) <= set(mesh.axis_names) or mesh.size == 1:
+        return function
+
+    def sharded(*arrays: jax.Array) -> jax.Array:
+        rows_divide = arrays[0].shape[0] % math.prod(mesh.shape[name] for name in BATCH_AXES) == 0
+        rules = TRAINING_RULES if rows_divide else {**TRAINING_RULES, "rows": None}
+        specs = tuple(_spec("attention", a, x.shape, mesh, rules) for a, x in zip(axes, arrays, strict=True))
+        return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+    return sharded
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -101,7 +120,9 @@ def _is_axes(node: Any) -> bool:
     return isinstance(node, tuple) and all(isinstance(name, str) for name in node)
 
 
-def _spec(name: str, axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
+def _spec(
+    name: str, axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules
+) -> PartitionSpec:
     if len(axes) != len(shape):
         raise UserError(f"{name}: {len(axes)} logical axes {axes} for the {len(shape)} dimensions of shape {shape}")
     owner: dict[str, str] = {}

@@ -113,7 +113,7 @@ def test_a_prefill_in_pieces_equals_one_prefill(arch, params, tokens):
     jax.tree.map(same, cache, whole)
 
 
-@pytest.mark.parametrize("remat", ["none", "layer"])
+@pytest.mark.parametrize("remat", ["none", "cheap", "all"])
 def test_stacked_and_unstacked_layers_say_the_same(arch, params, tokens, remat):
     def loss(params, unstacked):
         weights = unstack_layers(params, arch) if unstacked else params

@@ -49,7 +49,7 @@ def arch(request):
 
 
 def loss(params, arch, tokens, positions):
-    scores = logits(params, arch, forward(params, arch, tokens, positions, remat="layer")[0])
+    scores = logits(params, arch, forward(params, arch, tokens, positions, remat="all")[0])
     chances = jax.nn.log_softmax(scores[:, :-1])
     return -jnp.take_along_axis(chances, tokens[:, 1:, None], axis=-1).mean()
 

@@ -24,9 +24,10 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = (
         "float32"  # of compute; norms, softmax, logits and rotary tables stay 32-bit
     )
-    remat: Literal["none", "layer"] = (
-        "none"  # layer: keep each layer's input only, compute the rest again in the backward
-    )
+    # What the backward pass finds kept: everything; each layer's input and attention's result; its input; or that input
+    # in the host's memory.
+    remat: Literal["none", "cheap", "all", "offload"] = "none"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # of whole rows; auto: splash on TPU, else xla
 
 
 @dataclass(frozen=True)

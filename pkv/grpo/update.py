@@ -16,7 +16,7 @@ from pkv.grpo.logprobs import token_logprobs
 from pkv.grpo.losses import Loss, Supervised, token_losses
 from pkv.grpo.optimizer import make_optimizer
 from pkv.mesh import TRAINING_RULES, batch_sharding, replicated, shardings
-from pkv.model import Arch, Params, forward, param_axes, param_shapes
+from pkv.model import Arch, Params, choose_kernel, forward, param_axes, param_shapes
 from pkv.records import Batch
 
 Arrays = dict[str, jax.Array]
@@ -35,6 +35,7 @@ class Learner:
     def __init__(self, arch: Arch, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> None:
         self.mesh = mesh
         self._arch, self._model = arch, model
+        self._kernel = choose_kernel(model.attention, mesh, arch, model.dtype)
         self._optimizer = make_optimizer(optimizer, arch)
         self._weights = shardings(param_axes(arch), param_shapes(arch), mesh, TRAINING_RULES)
         self._gradient = jax.jit(self._add_gradient, static_argnames="loss", donate_argnames=("sums",))
@@ -68,6 +69,12 @@ class Learner:
         Statistics: loss, entropy (nats), clipped (share of tokens), kl_sampler (mean of r - log r - 1 with r the ratio
         of the trainer's to the sampler's probability), gradient_norm (before clipping).
         """
+        with jax.set_mesh(self.mesh):
+            return self._update(state, batch, loss, learning_rate, micro_rows, epochs)
+
+    def _update(
+        self, state: TrainState, batch: Batch, loss: Loss, learning_rate: float, micro_rows: int, epochs: int
+    ) -> tuple[TrainState, dict[str, float]]:
         micros = [self._micro(batch, start, micro_rows) for start in range(0, len(batch.tokens), micro_rows)]
         tokens = jnp.float32(max(float(batch.mask.sum()), 1.0))
         if epochs > 1:
@@ -99,6 +106,7 @@ class Learner:
             segments_BT=micro["segments"],
             dtype=jnp.dtype(self._model.dtype),
             remat=self._model.remat,
+            kernel=self._kernel,
         )
         return token_logprobs(params, self._arch, hidden_BTD, micro["targets"])
 

@@ -1,4 +1,4 @@
-"""Attention behind one function. Plain XLA; a kernel for one platform is another branch here and nowhere else."""
+"""Attention behind one function. Plain XLA here; whole rows may go to one platform's own kernel (kernels.py)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+
+from pkv.model.kernels import Kernel, attend_cudnn, attend_splash
 
 CHUNK = 128  # queries that meet their keys at the same time, at least
 MOST_CHUNKS = 16  # unrolled copies of the attention of a row, at most
@@ -22,6 +24,7 @@ def attend(
     window: int | None = None,
     local: bool | jax.Array = True,
     cap: float | None = None,
+    kernel: Kernel = "xla",
 ) -> jax.Array:
     """Grouped-query attention with a 32-bit softmax: [B, T, N, H] in the queries' dtype.
 
@@ -33,6 +36,7 @@ def attend(
     window: a query sees this many keys at most, its own and those before it; what lies outside of a row's windows is
     not computed. local: False switches the window off; a traced bool (of one layer in a scan) does so in the mask only.
     scale: what scores are multiplied by. cap: a score s then becomes cap · tanh(s / cap).
+    kernel: what computes whole rows; cached keys are always met by XLA.
     """
     B, T, N, H = q_BTNH.shape
     K, S = v_BKSH.shape[1:3]
@@ -46,6 +50,13 @@ def attend(
             on_cpu = partial(_decode_on_cpu, scale=scale, cap=cap)
             mix = partial(jax.lax.platform_dependent, cpu=on_cpu, default=mix)
         return mix(q_BTKGH, k_BKHS, v_BKSH, sees(positions_BT, jnp.arange(S)[None])).reshape(B, T, N, H)
+
+    if kernel != "xla":
+        k_BTKH, v_BTKH = jnp.moveaxis(k_BKHS, 3, 1), v_BKSH.swapaxes(1, 2)
+        if kernel == "splash":
+            kind = {"window": window, "local": local, "cap": cap}
+            return attend_splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, **kind)
+        return attend_cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, window=window)
 
     size = max(CHUNK, -(-T // MOST_CHUNKS))
     parts = []

@@ -12,14 +12,18 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pkv.mesh import constrain_rows
 from pkv.model.arch import Arch
 from pkv.model.attention import attend
 from pkv.model.cache import Cache
+from pkv.model.kernels import MIXED, Kernel
 from pkv.model.rope import Scaling, turns
 from pkv.model.weights import Params
 
+Remat = Literal["none", "cheap", "all", "offload"]
+STREAM = "stream"  # a layer's input, by the name under which it may be offloaded
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin, float32 [B, T, 1, R/2] for the R dimensions that turn
 Look = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # `attend` with everything but queries, keys and values
 # Takes a layer's new keys and values [B, T, K, H]; gives those to look at, and the cache that holds them.
@@ -35,7 +39,8 @@ def forward(
     segments_BT: jax.Array | None = None,
     cache: Cache | None = None,
     dtype: Any = jnp.float32,
-    remat: Literal["none", "layer"] = "none",
+    remat: Remat = "none",
+    kernel: Kernel = "xla",
 ) -> tuple[jax.Array, Cache | None]:
     """Hidden states after the final norm, [B, T, D] in `dtype`, and the cache with these tokens written into it.
 
@@ -46,7 +51,7 @@ def forward(
     either sees no further back than the window.
 
     `params["layers"]` is stacked (scanned: compiles once for all layers) or a tuple (unrolled); the cache alike.
-    remat "layer" keeps each layer's input for the backward pass and computes the rest again.
+    remat: what the backward pass finds kept (see `rematerialised`). kernel: of attention over whole rows.
     Raises ValueError for a cache together with segments, or in another form than the weights.
     """
     layers = params["layers"]
@@ -60,14 +65,14 @@ def forward(
     rotations = rotary_tables(positions_BT, arch)
     slots_BT = None if cache is None else positions_BT
     sight = {"positions_BT": slots_BT, "segments_BT": segments_BT, "window": arch.window}
-    look = partial(attend, scale=arch.query_scale, cap=arch.attention_cap, **sight)
+    look = partial(attend, scale=arch.query_scale, cap=arch.attention_cap, kernel=kernel, **sight)
 
     def layer(x_BTD: jax.Array, weights: Params, cache: Cache, index: Any, local: Any) -> tuple[jax.Array, Cache]:
+        x_BTD = checkpoint_name(x_BTD, STREAM)
         remember = _recall_row if cache is None else partial(_write, cache, index, positions_BT)
         return decoder_layer(x_BTD, weights, arch, _of_layer(rotations, local), partial(look, local=local), remember)
 
-    if remat == "layer":
-        layer = jax.checkpoint(layer, static_argnums=() if told else (4,))
+    layer = rematerialised(layer, remat, static_argnums=() if told else (4,))
     x_BTD = constrain_rows(embed(params, arch, tokens_BT, dtype))
     if stacked:
         # The stacked cache is carried and written in place; as scanned inputs and outputs it would be copied whole.
@@ -84,6 +89,29 @@ def forward(
             caches.append(layer_cache)
         cache = tuple(caches) if cache is not None else None
     return _norm(x_BTD, params["final_norm"], arch), cache
+
+
+def rematerialised(layer: Callable[..., Any], remat: Remat, static_argnums: tuple[int, ...]) -> Callable[..., Any]:
+    """A layer whose backward pass finds less kept than all that its forward pass made, and computes the rest again.
+
+    "none" keeps everything. "cheap" keeps each layer's input and what attention mixed: little memory, and attention,
+    whose work grows with T², is not computed twice. "all" computes everything again from the layer's input. "offload"
+    does so too, but the inputs wait in the host's memory (on TPU and GPU). Source: arXiv 1604.06174.
+    """
+    if remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    policy = {
+        "cheap": policies.save_only_these_names(MIXED),
+        "all": policies.nothing_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[STREAM],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[remat]
+    return jax.checkpoint(layer, policy=policy, static_argnums=static_argnums)
 
 
 def embed(params: Params, arch: Arch, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
@@ -110,7 +138,7 @@ def decoder_layer(
     w = jax.tree.map(lambda weight: weight.astype(x_BTD.dtype), weights)
     q_BTNH, k_BTKH, v_BTKH = _project(_norm(x_BTD, w["attention_norm"], arch), w["attention"], arch)
     keys_BKHS, values_BKSH, cache = remember(rotate(k_BTKH, rotation), v_BTKH)
-    mixed_BTNH = look(rotate(q_BTNH, rotation), keys_BKHS, values_BKSH)
+    mixed_BTNH = checkpoint_name(look(rotate(q_BTNH, rotation), keys_BKHS, values_BKSH), MIXED)
     mixed_BTD = dense(mixed_BTNH, w["attention"]["o"], inputs=2)
     x_BTD = x_BTD + (_norm(mixed_BTD, w["attention_post_norm"], arch) if arch.post_norms else mixed_BTD)
 

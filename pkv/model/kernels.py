@@ -1,0 +1,139 @@
+"""Attention of whole rows by one platform's own kernel: splash on TPU, cuDNN on GPU. Decoding and XLA's way: attention.py.
+
+Both compute what `attend` computes, and keep no scores: memory grows with T, not with T².
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh
+
+from pkv.config import UserError
+from pkv.mesh import over_shards
+from pkv.model.arch import Arch
+
+Kernel = Literal["xla", "splash", "cudnn"]
+
+LANES = 128  # a TPU's vectors: heads and rows are padded to multiples of this
+BLOCK = 512  # queries and keys that meet in a TPU core's own memory at the same time, at most
+CUDNN_HEAD = 128  # cuDNN's largest head, which must be a multiple of 8 too
+
+
+def choose_kernel(wanted: Literal["auto"] | Kernel, mesh: Mesh, arch: Arch, dtype: Any) -> Kernel:
+    """The kernel for rows on a mesh; "auto" is splash on TPU and XLA elsewhere. Raises UserError for one that can't be.
+
+    cuDNN is taken only by name: it has been compiled for here, and never run.
+    """
+    platform = mesh.devices.flat[0].platform
+    if wanted == "auto":
+        return "splash" if platform == "tpu" else "xla"
+    needed = {"xla": platform, "splash": "tpu", "cudnn": "gpu"}[wanted]
+    if platform not in (needed, {"gpu": "cuda"}.get(needed)):
+        raise UserError(f"model.attention: {wanted} runs on {needed} only, and this is {platform}; use auto")
+    if wanted == "cudnn":
+        lacks = {
+            "dtype bfloat16": jnp.dtype(dtype) == jnp.bfloat16,
+            f"heads of at most {CUDNN_HEAD}, in eighths": arch.head_size <= CUDNN_HEAD and arch.head_size % 8 == 0,
+            "scores without a cap": arch.attention_cap is None,
+            "layers of one kind": len(set(arch.local_layers)) < 2,
+        }
+        if missing := [need for need, there in lacks.items() if not there]:
+            raise UserError(f"model.attention: cudnn needs {missing[0]}; use auto")
+    return wanted
+
+
+def attend_splash(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+    local: bool | jax.Array,
+    cap: float | None,
+) -> jax.Array:
+    """`attend` for rows by JAX's splash kernel (arXiv 2205.14135 on TPU), [B, T, N, H]; each device has its own heads.
+
+    The arguments are `attend`'s, keys and values with T second. A traced `local` chooses between two kernels.
+    """
+    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    rows, width = -T % LANES, -H % LANES
+    q_BNTH, k_BKTH, v_BKTH = (
+        jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, width))).swapaxes(1, 2) for x in (q_BTNH * scale, k_BTKH, v_BTKH)
+    )
+    # Padding at a row's end is later than every query, so that no query sees it: any segment will do.
+    segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32) if segments_BT is None else segments_BT
+    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, rows)))
+
+    def by_kind(*arrays: jax.Array) -> jax.Array:
+        everywhere, nearby = (partial(_splash, window=size, cap=cap) for size in (None, window))
+        if window is None or isinstance(local, bool):
+            return (nearby if local else everywhere)(*arrays)
+        return jax.lax.cond(local, nearby, everywhere, *arrays)
+
+    heads, kv_heads = ("rows", "heads", "time", "head"), ("rows", "kv_heads", "time", "head")
+    own = over_shards(by_kind, (heads, kv_heads, kv_heads, ("rows", "time")))
+    mixed_BNTH = own(q_BNTH, k_BKTH, v_BKTH, segments_BT)
+    return mixed_BNTH.swapaxes(1, 2)[:, :T, :, :H]
+
+
+def _splash(
+    q_BNTH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    window: int | None,
+    cap: float | None,
+) -> jax.Array:
+    N, T = q_BNTH.shape[1:3]
+    size = max(block for block in (LANES, 2 * LANES, BLOCK) if T % block == 0)
+    sizes = dict.fromkeys(
+        ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), size
+    )
+    mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * N),
+        block_sizes=splash.BlockSizes(**sizes, block_q_dq=size, block_kv_dq=size),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=cap,
+        residual_checkpoint_name=MIXED,
+    )
+    return jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, splash.SegmentIds(segments_BT, segments_BT))
+
+
+MIXED = "mixed"  # what a kernel's backward pass needs of its forward: the name by which rematerialisation may keep it
+
+
+def attend_cudnn(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+) -> jax.Array:
+    """`attend` for rows by cuDNN's fused attention, [B, T, N, H].
+
+    It knows no segments: packed rows give it a mask, [B, 1, T, T], which it reads instead of working it out.
+    """
+    mask = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        mask=mask,
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )

@@ -1,0 +1,107 @@
+"""The kernels of one platform say what XLA's attention says: splash interpreted here, and compiled for a TPU that isn't."""
+
+import dataclasses
+import functools
+import importlib.util
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from remat import compile_gradient
+
+from pkv.config import MeshConfig, UserError
+from pkv.mesh import make_mesh
+from pkv.model import Arch, choose_kernel, forward, init_params, logits
+from pkv.model.attention import attend
+from pkv.model.kernels import splash
+
+B, T, N, K, H = 2, 200, 4, 2, 16
+SEGMENTS = jnp.asarray(np.tile(np.repeat([1, 2, 0], [80, 100, 20]), (B, 1)))
+KINDS = {
+    "whole rows": {},
+    "packed": {"segments_BT": SEGMENTS},
+    "packed, window and cap": {"segments_BT": SEGMENTS, "window": 30, "cap": 2.0},
+    "told at run time to be local": {"window": 30, "local": jnp.array(True)},
+    "told at run time to be global": {"window": 30, "local": jnp.array(False)},
+}
+ARCH = Arch(vocab_size=64, hidden=32, layers=4, heads=4, kv_heads=2, head_size=8, ffn=48, init_std=0.3)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Splash's kernels run by Pallas's interpreter, on any device."""
+    monkeypatch.setattr(splash, "make_splash_mha", partial(splash.make_splash_mha, interpret=True))
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return tuple(jax.random.normal(key, s) for key, s in zip(keys, [(B, T, N, H), (B, K, H, T), (B, K, T, H)]))
+
+
+def value_and_gradient(arrays, kernel, **kind):
+    def total(*arrays):
+        out = attend(*arrays, scale=0.25, kernel=kernel, **kind)
+        return jnp.sum(out[:, :180] ** 2), out  # what padding says is nobody's business
+
+    (_, out), gradient = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(*arrays)
+    return out[:, :180], *gradient
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_splash_says_what_xla_says_with_its_gradient(interpreted, arrays, kind):
+    got, expected = (value_and_gradient(arrays, kernel, **KINDS[kind]) for kernel in ("splash", "xla"))
+    for one, other in zip(got, expected, strict=True):
+        assert np.abs(other).max() > 0.1
+        np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_splash_on_eight_devices_says_what_one_device_says(interpreted):
+    params = init_params(ARCH, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (4, 128), 0, 64)
+    positions = jnp.broadcast_to(jnp.arange(128), tokens.shape)
+
+    def loss(params, kernel):
+        hidden, _ = forward(params, ARCH, tokens, positions, segments_BT=1 + positions // 64, kernel=kernel)
+        return jnp.mean(logits(params, ARCH, hidden) ** 2)
+
+    expected = jax.grad(partial(loss, kernel="xla"))(params)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        got = jax.jit(jax.grad(partial(loss, kernel="splash")))(params)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-3), got, expected)
+
+
+def test_a_kernel_that_cannot_run_here_is_one_line():
+    mesh = make_mesh(MeshConfig())
+    assert choose_kernel("auto", mesh, ARCH, "float32") == choose_kernel("xla", mesh, ARCH, "float32") == "xla"
+    with pytest.raises(UserError, match=r"model.attention: splash runs on tpu only, and this is cpu; use auto"):
+        choose_kernel("splash", mesh, ARCH, "float32")
+    with pytest.raises(UserError, match=r"model.attention: cudnn runs on gpu only"):
+        choose_kernel("cudnn", mesh, ARCH, "bfloat16")
+
+
+@functools.cache
+def compiled_gradient(remat):
+    local = (True, False, True, False)
+    arch = dataclasses.replace(
+        ARCH, hidden=512, head_size=64, ffn=1024, window=300, local_layers=local, attention_cap=50.0
+    )
+    return compile_gradient(arch, "v5e:2x2", MeshConfig(data=1, fsdp=2, tensor=2), 1024, remat)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+@pytest.mark.parametrize(("remat", "kernels"), [("none", 3), ("cheap", 3), ("all", 4), ("offload", 4)])
+def test_the_gradient_compiles_for_tpu_and_keeps_what_its_policy_says(remat, kernels):
+    """Splash has a forward and two backward kernels; all but cheap's rematerialisation runs the forward one again."""
+    gradient = compiled_gradient(remat)
+    memory = gradient.memory_analysis()
+    assert gradient.as_text().count('custom_call_target="tpu_custom_call"') == 2 * kernels  # local layers and global
+    assert (memory.host_temp_size_in_bytes > 0) == (remat == "offload")
+    if remat != "none":
+        assert memory.temp_size_in_bytes < compiled_gradient("none").memory_analysis().temp_size_in_bytes / 4
