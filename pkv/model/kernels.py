@@ -1,4 +1,4 @@
-"""Attention of whole rows by one platform's own kernel: splash on TPU, cuDNN on GPU. Decoding and XLA's way: attention.py.
+"""Attention of whole rows by one platform's own kernel: splash on TPU, cuDNN on GPU. XLA's way is in attention.py.
 
 Both compute what `attend` computes, and keep no scores: memory grows with T, not with T².
 """
