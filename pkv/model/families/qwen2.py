@@ -21,7 +21,7 @@ def read_qwen(config: dict[str, Any], **features: bool) -> Arch:
         window, first = None, sizes["layers"]
     local = range(first, sizes["layers"]) if window is not None else ()
     sizes |= read_local_layers(fields, window, local, sizes["layers"])
-    return make_arch(fields, **sizes, **read_rope(fields, sizes["max_positions"]), **features)
+    return make_arch(fields, sizes | read_rope(fields, sizes["max_positions"]) | features)
 
 
 def write_qwen(arch: Arch) -> dict[str, Any]:

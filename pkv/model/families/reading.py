@@ -88,7 +88,7 @@ class ConfigReader:
 def read_rope(
     fields: ConfigReader, max_positions: int, *, partial: bool = False, longrope: int | None = None
 ) -> dict[str, Any]:
-    """rope_theta, rope_scaling and rotary_share of an Arch, from either generation of configs.
+    """rope_theta, rope_scaling, rotary_share of an Arch, from either generation of configs; under YaRN max_positions.
 
     Older ones say rope_theta and rope_scaling, transformers 5 rope_parameters. partial: whether the family knows
     partial_rotary_factor. longrope: the original window, for a family (Phi) that says it outside of the block and has
@@ -125,7 +125,10 @@ def read_rope_block(
         raise UserError(f"config.json: rope_type {kind!r} is not supported; known: {known}")
     scaling = None if kind == "default" else _read_scaling(block, kind, max_positions, longrope)
     block.finish()
-    return {"rope_theta": theta, "rope_scaling": scaling, "rotary_share": share}
+    found = {"rope_theta": theta, "rope_scaling": scaling, "rotary_share": share}
+    if isinstance(scaling, Yarn):  # Qwen's cards add the block and leave max_position_embeddings as it was
+        found["max_positions"] = max(max_positions, round(scaling.original_positions * scaling.factor))
+    return found
 
 
 def _read_scaling(block: ConfigReader, kind: str, max_positions: int, longrope: int | None) -> Scaling:
@@ -206,11 +209,10 @@ def read_local_layers(fields: ConfigReader, window: int | None, usual: Collectio
     """window and local_layers of an Arch: from layer_types, or from the layers that are local where it is not said."""
     said = fields.take_or_none("layer_types", list)
     types = said or [SLIDING if index in usual else FULL for index in range(layers)]
-    if len(types) != layers or not set(types) <= {SLIDING, FULL}:
-        raise UserError(
-            f"config.json: layer_types: got {describe(types)}; expected {SLIDING!r} or {FULL!r} for each of "
-            f"{layers} layers"
-        )
+    if odd := sorted(set(types) - {SLIDING, FULL}):
+        raise UserError(f"config.json: layer_types: {odd[0]!r} is not supported; known: {SLIDING!r} or {FULL!r}")
+    if len(types) != layers:
+        raise UserError(f"config.json: layer_types: got {len(types)} of them; expected one for each of {layers} layers")
     local = tuple(kind == SLIDING for kind in types)
     if not any(local):
         return {}
