@@ -93,6 +93,12 @@ def test_no_family_writes_what_it_has_no_words_for(family):
             {"rope_scaling": {**LONGROPE_BLOCK, "long_factor": [1.0]}},
             "48 and 1 numbers; .* 48",
         ),
+        (
+            "Phi-3-mini-128k",
+            {"rope_scaling": {**LONGROPE_BLOCK, "long_factor": ["a"] * 48}},
+            "expected numbers above 0",
+        ),
+        ("Phi-3-mini-128k", {"original_max_position_embeddings": 1}, "expected at least 2"),
         ("Phi-3-mini-128k", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         ("Phi-4-mini", {"interpolate_factor": 2}, "interpolate_factor: 2"),
     ],

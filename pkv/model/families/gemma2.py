@@ -53,6 +53,7 @@ def read(config: dict[str, Any]) -> Arch:
 
 
 def words(arch: Arch) -> dict[str, Any]:
+    """The Gemma 2 config that `read` reads back."""
     return {"architectures": ["Gemma2ForCausalLM"], **write_gemma(arch), **write_rope(arch)}
 
 

@@ -43,6 +43,7 @@ def _read_ropes(fields: ConfigReader, max_positions: int) -> dict[str, Any]:
 
 
 def words(arch: Arch) -> dict[str, Any]:
+    """The Gemma 3 text config that `read` reads back."""
     return {
         "architectures": ["Gemma3ForCausalLM"],
         **write_gemma(arch),

@@ -19,6 +19,7 @@ def read(config: dict[str, Any]) -> Arch:
 
 
 def words(arch: Arch) -> dict[str, Any]:
+    """The Llama config that `read` reads back."""
     return {
         "architectures": ["LlamaForCausalLM"],
         **write_sizes(arch),

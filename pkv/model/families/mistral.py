@@ -21,6 +21,7 @@ def read(config: dict[str, Any]) -> Arch:
 
 
 def words(arch: Arch) -> dict[str, Any]:
+    """The Mistral config that `read` reads back."""
     return {
         "architectures": ["MistralForCausalLM"],
         **write_sizes(arch),

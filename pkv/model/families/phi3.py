@@ -28,6 +28,7 @@ def read(config: dict[str, Any]) -> Arch:
 
 
 def words(arch: Arch) -> dict[str, Any]:
+    """The Phi-3 config that `read` reads back."""
     scaling = arch.rope_scaling
     original = scaling.original_positions if isinstance(scaling, LongRope) else arch.max_positions
     return {

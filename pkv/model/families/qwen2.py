@@ -37,10 +37,12 @@ def write_qwen(arch: Arch) -> dict[str, Any]:
 
 
 def read(config: dict[str, Any]) -> Arch:
+    """An Arch from a Qwen2 config. Raises UserError for a feature that is not supported."""
     return read_qwen(config, qkv_bias=True)
 
 
 def words(arch: Arch) -> dict[str, Any]:
+    """The Qwen2 config that `read` reads back."""
     return {"architectures": ["Qwen2ForCausalLM"], **write_qwen(arch)}
 
 

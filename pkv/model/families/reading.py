@@ -134,16 +134,18 @@ def read_rope_block(
 def _read_scaling(block: ConfigReader, kind: str, max_positions: int, longrope: int | None) -> Scaling:
     if kind == "linear":
         return Linear(_factor(block))
-    original = block.take("original_max_position_embeddings", int, max_positions)
+    said = block.take("original_max_position_embeddings", int, max_positions)
+    original = longrope or said
+    if original < 2:
+        raise UserError(f"config.json: original_max_position_embeddings: got {original}; expected at least 2")
     if kind == "llama3":
         low, high = (block.take(name, float) for name in ("low_freq_factor", "high_freq_factor"))
         return Llama3(_factor(block), low, high, original)
     given = block.take_or_none("attention_factor", float)
     if kind == "longrope":
-        original = longrope or original
         ratio = block.take("factor", float, max_positions / original)
         usual = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-        short, long = (tuple(map(float, block.take(name, list))) for name in ("short_factor", "long_factor"))
+        short, long = (_numbers(block, name) for name in ("short_factor", "long_factor"))
         return LongRope(short, long, original, usual if given is None else given, max_positions > original)
     factor = _factor(block, max_positions / original if max_positions > original else None)
     top, bottom = block.take_or_none("mscale", float), block.take_or_none("mscale_all_dim", float)
@@ -159,6 +161,13 @@ def _factor(block: ConfigReader, default: float | None = None) -> float:
     if factor <= 0:
         raise UserError(f"config.json: rope factor: got {factor}; expected a number above 0, such as 4.0")
     return factor
+
+
+def _numbers(block: ConfigReader, name: str) -> tuple[float, ...]:
+    numbers = block.take(name, list)
+    if not all(type(number) in (int, float) and number > 0 for number in numbers):
+        raise UserError(f"config.json: {name}: got {describe(numbers)}; expected numbers above 0")
+    return tuple(map(float, numbers))
 
 
 def _mscale(factor: float, weight: float) -> float:
