@@ -283,7 +283,7 @@ RELEASED = {
     "Qwen2.5-14B-Instruct": (QWEN25_14B, QWEN),
     "Qwen2.5-14B-Instruct, YaRN": (
         {**QWEN25_14B, "rope_scaling": YARN_BLOCK},
-        but(QWEN, rope_scaling=Yarn(4.0, 32768, 0.1 * math.log(4) + 1)),
+        but(QWEN, rope_scaling=Yarn(4.0, 32768, 0.1 * math.log(4) + 1), max_positions=131072),
     ),
     "Qwen3-8B": (
         QWEN3_8B,

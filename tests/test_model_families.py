@@ -26,7 +26,7 @@ def test_what_is_written_reads_back(name):
     assert family_of(config).read(family_of(config).write(arch)) == arch
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if "early" not in name])  # which transformers 5 refuses
 def test_both_generations_of_configs_read_alike(name):
     """What transformers 5 makes of a released config, and saves, is the same model."""
     transformers = pytest.importorskip("transformers")
@@ -40,6 +40,8 @@ def test_no_family_writes_what_it_has_no_words_for(family):
     """An Arch with one strange feature is refused by name; an Arch that is written reads back."""
     arch = next(arch for config, arch in RELEASED.values() if config["model_type"] == family)
     written = {}
+    words = {"rotary_share": "partial_rotary_factor", "rope_scaling": "rope_type"}
+    words |= {"attention_cap": "attn_logit_softcapping"} if family == "gemma3_text" else {}
     strange = {
         "qkv_bias": not arch.qkv_bias,
         "qk_norm": not arch.qk_norm,
@@ -57,7 +59,7 @@ def test_no_family_writes_what_it_has_no_words_for(family):
         try:
             written[feature] = FAMILIES[family].read(FAMILIES[family].write(but(arch, **{feature: value})))
         except UserError as error:
-            assert feature in str(error) or "rope_type" in str(error)
+            assert words.get(feature, feature) in str(error)
     expected = {"gemma2": {"attention_cap", "logit_cap"}, "gemma3_text": {"logit_cap", "local_rope_theta"}}
     assert written.keys() == expected.get(family, {"rotary_share"} if family == "phi3" else set())
     assert all(got == but(arch, **{feature: strange[feature]}) for feature, got in written.items())
@@ -91,6 +93,12 @@ def test_no_family_writes_what_it_has_no_words_for(family):
             {"rope_scaling": {**LONGROPE_BLOCK, "long_factor": [1.0]}},
             "48 and 1 numbers; .* 48",
         ),
+        (
+            "Phi-3-mini-128k",
+            {"rope_scaling": {**LONGROPE_BLOCK, "long_factor": ["a"] * 48}},
+            "expected numbers above 0",
+        ),
+        ("Phi-3-mini-128k", {"original_max_position_embeddings": 1}, "expected at least 2"),
         ("Phi-3-mini-128k", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         ("Phi-4-mini", {"interpolate_factor": 2}, "interpolate_factor: 2"),
     ],

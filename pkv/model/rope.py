@@ -1,7 +1,8 @@
 """How fast each pair of a head's dimensions turns with the position, plain and scaled to longer contexts.
 
 Numbers of numpy only, rounded to 32 bits where transformers rounds them: at position 100,000 the last bit of a
-frequency is a hundredth of a radian. The turning itself is in `decoder.py`.
+frequency is some thousandths of a radian. Each scaling's `turns` takes the plain periods, 1 / (radians a position), and
+gives its own radians a position. The turning itself is in `decoder.py`.
 """
 
 from __future__ import annotations

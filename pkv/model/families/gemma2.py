@@ -49,10 +49,11 @@ def read(config: dict[str, Any]) -> Arch:
     features = read_gemma(fields, 8192, every=2)
     features["attention_cap"] = fields.take_or_none("attn_logit_softcapping", float, 50.0)
     features["logit_cap"] = fields.take_or_none("final_logit_softcapping", float, 30.0)
-    return make_arch(fields, **features, **read_rope(fields, features["max_positions"]))
+    return make_arch(fields, features | read_rope(fields, features["max_positions"]))
 
 
 def words(arch: Arch) -> dict[str, Any]:
+    """The Gemma 2 config that `read` reads back."""
     return {"architectures": ["Gemma2ForCausalLM"], **write_gemma(arch), **write_rope(arch)}
 
 

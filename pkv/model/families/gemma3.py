@@ -19,9 +19,8 @@ def read(config: dict[str, Any]) -> Arch:
     fields.only("attn_logit_softcapping", None)  # transformers does not read it here
     fields.skip("_sliding_window_pattern")  # how transformers 5 writes the pattern a second time
     features = read_gemma(fields, 131_072, fields.take("sliding_window_pattern", int, 6))
-    cap = fields.take_or_none("final_logit_softcapping", float)
-    ropes = _read_ropes(fields, features["max_positions"])
-    return make_arch(fields, **features, **ropes, qk_norm=True, logit_cap=cap)
+    features |= {"qk_norm": True, "logit_cap": fields.take_or_none("final_logit_softcapping", float)}
+    return make_arch(fields, features | _read_ropes(fields, features["max_positions"]))
 
 
 def _read_ropes(fields: ConfigReader, max_positions: int) -> dict[str, Any]:
@@ -44,6 +43,7 @@ def _read_ropes(fields: ConfigReader, max_positions: int) -> dict[str, Any]:
 
 
 def words(arch: Arch) -> dict[str, Any]:
+    """The Gemma 3 text config that `read` reads back."""
     return {
         "architectures": ["Gemma3ForCausalLM"],
         **write_gemma(arch),

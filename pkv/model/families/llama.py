@@ -15,10 +15,11 @@ def read(config: dict[str, Any]) -> Arch:
     fields = ConfigReader(config)
     fields.only("hidden_act", "silu")
     sizes = read_sizes(fields, max_positions=2048)
-    return make_arch(fields, **sizes, **read_rope(fields, sizes["max_positions"]))
+    return make_arch(fields, sizes | read_rope(fields, sizes["max_positions"]))
 
 
 def words(arch: Arch) -> dict[str, Any]:
+    """The Llama config that `read` reads back."""
     return {
         "architectures": ["LlamaForCausalLM"],
         **write_sizes(arch),

@@ -35,7 +35,7 @@ def read_sizes(
     }
 
 
-def make_arch(fields: ConfigReader, **features: Any) -> Arch:
+def make_arch(fields: ConfigReader, features: dict[str, Any]) -> Arch:
     """The Arch, once every key of the config has been read and the numbers fit together. Raises UserError."""
     fields.finish()
     arch = Arch(**features)

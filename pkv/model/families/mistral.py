@@ -17,10 +17,11 @@ def read(config: dict[str, Any]) -> Arch:
     sizes = read_sizes(fields, max_positions=131_072)
     if (window := fields.take_or_none("sliding_window", int, 4096)) is not None:
         sizes |= {"window": window, "local_layers": (True,) * sizes["layers"]}
-    return make_arch(fields, **sizes, **read_rope(fields, sizes["max_positions"]))
+    return make_arch(fields, sizes | read_rope(fields, sizes["max_positions"]))
 
 
 def words(arch: Arch) -> dict[str, Any]:
+    """The Mistral config that `read` reads back."""
     return {
         "architectures": ["MistralForCausalLM"],
         **write_sizes(arch),

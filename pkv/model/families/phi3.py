@@ -24,10 +24,11 @@ def read(config: dict[str, Any]) -> Arch:
     if (window := fields.take_or_none("sliding_window", int)) is not None:
         sizes |= {"window": window, "local_layers": (True,) * sizes["layers"]}
     original = fields.take("original_max_position_embeddings", int, 4096)
-    return make_arch(fields, **sizes, **read_rope(fields, sizes["max_positions"], partial=True, longrope=original))
+    return make_arch(fields, sizes | read_rope(fields, sizes["max_positions"], partial=True, longrope=original))
 
 
 def words(arch: Arch) -> dict[str, Any]:
+    """The Phi-3 config that `read` reads back."""
     scaling = arch.rope_scaling
     original = scaling.original_positions if isinstance(scaling, LongRope) else arch.max_positions
     return {

@@ -21,7 +21,7 @@ def read_qwen(config: dict[str, Any], **features: bool) -> Arch:
         window, first = None, sizes["layers"]
     local = range(first, sizes["layers"]) if window is not None else ()
     sizes |= read_local_layers(fields, window, local, sizes["layers"])
-    return make_arch(fields, **sizes, **read_rope(fields, sizes["max_positions"]), **features)
+    return make_arch(fields, sizes | read_rope(fields, sizes["max_positions"]) | features)
 
 
 def write_qwen(arch: Arch) -> dict[str, Any]:
@@ -37,10 +37,12 @@ def write_qwen(arch: Arch) -> dict[str, Any]:
 
 
 def read(config: dict[str, Any]) -> Arch:
+    """An Arch from a Qwen2 config. Raises UserError for a feature that is not supported."""
     return read_qwen(config, qkv_bias=True)
 
 
 def words(arch: Arch) -> dict[str, Any]:
+    """The Qwen2 config that `read` reads back."""
     return {"architectures": ["Qwen2ForCausalLM"], **write_qwen(arch)}
 
 

@@ -11,10 +11,12 @@ from pkv.model.families.qwen2 import read_qwen, write_qwen
 
 
 def read(config: dict[str, Any]) -> Arch:
+    """An Arch from a Qwen3 config. Raises UserError for a feature that is not supported."""
     return read_qwen(config, qk_norm=True)
 
 
 def words(arch: Arch) -> dict[str, Any]:
+    """The Qwen3 config that `read` reads back."""
     return {"architectures": ["Qwen3ForCausalLM"], **write_qwen(arch)}
 
 

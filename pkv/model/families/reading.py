@@ -88,7 +88,7 @@ class ConfigReader:
 def read_rope(
     fields: ConfigReader, max_positions: int, *, partial: bool = False, longrope: int | None = None
 ) -> dict[str, Any]:
-    """rope_theta, rope_scaling and rotary_share of an Arch, from either generation of configs.
+    """rope_theta, rope_scaling, rotary_share of an Arch, from either generation of configs; under YaRN max_positions.
 
     Older ones say rope_theta and rope_scaling, transformers 5 rope_parameters. partial: whether the family knows
     partial_rotary_factor. longrope: the original window, for a family (Phi) that says it outside of the block and has
@@ -125,22 +125,27 @@ def read_rope_block(
         raise UserError(f"config.json: rope_type {kind!r} is not supported; known: {known}")
     scaling = None if kind == "default" else _read_scaling(block, kind, max_positions, longrope)
     block.finish()
-    return {"rope_theta": theta, "rope_scaling": scaling, "rotary_share": share}
+    found = {"rope_theta": theta, "rope_scaling": scaling, "rotary_share": share}
+    if isinstance(scaling, Yarn):  # Qwen's cards add the block and leave max_position_embeddings as it was
+        found["max_positions"] = max(max_positions, round(scaling.original_positions * scaling.factor))
+    return found
 
 
 def _read_scaling(block: ConfigReader, kind: str, max_positions: int, longrope: int | None) -> Scaling:
     if kind == "linear":
         return Linear(_factor(block))
-    original = block.take("original_max_position_embeddings", int, max_positions)
+    said = block.take("original_max_position_embeddings", int, max_positions)
+    original = longrope or said
+    if original < 2:
+        raise UserError(f"config.json: original_max_position_embeddings: got {original}; expected at least 2")
     if kind == "llama3":
         low, high = (block.take(name, float) for name in ("low_freq_factor", "high_freq_factor"))
         return Llama3(_factor(block), low, high, original)
     given = block.take_or_none("attention_factor", float)
     if kind == "longrope":
-        original = longrope or original
         ratio = block.take("factor", float, max_positions / original)
         usual = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-        short, long = (tuple(map(float, block.take(name, list))) for name in ("short_factor", "long_factor"))
+        short, long = (_numbers(block, name) for name in ("short_factor", "long_factor"))
         return LongRope(short, long, original, usual if given is None else given, max_positions > original)
     factor = _factor(block, max_positions / original if max_positions > original else None)
     top, bottom = block.take_or_none("mscale", float), block.take_or_none("mscale_all_dim", float)
@@ -156,6 +161,13 @@ def _factor(block: ConfigReader, default: float | None = None) -> float:
     if factor <= 0:
         raise UserError(f"config.json: rope factor: got {factor}; expected a number above 0, such as 4.0")
     return factor
+
+
+def _numbers(block: ConfigReader, name: str) -> tuple[float, ...]:
+    numbers = block.take(name, list)
+    if not all(type(number) in (int, float) and number > 0 for number in numbers):
+        raise UserError(f"config.json: {name}: got {describe(numbers)}; expected numbers above 0")
+    return tuple(map(float, numbers))
 
 
 def _mscale(factor: float, weight: float) -> float:
@@ -206,11 +218,10 @@ def read_local_layers(fields: ConfigReader, window: int | None, usual: Collectio
     """window and local_layers of an Arch: from layer_types, or from the layers that are local where it is not said."""
     said = fields.take_or_none("layer_types", list)
     types = said or [SLIDING if index in usual else FULL for index in range(layers)]
-    if len(types) != layers or not set(types) <= {SLIDING, FULL}:
-        raise UserError(
-            f"config.json: layer_types: got {describe(types)}; expected {SLIDING!r} or {FULL!r} for each of "
-            f"{layers} layers"
-        )
+    if odd := sorted(set(types) - {SLIDING, FULL}):
+        raise UserError(f"config.json: layer_types: {odd[0]!r} is not supported; known: {SLIDING!r} or {FULL!r}")
+    if len(types) != layers:
+        raise UserError(f"config.json: layer_types: got {len(types)} of them; expected one for each of {layers} layers")
     local = tuple(kind == SLIDING for kind in types)
     if not any(local):
         return {}
