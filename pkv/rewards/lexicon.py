@@ -13,7 +13,8 @@ from importlib import resources
 # Each sign of a script that puts no blanks between words is a word: kana, Han, Thai, Lao and Khmer.
 SIGN = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _MARK = "\u0300-\u036f\u0900-\u0dff"  # combining marks, and the Indic scripts, where \w has no word on vowel signs
-PIECE = re.compile(rf"[{SIGN}]|(?:[^\W_{SIGN}]|[{_MARK}])+(?:['’][^\W_{SIGN}]+)*|[^\w\s]|_")
+_COMMAND = r"\\[A-Za-z]+"  # of LaTeX; its braces and dollars are layout
+PIECE = re.compile(rf"{_COMMAND}|[{SIGN}]|(?:[^\W_{SIGN}]|[{_MARK}])+(?:['’][^\W_{SIGN}]+)*|[^\w\s{{}}$]|_")
 WORD = re.compile(rf"[{SIGN}]|(?:[^\W\d_{SIGN}]|[{_MARK}])+(?:['’][^\W\d_{SIGN}]+)*")
 
 
@@ -51,13 +52,18 @@ def lexicon() -> Lexicon:
 
 
 def pieces(text: str) -> list[str]:
-    """Words, numbers and single signs, in lower case: what a reader sees, whatever the tokenizer."""
+    """Words, numbers, LaTeX commands and single signs, in lower case: what a reader sees, whatever the tokenizer."""
     return PIECE.findall(text.casefold())
 
 
 def words(text: str) -> list[str]:
     """Words only, in lower case."""
     return WORD.findall(text.casefold())
+
+
+def is_function_word(word: str) -> bool:
+    """Whether it is a function word of a language that is listed, or a sign of a script without blanks."""
+    return word in lexicon().small or word in lexicon().foreign or is_sign(word)
 
 
 def is_sign(word: str) -> bool:
