@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 import zlib
@@ -83,22 +84,18 @@ def fresh_pieces(said: list[str]) -> int:
     A formula is said again for good reasons, in small parts ("(x + 3)^2"): without a word in it an n-gram is longer.
     """
     again = bytearray(len(said))
-    for size, counts in ((NGRAM, _has_word), (FORMULA_NGRAM, _always)):
+    words_before = list(itertools.accumulate(map(_is_word, said), initial=0))
+    for size, of_words in ((NGRAM, True), (FORMULA_NGRAM, False)):
         seen: set[tuple[str, ...]] = set()
-        for at in range(len(said) - size + 1):
-            gram = tuple(said[at : at + size])
-            if gram in seen and counts(gram):
+        for at, gram in enumerate(zip(*(said[shift:] for shift in range(size)), strict=False)):
+            if gram in seen and (not of_words or words_before[at] < words_before[at + size]):
                 again[at : at + size] = b"\1" * size
             seen.add(gram)
     return len(said) - sum(again)
 
 
-def _has_word(gram: tuple[str, ...]) -> bool:
-    return any(len(piece) > 1 and piece.isalpha() for piece in gram)
-
-
-def _always(gram: tuple[str, ...]) -> bool:
-    return True
+def _is_word(piece: str) -> bool:
+    return len(piece) > 1 and piece.isalpha()
 
 
 def nonsense_share(said: list[str]) -> float:
@@ -111,7 +108,7 @@ def nonsense_share(said: list[str]) -> float:
     for piece in said:
         if piece == "=" or is_function_word(piece):
             row = 0
-        elif len(piece) > 1 and piece.isalpha() and piece < "\u0250":
+        elif _is_word(piece) and piece < "\u0250":
             row += 1
             characters += len(piece) * (row > TERSE_WORDS)
     return characters / sum(map(len, said))
