@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
 from pkv import hub
 from pkv.competition import Tokenizer, train_tokenizer
-from pkv.config import MeshConfig, UserError
+from pkv.config import MeshConfig, UserError, parse_config
 from pkv.evaluate import load_policy
 from pkv.hub import fetch, find_checkpoint, pinned
 from pkv.mesh import make_mesh
-from pkv.model import Arch, init_params, load_params, read_arch, save_params
+from pkv.model import Arch, load_params, param_shapes, read_arch, save_params
+from pkv.train.run import open_run
 
 ARCH = Arch(vocab_size=320, hidden=8, layers=2, heads=2, kv_heads=2, head_size=4, ffn=8, qkv_bias=True)
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -36,7 +40,7 @@ def repository(tmp_path_factory) -> Path:
     """What a repository holds at a commit: a model in shards and what other programs leave beside it."""
     folder = tmp_path_factory.mktemp("repository")
     train_tokenizer(["How many hives?"], 300, folder)
-    save_params(init_params(ARCH, jax.random.key(0)), ARCH, folder, max_file_bytes=4000)
+    save_params(jax.tree.map(lambda x: jnp.ones(x.shape), param_shapes(ARCH)), ARCH, folder, max_file_bytes=4000)
     (folder / "README.md").write_text("A model.")
     (folder / "original").mkdir()
     for unwanted in (
@@ -107,6 +111,22 @@ def test_a_revision_pins_what_is_fetched(remote):
     assert find_checkpoint("owner/small").name == SECOND
     assert load_params("owner/small@v1", ARCH)["embedding"].shape == (320, 8)
     assert not list((find_checkpoint("owner/small")).glob("*.safetensors"))
+
+
+def test_a_run_says_the_commit_and_goes_on_with_that_commit_only(remote, tmp_path):
+    def start(model: str) -> dict:
+        config = parse_config({"model": {"path": model}, "rounds": [{"name": "format", "steps": 1}]})
+        policy = SimpleNamespace(system="Compete.", tokenizer=SimpleNamespace(save=lambda _: None))
+        open_run(config, tmp_path / "run", policy, {}, fresh=False).close()
+        return yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+
+    assert start("owner/small")["made_with"]["model"] == f"owner/small@{FIRST}"
+    assert start("owner/small")["model"]["path"] == "owner/small"
+    remote.main = SECOND
+    hub._snapshot.cache_clear()
+    with pytest.raises(UserError, match=f"model.path is 'owner/small@{FIRST}' there and 'owner/small@{SECOND}' here"):
+        start("owner/small")
+    assert start("owner/small@v1")["model"]["path"] == "owner/small"
 
 
 def test_a_directory_is_its_own_name(repository, monkeypatch):

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from pkv.config import MeshConfig, UserError
 from pkv.mesh import TRAINING_RULES, make_mesh, shardings
-from pkv.model import Arch, init_params, load_params, param_axes, param_shapes, read_arch, save_params
+from pkv.model import Arch, load_params, param_axes, param_shapes, read_arch, save_params
 from pkv.model import load as load_module
 from pkv.model.families import FAMILIES, Family, Place, qwen2
 from pkv.model.layout import disk_tensors, whole_tensors
@@ -42,6 +42,12 @@ BROAD = Arch(
 def equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def weights(arch: Arch, dtype=jnp.float32):
+    """Weights of numbers that differ everywhere; nothing is compiled for them."""
+    draw = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape).astype(np.float32), dtype), param_shapes(arch))
 
 
 def placing(arch: Arch, mesh: MeshConfig, devices=None):
@@ -76,16 +82,18 @@ READ = load_module._read
     ids=["no copies", "eight copies", "two copies"],
 )
 def test_a_part_that_several_devices_hold_is_read_once(tmp_path, reads, mesh):
-    save_params(init_params(ARCH, jax.random.key(0)), ARCH, tmp_path, dtype=jnp.bfloat16)
+    save_params(weights(ARCH), ARCH, tmp_path, dtype=jnp.bfloat16)
     load_params(tmp_path, ARCH, jnp.bfloat16, placing(ARCH, mesh))
     assert sum(reads) == sum(array.nbytes for array in stored(tmp_path).values())
     assert max(reads) == stored(tmp_path)["model.embed_tokens.weight"].nbytes // (mesh.fsdp * mesh.tensor)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("on_disk", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize(
+    ("on_disk", "dtype"),
+    [("F32", jnp.bfloat16), ("BF16", jnp.float32), ("BF16", jnp.bfloat16), ("F16", jnp.float32), ("F16", jnp.bfloat16)],
+)
 def test_every_dtype_on_disk_loads_as_numpy_converts_it(tmp_path, on_disk, dtype):
-    params = init_params(replace(ARCH, init_std=3.0), jax.random.key(1))
+    params = weights(ARCH)
     save_params(params, ARCH, tmp_path, dtype={"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}[on_disk])
     with safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {on_disk}  # noqa: SIM118
@@ -99,7 +107,7 @@ def test_every_dtype_on_disk_loads_as_numpy_converts_it(tmp_path, on_disk, dtype
 
 
 def test_weights_lie_where_their_shardings_say(tmp_path):
-    save_params(init_params(ARCH, jax.random.key(0)), ARCH, tmp_path, dtype=jnp.bfloat16)
+    save_params(weights(ARCH), ARCH, tmp_path, dtype=jnp.bfloat16)
     placed = placing(ARCH, MeshConfig(data=1, fsdp=4, tensor=2))
     loaded = load_params(tmp_path, ARCH, jnp.float32, placed)
     assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), loaded, placed))
@@ -107,7 +115,7 @@ def test_weights_lie_where_their_shardings_say(tmp_path):
 
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=1, fsdp=4, tensor=2)])
 def test_the_host_holds_a_tensor_not_the_model(tmp_path, mesh):
-    params = init_params(BROAD, jax.random.key(0), jnp.bfloat16)
+    params = weights(BROAD, jnp.bfloat16)
     if mesh is not None:
         params = jax.device_put(params, placing(BROAD, mesh))
     total, largest = sum(x.nbytes for x in jax.tree.leaves(params)), params["embedding"].nbytes
@@ -128,7 +136,7 @@ def test_the_host_holds_a_tensor_not_the_model(tmp_path, mesh):
 
 
 def test_devices_hold_a_stack_once_and_never_in_another_dtype(tmp_path, monkeypatch):
-    save_params(init_params(BROAD, jax.random.key(0)), BROAD, tmp_path)
+    save_params(weights(BROAD), BROAD, tmp_path)
     others, seen = sum(x.nbytes for x in jax.live_arrays()), []
 
     def watched(view, index):
@@ -145,7 +153,7 @@ def test_devices_hold_a_stack_once_and_never_in_another_dtype(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_each_of_two_processes_reads_the_half_that_its_devices_hold(tmp_path):
-    save_params(init_params(ARCH, jax.random.key(0)), ARCH, tmp_path, dtype=jnp.bfloat16)
+    save_params(weights(ARCH), ARCH, tmp_path, dtype=jnp.bfloat16)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -221,11 +229,7 @@ def fused(monkeypatch) -> Family:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_fused_tensors_join_rows_in_order_and_come_back_to_the_bit(tmp_path, fused, dtype):
-    params = init_params(ARCH, jax.random.key(0), dtype)
-    params["layers"]["attention"] |= {  # zeros could be anybody's
-        name: jax.random.normal(jax.random.key(1), params["layers"]["attention"][name].shape, dtype)
-        for name in ("q_bias", "k_bias", "v_bias")
-    }
+    params = weights(ARCH, dtype)
     save_params(params, ARCH, tmp_path / "apart", dtype=dtype)
     save_params(params, ARCH, tmp_path / "fused", fused.write(ARCH), dtype, max_file_bytes=5000)
     assert (tmp_path / "fused" / "model.safetensors.index.json").exists()
@@ -244,13 +248,13 @@ def test_fused_tensors_join_rows_in_order_and_come_back_to_the_bit(tmp_path, fus
 
 
 def test_parts_of_a_fused_tensor_are_read_once(tmp_path, fused, reads):
-    save_params(init_params(ARCH, jax.random.key(0)), ARCH, tmp_path, fused.write(ARCH), jnp.bfloat16)
+    save_params(weights(ARCH), ARCH, tmp_path, fused.write(ARCH), jnp.bfloat16)
     load_params(tmp_path, ARCH, jnp.bfloat16, placing(ARCH, MeshConfig(data=1, fsdp=4, tensor=2)))
     assert sum(reads) == sum(array.nbytes for array in stored(tmp_path).values())
 
 
 def test_the_whole_fused_shape_is_checked(tmp_path, fused):
-    save_params(init_params(ARCH, jax.random.key(0)), ARCH, tmp_path, fused.write(ARCH))
+    save_params(weights(ARCH), ARCH, tmp_path, fused.write(ARCH))
     tensors = load_file(tmp_path / "model.safetensors")
     name = "model.layers.1.self_attn.qkv_proj.weight"
     tensors[name] = np.concatenate([tensors[name], tensors[name][:1]])
@@ -292,7 +296,7 @@ def test_a_stream_of_tensors_is_a_file_that_others_read(tmp_path):
 
 
 def test_a_save_that_is_stopped_leaves_nothing_that_passes_for_a_model(tmp_path):
-    params = init_params(ARCH, jax.random.key(0))
+    params = weights(ARCH)
     broken = {**params, "layers": {**params["layers"], "ffn": {"gate": params["layers"]["ffn"]["gate"]}}}
     with pytest.raises(KeyError):
         save_params(broken, ARCH, tmp_path)
@@ -330,7 +334,7 @@ def rewrite_header(file: Path, change) -> None:
     ],
 )
 def test_what_a_header_cannot_mean_is_one_line(tmp_path, change, named):
-    save_params(init_params(ARCH, jax.random.key(0)), ARCH, tmp_path)
+    save_params(weights(ARCH), ARCH, tmp_path)
     rewrite_header(tmp_path / "model.safetensors", lambda header: change(header["model.norm.weight"]))
     with pytest.raises(UserError, match=named) as error:
         load_params(tmp_path, ARCH)
@@ -341,7 +345,7 @@ def test_what_a_header_cannot_mean_is_one_line(tmp_path, change, named):
     "raw", [b"", b"\x08", b"\xff" * 16, (10**15).to_bytes(8, "little") + b"{}", b"\x02" + b"\0" * 7]
 )
 def test_what_is_no_safetensors_file_is_one_line(tmp_path, raw):
-    save_params(init_params(ARCH, jax.random.key(0)), ARCH, tmp_path)
+    save_params(weights(ARCH), ARCH, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(raw)
     with pytest.raises(UserError, match="not a whole safetensors file"):
         load_params(tmp_path, ARCH)
@@ -358,6 +362,6 @@ def test_a_quantised_checkpoint_is_refused_by_name(tmp_path, quantised, named):
 
 
 def test_loading_a_small_model_shows_no_bar(tmp_path, capsys):
-    save_params(init_params(ARCH, jax.random.key(0)), ARCH, tmp_path)
+    save_params(weights(ARCH), ARCH, tmp_path)
     load_params(tmp_path, ARCH)
     assert capsys.readouterr().err == ""

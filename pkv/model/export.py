@@ -79,7 +79,7 @@ def _bytes(tensor: WholeTensor, itemsize: int) -> int:
 
 
 def _to_disk(params: Params, part: DiskTensor, dtype: Any) -> np.ndarray:
-    """One weight, or one layer of it, as the file has it; sliced, converted and turned on its devices, then gathered."""
+    """A weight, or one layer of it, as the file has it: sliced, converted and turned on its devices, then gathered."""
     node: Any = params
     layer = part.layer
     for name in part.path.split("."):

@@ -69,8 +69,9 @@ def _check(files: TensorFiles, tensors: list[WholeTensor], redundant: frozenset[
     there, expected = set(files.entries), {tensor.name for tensor in tensors}
     for name, entry in files.entries.items():
         if entry.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
             raise UserError(
-                f"{files.directory}: {name} is stored as {entry.dtype}; pkv reads {', '.join(DTYPES)}, nothing quantised"
+                f"{files.directory}: {name} is stored as {entry.dtype}; pkv reads {known}, nothing quantised"
             )
     for words, names in (
         ("the checkpoint lacks", expected - there),

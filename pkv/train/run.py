@@ -119,9 +119,8 @@ def _is_run(file: Path) -> bool:
 def _check_same(config: Config, file: Path) -> None:
     before = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
     now = _flat(as_plain(config))
-    # What a hub id means may change between two starts; what counts is the commit.
-    before["model.path"] = before.get(f"{MADE_WITH}.model", before["model.path"])
-    now["model.path"] = pinned(config.model.path)
+    if model := before.get(f"{MADE_WITH}.model"):  # a hub id may mean another commit by now
+        before["model.path"], now["model.path"] = model, pinned(config.model.path)
     for key in [*now, *before]:
         if key.startswith((*FREE, MADE_WITH)) or before.get(key) == now.get(key):
             continue
