@@ -130,9 +130,9 @@ def _read(view: np.ndarray, index: Any) -> np.ndarray:
     return view[index].copy(order="K")
 
 
-def own_parts(shape: tuple[int, ...], sharding: Sharding) -> list[tuple[Any, list[jax.Device]]]:
+def own_parts(shape: tuple[int, ...], sharding: Sharding) -> list[tuple[Any, list[Any]]]:
     """The slices of an array that this process holds, each once, with all of its devices that hold it."""
-    owners: dict[str, tuple[Any, list[jax.Device]]] = {}
+    owners: dict[str, tuple[Any, list[Any]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         owners.setdefault(str(index), (index, []))[1].append(device)
     return list(owners.values())

@@ -83,7 +83,7 @@ def write_tensors(
     with partial.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for array in numbers:
-            end -= stream.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8))
+            end -= stream.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data)
     if end:
         raise ValueError(f"{file}: the tensors are {end} bytes less than their shapes mean")
     partial.replace(file)
