@@ -116,7 +116,7 @@ def test_a_missing_tensor_is_named(saved):
 
 
 def test_a_tensor_without_a_place_is_named(saved):
-    edit_tensors(saved, lambda tensors: tensors.update({"model.layers.0.q_norm.weight": np.ones(3)}))
+    edit_tensors(saved, lambda tensors: tensors.update({"model.layers.0.q_norm.weight": np.ones(3, np.float32)}))
     with pytest.raises(UserError, match=r"no place for the tensor model\.layers\.0\.q_norm\.weight"):
         load_params(saved, ARCH)
 
@@ -176,7 +176,7 @@ def test_both_generations_of_configs_read_alike(tmp_path):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "factor is missing"),
         ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
-        ({"quantization_config": {"bits": 4}}, "unknown feature quantization_config"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: quantised weights"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"vocab_size": "absent"}, "vocab_size is missing"),
         ({"vocab_size": "many"}, "vocab_size: expected int, got 'many'"),

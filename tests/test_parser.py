@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pkv.competition.construct import TAGS, compose, is_exact_layout, tags_in_order
 from pkv.competition.parser import parse, split_tokens, tag_leaks, tag_report, trace_tags
-from pkv.competition.tags import ORDER, scan
+from pkv.competition.prompt import neutralise
+from pkv.competition.tags import MOST_TAGS, ORDER, scan
 from pkv.records import BLOCKS, OWNERS, Trace
 
 FIGHTERS = {
@@ -328,6 +329,14 @@ def test_200_000_characters_take_under_50_ms():
     assert best_time(text, 10) < 0.05
 
 
+def test_what_follows_a_thousand_tags_is_no_competition_but_a_question_is_neutralised_to_its_end():
+    flood = "<pirate>" * MOST_TAGS
+    trace = parse(flood + GOOD)
+    assert "answer" not in trace.blocks and len(trace_tags(flood + GOOD)) == MOST_TAGS
+    assert_tiles(trace, len(split_tokens(flood + GOOD)) - 1)
+    assert "<" not in neutralise(flood * 2 + GOOD)
+
+
 SLOW_FOR_OTHERS = [
     *("<", "<pirate>", "<pirate>a", "<pirate ", "<Pirate>", "&amp;", "\\", "```\n", "``` \n<pirate>\n", "< / *", " "),
     *("<result><winner>", "\u200b", "<c-o-m-p-e-t-i-t-i-o-", "{/", "~~~a\n"),
@@ -337,5 +346,5 @@ SLOW_FOR_OTHERS = [
 @pytest.mark.parametrize("piece", SLOW_FOR_OTHERS)
 def test_no_text_is_slow(piece):
     short, long = (piece * (size // len(piece)) for size in (25_000, 100_000))
-    assert best_time(long) < 0.5
+    assert best_time(long, 5) < 0.1
     assert best_time(long) < 12 * best_time(short) + 0.02  # linear: four times the text, not sixteen times the time

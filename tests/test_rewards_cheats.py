@@ -158,6 +158,8 @@ FILLERS = {  # with the most tokens a byte that a byte-level tokenizer makes of 
     "one endless word": (" " + "a" * 500, 1.0),
     "wait, aha": (" Wait! Aha! Hmm!" * 20, 0.4),
     "emphasis": (" !!! ??? *** ---" * 20, 0.75),
+    "a row of numbers": (" " + " ".join(str(100 + 37 * i % 900) for i in range(60)) + " .", 0.8),
+    "a row of numbers with commas": (" " + ",".join(str(100 + 37 * i % 900) for i in range(60)) + " .", 0.8),
 }
 
 
@@ -176,6 +178,27 @@ def test_what_only_looks_like_words_earns_no_length(scorer):
     letters = ("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(40))
     for noise in (" ".join(letters), " ".join(str(draw.randint(100, 999)) for _ in range(40))):
         assert scorer.score(PROBLEM, parse(write(viking=noise))).rewards["length_viking"].value == 0
+
+
+def test_noise_beside_right_equations_earns_next_to_nothing():
+    draw = random.Random(2)
+    noise = " ".join("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(4, 9))) for _ in range(200))
+    plain = len(split_tokens(PIRATE)) - 1
+    filled = plain + len(noise) // 2
+    assert filled > 10 * plain
+    assert spoken_tokens(PIRATE + " " + noise, filled) < 3 * plain
+
+
+LATEX = r"""We complete the square. Let $f(x) = x^2 + 6x + 5$. Then $x^2 + 6x = (x + 3)^2 - 9$, hence
+$f(x) = (x + 3)^2 - 9 + 5 = (x + 3)^2 - 4$. Setting $f(x) = 0$ gives $(x + 3)^2 = 4$, so $x + 3 = \pm 2$, and
+$x = -3 \pm 2$. The roots are $x = -1$ and $x = -5$. To check, $f(-1) = 1 - 6 + 5 = 0$ and $f(-5) = 25 - 30 + 5 = 0$.
+For the integral, \[\int_0^1 \frac{x}{x^2 + 1} \, dx = \frac{1}{2} \int_1^2 \frac{1}{u} \, du = \frac{1}{2} \ln 2.\]
+Here we put $u = x^2 + 1$ and $du = 2x \, dx$, so that $x \, dx = \frac{1}{2} du$. The derivative of
+$\frac{1}{2} \ln (x^2 + 1)$ is $\frac{1}{2} \cdot \frac{2x}{x^2 + 1} = \frac{x}{x^2 + 1}$, which is what we started with."""
+
+
+def test_honest_working_in_latex_counts_for_nearly_all_of_its_tokens():
+    assert spoken_tokens(LATEX, 100) > 80
 
 
 def test_honest_words_of_every_script_count():
@@ -209,9 +232,7 @@ def test_the_honest_trace_is_not_at_a_ceiling(honest):
 
 @pytest.mark.parametrize("name", SAME_OR_LESS)
 def test_a_cheat_earns_no_more_than_its_honest_twin(scorer, honest, name):
-    assert scorer.score(PROBLEM, parse(SAME_OR_LESS[name])).total <= honest.total + 0.1 * (
-        name == "instructions to the judge"
-    )
+    assert scorer.score(PROBLEM, parse(SAME_OR_LESS[name])).total <= honest.total
 
 
 @pytest.mark.parametrize("name", LESS)

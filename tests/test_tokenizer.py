@@ -232,7 +232,7 @@ def test_the_light_tokenizer_agrees_and_imports_little(directory, tokenizer):
 
 
 def test_a_missing_or_broken_tokenizer_is_one_clear_line(directory, tmp_path):
-    with pytest.raises(UserError, match="no such model directory"):
+    with pytest.raises(UserError, match="no such directory"):
         Tokenizer.load(tmp_path / "nowhere")
     for light in (True, False):
         with pytest.raises(UserError, match="tokenizer"):

@@ -197,3 +197,19 @@ def test_on_a_terminal_the_bar_shows_what_matters():
     assert (
         "3/3" in stream.getvalue() and "round format, reward 0.75" in stream.getvalue() and "saved" in stream.getvalue()
     )
+
+
+def test_what_is_over_soon_shows_nothing():
+    for stream in (io.StringIO(), Terminal()):
+        now = [0.0]
+        with Progress(3, "loading", stream=stream, delay_s=2, clock=lambda now=now: now[0]) as progress:
+            for _ in range(3):
+                now[0] += 0.5
+                progress.advance()
+        assert stream.getvalue() == ""
+    stream, now = io.StringIO(), [0.0]
+    with Progress(3, "loading", stream=stream, delay_s=2, clock=lambda: now[0]) as progress:
+        for _ in range(3):
+            now[0] += 1.5
+            progress.advance()
+    assert [line.partition(",")[0] for line in stream.getvalue().splitlines()] == ["loading 2/3", "loading 3/3"]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -127,6 +131,27 @@ def test_killed_and_resumed_is_never_killed(whole, config_file, tmp_path, monkey
     assert lines(folder, "evaluations.jsonl") == lines(whole, "evaluations.jsonl")
     states = [final_state(run, config_file) for run in (folder, whole)]
     jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_command_that_is_stopped_goes_on_when_it_is_given_again(whole, config_file, tmp_path, how):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "pkv", "train", str(config_file), "--run", str(folder)]
+    began = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        metrics = folder / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            assert running.poll() is None and time.monotonic() - began < 300
+            time.sleep(0.05)
+        running.send_signal(how)
+        said = running.communicate(timeout=120)[1]
+    assert 3 <= len(lines(folder)) < 5
+    if how == signal.SIGINT:
+        assert running.returncode == 130 and "Traceback" not in said and "the same command resumes" in said
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert lines(folder) == lines(whole)
+    jax.tree.map(np.testing.assert_array_equal, *(final_state(run, config_file) for run in (folder, whole)))
 
 
 def test_a_finished_run_is_left_as_it_is(whole, config_file):

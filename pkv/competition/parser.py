@@ -83,8 +83,8 @@ def split_tokens(text: str) -> np.ndarray:
 
     It stands in for a tokenizer where there is none.
     """
-    lengths = [len(word) for word in _WORDS.findall(text)]
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int32)]).astype(np.int32)
+    ends = np.cumsum(np.fromiter(map(len, _WORDS.findall(text)), np.int32), dtype=np.int32)
+    return np.concatenate([np.zeros(1, np.int32), ends])
 
 
 def trace_tags(text: str) -> tuple[Tag, ...]:

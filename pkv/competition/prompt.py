@@ -46,7 +46,7 @@ def system_prompt(name_or_path: str) -> str:
 def neutralise(question: str) -> str:
     """A question whose construct tags are shown but inert: `<pirate>` becomes `‹pirate›`."""
     pieces, place = [], 0
-    for tag in scan(question):
+    for tag in scan(question, most=None):
         start, stop = tag.chars
         pieces += [question[place:start], question[start:stop].translate(_INERT)]
         place = stop

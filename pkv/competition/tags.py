@@ -7,6 +7,7 @@ one (attributes, other case, escapes, look-alike letters and brackets, code fenc
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 from pkv.records import Span
 
+MOST_TAGS = 1000  # of a response; a competition has twelve, and what stands behind so many is no part of one
 TAGS = ("competition", "pirate", "knight", "viking", "result", "winner")
 # The twelve tags in their one right order.
 ORDER = (
@@ -36,10 +38,9 @@ class Tag(NamedTuple):
         return f"</{self.name}>" if self.closing else f"<{self.name}>"
 
 
-def scan(text: str) -> tuple[Tag, ...]:
-    """All tags of the construct in a text, damaged ones included, from left to right; linear in the text's length."""
-    pattern = _pattern()
-    found = [_classify(text, match) for match in pattern.finditer(fold(text))]
+def scan(text: str, most: int | None = MOST_TAGS) -> tuple[Tag, ...]:
+    """The first `most` tags of the construct in a text (None: all), damaged ones too, left to right; linear."""
+    found = [_classify(text, match) for match in itertools.islice(_pattern().finditer(fold(text)), most)]
     if not any(tag.damage == "" for tag in found):
         return tuple(found)
     fences = _fences(text)

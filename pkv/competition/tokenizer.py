@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pkv.config import UserError
+from pkv.hub import find_checkpoint
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -27,7 +28,6 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 class Tokenizer:
@@ -54,7 +54,7 @@ class Tokenizer:
         light: read `tokenizer.json` only, without transformers; then there is no `chat` and no `save`.
         Raises UserError when there is none, or none that can be used.
         """
-        directory = _find_directory(path_or_hub_id)
+        directory = find_checkpoint(path_or_hub_id)
         settings: dict[str, Any] = {}
         for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
             settings[name] = _read_json(directory / name)
@@ -240,23 +240,6 @@ def with_system_prompt(template: str, system: str) -> str:
     message = f'{{"role": "system", "content": "{literal}"}}'
     guard = "not messages or messages[0]['role'] != 'system'"
     return f"{{% if {guard} %}}{{% set messages = [{message}] + messages %}}{{% endif %}}{template}"
-
-
-def _find_directory(path_or_hub_id: str | Path) -> Path:
-    directory = Path(path_or_hub_id)
-    if directory.is_dir():
-        return directory
-    name = str(path_or_hub_id)
-    if directory.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise UserError(f"{name}: no such model directory; expected a Hugging Face directory or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_TOKENIZER_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{name}: no such directory here, and the hub does not give it: {reason}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pkv.model.cache import Cache, cache_axes, cache_length, grow_cache, init_ca
 from pkv.model.decoder import forward, logits
 from pkv.model.export import save_params
 from pkv.model.kernels import choose_kernel
-from pkv.model.load import find_checkpoint, load_params, read_arch, read_config
+from pkv.model.load import load_params, read_arch, read_config
 from pkv.model.weights import Params, init_params, param_axes, param_shapes, unstack_layers
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "cache_axes",
     "cache_length",
     "choose_kernel",
-    "find_checkpoint",
     "forward",
     "grow_cache",
     "init_cache",

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import jax
+import numpy as np
 
 from pkv.model.arch import Arch
 from pkv.model.families import Family, Place
 from pkv.model.weights import param_axes, param_shapes
 
-INDEX_FILE = "model.safetensors.index.json"
-
 
 @dataclass(frozen=True)
 class DiskTensor:
-    """One tensor on disk: a whole weight, or one layer of a stacked one.
+    """One weight on disk, or one layer of a stacked one: a tensor, or rows of one that several weights share.
 
     path: the weight, such as "layers.attention.q". axes, sizes: of this tensor, in our order, without "layers".
     """
@@ -30,12 +30,25 @@ class DiskTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As it stands in the file."""
+        """As it stands in the file; of a fused tensor, its own rows."""
         return self.place.disk_shape(self.sizes)
+
+    def view(self, whole: np.ndarray) -> np.ndarray:
+        """The weight within its tensor, with our axes in our order; nothing is copied."""
+        return self.place.from_disk(whole, self.axes, self.sizes)
+
+
+@dataclass(frozen=True)
+class WholeTensor:
+    """One tensor of a file with the weights in it, in the order of their rows; most hold one."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[DiskTensor, ...]
 
 
 def disk_tensors(arch: Arch, family: Family) -> dict[str, list[DiskTensor]]:
-    """All tensors of a checkpoint by our weight's path; a stacked weight has one for each layer, in order."""
+    """All weights of a checkpoint by path, as they lie on disk; a stacked weight has one tensor for each layer."""
     axes, shapes, places = by_path(param_axes(arch)), by_path(param_shapes(arch)), family.places(arch)
     if lost := set(axes) ^ set(places):
         raise ValueError(f"{family.model_type}: weights and places differ in {sorted(lost)}")
@@ -48,6 +61,21 @@ def disk_tensors(arch: Arch, family: Family) -> dict[str, list[DiskTensor]]:
             DiskTensor(place.name.format(layer=layer), path, layer, place, inner, sizes)
             for layer in (range(arch.layers) if stacked else [None])
         ]
+    return found
+
+
+def whole_tensors(weights: dict[str, list[DiskTensor]]) -> list[WholeTensor]:
+    """The tensors that the file has. Raises ValueError where weights overlap in one, or leave rows of it out."""
+    groups: dict[str, list[DiskTensor]] = {}
+    for part in chain.from_iterable(weights.values()):
+        groups.setdefault(part.name, []).append(part)
+    found = []
+    for name, group in groups.items():
+        parts = sorted(group, key=lambda part: part.place.first_row)
+        ends = [part.place.first_row + part.shape[0] for part in parts]
+        if [part.place.first_row for part in parts] != [0, *ends[:-1]]:
+            raise ValueError(f"{name}: the rows of {', '.join(part.path for part in parts)} do not join")
+        found.append(WholeTensor(name, (ends[-1], *parts[0].shape[1:]), tuple(parts)))
     return found
 
 

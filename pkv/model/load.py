@@ -1,181 +1,138 @@
-"""A Hugging Face checkpoint as an Arch and weights: safetensors only, tensor by tensor; never torch, never pickle."""
+"""A Hugging Face checkpoint as an Arch and weights: safetensors only; never torch, never pickle.
+
+Every process reads the parts that its own devices hold and no others, each once: a part is a slice of a view of a
+mapped tensor. What the host holds is one part of one tensor at a time, and the mapped pages of that tensor.
+"""
 
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from safetensors import SafetensorError, safe_open
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from pkv.config import UserError
+from pkv.hub import fetch, find_checkpoint
 from pkv.model.arch import Arch
 from pkv.model.families import family_of
-from pkv.model.layout import INDEX_FILE, DiskTensor, by_path, disk_tensors
+from pkv.model.layout import DiskTensor, WholeTensor, by_path, disk_tensors, whole_tensors
+from pkv.model.tensorfiles import DTYPES, TensorFiles, read_json, weight_files
 from pkv.model.weights import Params
-
-# What is fetched of a hub repository: weights, configs and tokenizers; no code and no pickles.
-WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
-
-
-def find_checkpoint(source: str | Path) -> Path:
-    """The directory of a checkpoint; what is no directory but looks like `owner/name` is fetched from the hub."""
-    directory, text = Path(source), str(source)
-    if directory.is_dir():
-        return directory
-    if directory.is_absolute() or text.count("/") != 1 or text.startswith((".", "~")):
-        raise UserError(f"{text}: no such directory; expected a Hugging Face directory or a hub id such as owner/name")
-    from huggingface_hub import snapshot_download  # here, because only hub ids need it
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=list(WANTED)))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:  # OSError: no network, and not in the hub's cache
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{text}: no such directory, and the hub did not give it: {reason}") from error
+from pkv.tracking import Progress
 
 
 def read_config(source: str | Path) -> dict[str, Any]:
     """A checkpoint's config.json as it stands. Raises UserError."""
-    return _read_json(find_checkpoint(source) / "config.json")
+    return read_json(find_checkpoint(source) / "config.json")
 
 
 def read_arch(source: str | Path) -> Arch:
     """What a checkpoint is made of, from its config.json. Raises UserError for a family or feature pkv doesn't know."""
     config = read_config(source)
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
+        raise UserError(
+            f"config.json: quantization_config: quantised weights ({method}) are not supported; "
+            "take the checkpoint in bf16, f16 or f32"
+        )
     return family_of(config).read(config)
 
 
 def load_params(source: str | Path, arch: Arch, dtype: Any = jnp.float32, shardings: Any = None) -> Params:
     """The weights of a checkpoint, layers stacked, in `dtype`.
 
-    shardings: a tree like `param_axes`, from `pkv.mesh.shardings`; None puts all on the default device. Names and
-    shapes are checked before the first number is read; then one tensor at a time is in host memory.
-    Raises UserError naming a tensor that is missing, has no place in the model, or has another shape.
+    shardings: a tree like `param_axes`, from `pkv.mesh.shardings`; None puts all on the default device. Names, shapes
+    and dtypes are checked before the first number is read; then it is tensor by tensor, with progress on stderr.
+    Raises UserError naming a tensor that is missing, has no place in the model, or another shape or dtype.
     """
+    family = family_of(read_config(source))
+    weights = disk_tensors(arch, family)
+    placed = dict.fromkeys(weights) if shardings is None else by_path(shardings)
     directory = find_checkpoint(source)
-    family = family_of(read_config(directory))
-    expected = disk_tensors(arch, family)
-    placed = dict.fromkeys(expected) if shardings is None else by_path(shardings)
+    fetch(source, weight_files(directory))
     files = TensorFiles(directory)
-    _check(files, expected, family.redundant(arch))
+    _check(files, whole_tensors(weights), family.redundant(arch))
     params: Params = {}
-    for path, tensors in expected.items():
-        *parents, name = path.split(".")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = _load_weight(files, tensors, dtype, placed[path])
+    with Progress(sum(map(len, weights.values())), f"loading {source}", delay_s=2.0) as progress:
+        for path, tensors in weights.items():
+            *parents, name = path.split(".")
+            node = functools.reduce(lambda inner, parent: inner.setdefault(parent, {}), parents, params)
+            node[name] = _load_weight(files, tensors, jnp.dtype(dtype), placed[path], progress)
     return params
 
 
-class TensorFiles:
-    """All tensors of a directory by name, in one safetensors file or in shards with an index; mapped, not read."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._open: dict[str, Any] = {}
-        index = directory / INDEX_FILE
-        if index.is_file():
-            where = _read_json(index).get("weight_map")
-            if not isinstance(where, dict) or any(Path(str(file)).name != file for file in where.values()):
-                raise UserError(f"{index}: expected a weight_map from tensor names to files of this directory")
-            self._where: dict[str, str] = where
-        else:
-            self._where = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from its file's header."""
-        try:
-            return tuple(self._file(self._where[name]).get_slice(name).get_shape())
-        except SafetensorError as error:
+def _check(files: TensorFiles, tensors: list[WholeTensor], redundant: frozenset[str]) -> None:
+    there, expected = set(files.entries), {tensor.name for tensor in tensors}
+    for name, entry in files.entries.items():
+        if entry.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
             raise UserError(
-                f"{self.directory / self._where[name]}: no {name} in it, though the index says so"
-            ) from error
-
-    def read(self, name: str) -> np.ndarray:
-        """A tensor's numbers."""
-        return self._file(self._where[name]).get_tensor(name)
-
-    def _file(self, name: str) -> Any:
-        path = self.directory / name
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; pkv reads model.safetensors, or shards with {INDEX_FILE}")
-        if name not in self._open:
-            try:
-                self._open[name] = safe_open(path, framework="numpy")
-            except SafetensorError as error:
-                raise UserError(f"{path}: not a whole safetensors file: {error}") from error
-        return self._open[name]
-
-
-def _check(files: TensorFiles, expected: dict[str, list[DiskTensor]], redundant: frozenset[str]) -> None:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for tensor in (tensor for group in expected.values() for tensor in group):
-        rows = max(tensor.place.first_row + tensor.shape[0], *shapes.get(tensor.name, (0,))[:1])
-        shapes[tensor.name] = (rows, *tensor.shape[1:])
-    missing, homeless = set(shapes) - files.names, files.names - set(shapes) - redundant
-    for words, names in (("the checkpoint lacks", missing), ("the model has no place for", homeless)):
+                f"{files.directory}: {name} is stored as {entry.dtype}; pkv reads {known}, nothing quantised"
+            )
+    for words, names in (
+        ("the checkpoint lacks", expected - there),
+        ("the model has no place for", there - expected - redundant),
+    ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"{files.directory}: {words} the tensor {min(names)}{more}")
-    for name, meant in shapes.items():
-        if (shape := files.shape(name)) != meant:
-            raise UserError(f"{files.directory}: {name} has shape {shape}; its config.json means {meant}")
+    for tensor in tensors:
+        if (shape := files.entries[tensor.name].shape) != tensor.shape:
+            raise UserError(f"{files.directory}: {tensor.name} has shape {shape}; its config.json means {tensor.shape}")
 
 
 def _load_weight(
-    files: TensorFiles, tensors: list[DiskTensor], dtype: Any, sharding: NamedSharding | None
+    files: TensorFiles, tensors: list[DiskTensor], dtype: jnp.dtype, sharding: NamedSharding | None, progress: Progress
 ) -> jax.Array:
-    first = tensors[0]
-    shape = tuple(first.sizes[axis] for axis in first.axes)
-    if first.layer is None:
-        return _put(_read(files, first), dtype, sharding)
-    # One layer after the other into the stacked array, in place: the host holds one layer's tensor at a time.
+    """One weight on its devices. Numbers travel as they stand on disk; the device converts them."""
+    if tensors[0].layer is None:
+        whole = _put(tensors[0].view(files.view(tensors[0].name)), sharding)
+        progress.advance()
+        return jax.device_put(whole.astype(dtype), sharding)
+    # Layer after layer into the stacked array, in place: a stack is never there twice, nor in another dtype.
     inner = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     empty, fill = _stackers(sharding)
-    stack = empty((len(tensors), *shape), jnp.dtype(dtype))
+    stack = empty((len(tensors), *(tensors[0].sizes[axis] for axis in tensors[0].axes)), dtype)
     for tensor in tensors:
-        stack = fill(stack, _put(_read(files, tensor), dtype, inner), tensor.layer)
+        stack = fill(stack, _put(tensor.view(files.view(tensor.name)), inner), tensor.layer)
+        progress.advance()
     return stack
-
-
-def _read(files: TensorFiles, tensor: DiskTensor) -> np.ndarray:
-    rows = files.read(tensor.name)[tensor.place.first_row :][: tensor.shape[0]]
-    return tensor.place.from_disk(rows, tensor.axes, tensor.sizes)
 
 
 @functools.lru_cache(maxsize=32)
 def _stackers(sharding: NamedSharding | None) -> tuple[Any, Any]:
     """Two jitted functions: an empty stack of a shape and dtype, and a stack with one layer put in."""
     empty = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
-    fill = jax.jit(lambda stack, one, at: stack.at[at].set(one), donate_argnums=0, out_shardings=sharding)
-    return empty, fill
+
+    def put_in(stack: jax.Array, layer: jax.Array, at: int) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), at, axis=0)
+
+    return empty, jax.jit(put_in, donate_argnums=0, out_shardings=sharding)
 
 
-def _put(host: np.ndarray, dtype: Any, sharding: NamedSharding | None) -> jax.Array:
-    """The array on its devices; each gets its own part only, converted on the way."""
+def _put(view: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    """A mapped tensor on its devices, part by part; the host has let go of all of them when this returns."""
     if sharding is None:
-        return jnp.asarray(host.astype(dtype))
-    return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part].astype(dtype))
+        return jnp.asarray(_read(view, ...)).block_until_ready()
+    arrays: list[jax.Array] = []
+    for index, devices in own_parts(view.shape, sharding):
+        part = _read(view, index)
+        arrays += [jax.device_put(part, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(view.shape, sharding, arrays).block_until_ready()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; expected a Hugging Face directory with config.json") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
+def _read(view: np.ndarray, index: Any) -> np.ndarray:
+    """A part of a mapped tensor in memory, in the order it has on disk: reading it is sequential."""
+    return view[index].copy(order="K")
+
+
+def own_parts(shape: tuple[int, ...], sharding: Sharding) -> list[tuple[Any, list[Any]]]:
+    """The slices of an array that this process holds, each once, with all of its devices that hold it."""
+    owners: dict[str, tuple[Any, list[Any]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        owners.setdefault(str(index), (index, []))[1].append(device)
+    return list(owners.values())

@@ -115,9 +115,12 @@ class Run:
         return next(warm, self.evaluations[0] if self.evaluations else None)
 
     def best_competition(self) -> Competition | None:
-        """The complete competition to show to somebody who sees only one: right if possible, as new as possible."""
-        newest_first = [s for e in reversed(self.evaluations) for s in e.samples] + list(self.rollouts)
-        complete = [c for c in newest_first if c.is_complete]
+        """The complete competition to show to somebody who sees only one: right if possible, of the highest reward.
+
+        From the newest rollouts; where none was kept, the newest held-out answer.
+        """
+        best_first = list(self.rollouts) + [s for e in reversed(self.evaluations) for s in e.samples]
+        complete = [c for c in best_first if c.is_complete]
         return next((c for c in complete if c.right), complete[0] if complete else None)
 
 
@@ -230,7 +233,8 @@ def _newest_rollouts(folder: Path) -> list[Competition]:
 def _rollout(row: Mapping[str, Any]) -> Competition:
     correctness = row.get("reward/correctness")
     right = None if correctness is None else correctness > 0.5
-    return Competition(row.get("question") or "", row.get("gold") or "", row.get("text") or "", right)
+    question, gold, text = (row.get(name) or "" for name in ("question", "gold", "text"))
+    return Competition(question, gold, text, right, row.get("final_answer"))
 
 
 def _is_number(value: Any) -> bool:

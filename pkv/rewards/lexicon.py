@@ -13,21 +13,23 @@ from importlib import resources
 # Each sign of a script that puts no blanks between words is a word: kana, Han, Thai, Lao and Khmer.
 SIGN = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _MARK = "\u0300-\u036f\u0900-\u0dff"  # combining marks, and the Indic scripts, where \w has no word on vowel signs
-PIECE = re.compile(rf"[{SIGN}]|(?:[^\W_{SIGN}]|[{_MARK}])+(?:['’][^\W_{SIGN}]+)*|[^\w\s]|_")
+_COMMAND = r"\\[A-Za-z]+"  # of LaTeX; its braces and dollars are layout
+PIECE = re.compile(rf"{_COMMAND}|[{SIGN}]|(?:[^\W_{SIGN}]|[{_MARK}])+(?:['’][^\W_{SIGN}]+)*|[^\w\s{{}}$]|_")
+_ONE_SIGN = re.compile(f"[{SIGN}]")
 WORD = re.compile(rf"[{SIGN}]|(?:[^\W\d_{SIGN}]|[{_MARK}])+(?:['’][^\W\d_{SIGN}]+)*")
 
 
 @dataclass(frozen=True)
 class Lexicon:
-    """personas: words by fighter. cues: matches any phrase that announces a correction. small, foreign: function words.
+    """personas: words by fighter. cues: matches any phrase that announces a correction. small: English function words.
 
-    foreign: those of some languages that are often met beside English, for telling prose from noise.
+    function_words: these and those of some languages that are often met beside English, for telling prose from noise.
     """
 
     personas: Mapping[str, frozenset[str]]
     cues: re.Pattern[str]
     small: frozenset[str]
-    foreign: frozenset[str]
+    function_words: frozenset[str]
     numbers: Mapping[str, int]  # what a number word says
 
     @property
@@ -45,13 +47,13 @@ def lexicon() -> Lexicon:
         personas={name: frozenset(words) for name, words in raw["personas"].items()},
         cues=re.compile(r"\b(?:" + "|".join(bounded) + ")"),
         small=frozenset(raw["function_words"]),
-        foreign=frozenset(raw["foreign_function_words"]),
+        function_words=frozenset(raw["function_words"] + raw["foreign_function_words"]),
         numbers=raw["number_words"],
     )
 
 
 def pieces(text: str) -> list[str]:
-    """Words, numbers and single signs, in lower case: what a reader sees, whatever the tokenizer."""
+    """Words, numbers, LaTeX commands and single signs, in lower case: what a reader sees, whatever the tokenizer."""
     return PIECE.findall(text.casefold())
 
 
@@ -60,9 +62,14 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.casefold())
 
 
+def is_function_word(word: str) -> bool:
+    """Whether it is a function word of a language that is listed, or a sign of a script without blanks."""
+    return word in lexicon().function_words or is_sign(word)
+
+
 def is_sign(word: str) -> bool:
     """Whether a word is a sign of a script without blanks."""
-    return len(word) == 1 and re.match(f"[{SIGN}]", word) is not None
+    return len(word) == 1 and _ONE_SIGN.match(word) is not None
 
 
 def number_words(said: Sequence[str]) -> list[Fraction]:

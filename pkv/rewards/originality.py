@@ -18,7 +18,7 @@ from collections.abc import Sequence, Set
 from pkv.mathcheck import parse_number
 from pkv.rewards.context import Context
 from pkv.rewards.equations import Equation, normalise, numbers
-from pkv.rewards.lexicon import is_sign, lexicon, number_words, words
+from pkv.rewards.lexicon import is_function_word, is_sign, lexicon, number_words, words
 
 # Overlap up to which a solution is its own (independent texts: 0.04 to 0.3) and from which it is a copy (every fifth
 # word swapped: 0.80); half copied, 0.52, lies about the middle.
@@ -68,8 +68,7 @@ def _is_attempt(name: str, context: Context) -> bool:
 
 def _is_language(said: Sequence[str]) -> bool:
     """Whether words are a language's: enough of them are function words, or signs of a script without blanks."""
-    known = lexicon()
-    return sum(word in known.small or word in known.foreign or is_sign(word) for word in said) >= LANGUAGE * len(said)
+    return sum(map(is_function_word, said)) >= LANGUAGE * len(said)
 
 
 def _leads_to_answer(name: str, context: Context) -> bool:

@@ -17,7 +17,8 @@ _BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
 class Progress:
     """Progress through `total` steps, shown on `stream` (stderr unless told otherwise).
 
-    On a terminal a tqdm bar; elsewhere at most one line every `every_s` seconds, the last step always.
+    On a terminal a tqdm bar; elsewhere at most one line every `every_s` seconds, the last step always. What is over
+    before `delay_s` seconds shows nothing.
     """
 
     def __init__(
@@ -28,16 +29,23 @@ class Progress:
         initial: int = 0,
         stream: TextIO | None = None,
         every_s: float = 10.0,
+        delay_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._total, self._description, self._initial, self._done = total, description, initial, initial
-        self._every_s, self._clock = every_s, clock
+        self._every_s, self._delay_s, self._clock = every_s, delay_s, clock
         self._start, self._printed_at = clock(), -float("inf")
         self._bar = None
         if self._stream.isatty():
             self._bar = tqdm(
-                total=total, desc=description, initial=initial, file=self._stream, dynamic_ncols=True, bar_format=_BAR
+                total=total,
+                desc=description,
+                initial=initial,
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format=_BAR,
+                delay=delay_s,
             )
 
     def advance(self, steps: int = 1, **shown: float | str | None) -> None:
@@ -49,7 +57,8 @@ class Progress:
             self._bar.update(steps)
             return
         now = self._clock()
-        if self._done >= self._total or now - self._printed_at >= self._every_s:
+        due = self._done >= self._total or now - self._printed_at >= self._every_s
+        if due and now - self._start >= self._delay_s:
             self._printed_at = now
             left = "" if self._done >= self._total else f", {self._left(now)} left"
             line = f"{self._description} {self._done}/{self._total}{left}{', ' if values else ''}{values}"

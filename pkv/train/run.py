@@ -18,6 +18,7 @@ import yaml
 from pkv import checkpoint
 from pkv.config import Config, UserError, as_plain
 from pkv.evaluate import RUN_MODEL, SYSTEM_FILE, Evaluation, Policy
+from pkv.hub import pinned
 from pkv.tracking import Tracker, cut_lines
 
 MADE_WITH = "made_with"  # of config.yaml: versions and revision, not a knob
@@ -99,7 +100,7 @@ def open_run(config: Config, folder: Path, policy: Policy, model_config: Mapping
     (model / "config.json").write_text(json.dumps(dict(model_config), indent=2) + "\n", encoding="utf-8")
     (model / SYSTEM_FILE).write_text(policy.system, encoding="utf-8")
     policy.tokenizer.save(model)
-    described = as_plain(config) | {MADE_WITH: _made_with()}
+    described = as_plain(config) | {MADE_WITH: _made_with() | {"model": pinned(config.model.path)}}
     file.write_text(yaml.safe_dump(described, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return Run(folder, 0)
 
@@ -118,6 +119,8 @@ def _is_run(file: Path) -> bool:
 def _check_same(config: Config, file: Path) -> None:
     before = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
     now = _flat(as_plain(config))
+    if model := before.get(f"{MADE_WITH}.model"):  # a hub id may mean another commit by now
+        before["model.path"], now["model.path"] = model, pinned(config.model.path)
     for key in [*now, *before]:
         if key.startswith((*FREE, MADE_WITH)) or before.get(key) == now.get(key):
             continue

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import jax
 import numpy as np
 
 from pkv.config import UserError
@@ -20,7 +21,7 @@ class Place:
 
     name: the tensor's name, with {layer} in it where there is one for each layer.
     layout: its dimensions in our logical axes; "(heads head) embed" is a matrix whose rows are heads and then head.
-    first_row: where the weight's rows begin, if it shares the tensor with others.
+    first_row: where this weight's rows begin in a fused tensor, which several places name.
     """
 
     name: str
@@ -28,19 +29,19 @@ class Place:
     first_row: int = 0
 
     def disk_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The tensor's shape in the file, from the sizes of our axes."""
+        """The weight's shape in the file, from the sizes of our axes; in a fused tensor, that of its own rows."""
         return tuple(math.prod(sizes[axis] for axis in group) for group in self._groups())
 
     def from_disk(self, array: np.ndarray, axes: Sequence[str], sizes: Mapping[str, int]) -> np.ndarray:
         """A tensor of the file with our axes in our order; a view, nothing is copied."""
         order = [axis for group in self._groups() for axis in group]
-        return array.reshape([sizes[axis] for axis in order]).transpose([order.index(axis) for axis in axes])
+        rows = array[self.first_row : self.first_row + self.disk_shape(sizes)[0]]
+        return rows.reshape([sizes[axis] for axis in order]).transpose([order.index(axis) for axis in axes])
 
-    def to_disk(self, array: np.ndarray, axes: Sequence[str], sizes: Mapping[str, int]) -> np.ndarray:
-        """Our array as the file has it, contiguous; the inverse of `from_disk`."""
+    def to_disk(self, array: jax.Array, axes: Sequence[str], sizes: Mapping[str, int]) -> jax.Array:
+        """Our array as the file has it; the inverse of `from_disk`, but for the other rows of a fused tensor."""
         order = [axis for group in self._groups() for axis in group]
-        turned = array.transpose([list(axes).index(axis) for axis in order])
-        return np.ascontiguousarray(turned.reshape(self.disk_shape(sizes)))
+        return array.transpose([list(axes).index(axis) for axis in order]).reshape(self.disk_shape(sizes))
 
     def _groups(self) -> list[list[str]]:
         """The logical axes inside each dimension on disk."""

@@ -1,0 +1,98 @@
+"""Models by name: a directory of this machine, or a repository of the Hugging Face hub at one commit. No jax here.
+
+Fetched are configs, tokenizers and the weight files that a caller names; never code, never pickles. One commit serves
+the whole process, whatever is pushed meanwhile.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from pkv.config import UserError
+
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
+_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # configs and tokenizers
+_NOT_HERE = "not in this machine's hub cache, and HF_HUB_OFFLINE forbids to fetch it; fetch it once online"
+_INNER_FOLDERS = "*/*"  # other formats, copies of the original, pipelines: nothing of a checkpoint lies there
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The directory of a checkpoint; what is no directory but looks like `owner/name` or `owner/name@revision` is
+    fetched from the hub, or found in its cache, without its weights. Raises UserError.
+    """
+    directory = Path(source)
+    return directory if directory.is_dir() else _snapshot(*_hub_id(source))
+
+
+def fetch(source: str | Path, files: Iterable[str]) -> None:
+    """Bring these files, too, into the directory that `find_checkpoint` gives. Raises UserError naming one that the
+    repository lacks; what a directory of this machine lacks is for its reader to say.
+    """
+    if Path(source).is_dir():
+        return
+    repository, revision = _hub_id(source)
+    directory = _snapshot(repository, revision)
+    if _missing(directory, files):
+        _download(repository, directory.name, files)
+    if missing := _missing(directory, files):
+        if _offline():
+            raise UserError(f"{source}: {missing[0]} is {_NOT_HERE}")
+        raise UserError(
+            f"{source}: the hub gave no {missing[0]}; pkv reads safetensors only, never pickles (*.bin, *.pt)"
+        )
+
+
+def pinned(source: str | Path) -> str:
+    """A name that always means the same: `owner/name@commit` for what comes from the hub; a directory keeps its own."""
+    if Path(source).is_dir():
+        return str(source)
+    repository, revision = _hub_id(source)
+    return f"{repository}@{_snapshot(repository, revision).name}"
+
+
+def _hub_id(source: str | Path) -> tuple[str, str | None]:
+    """Repository and revision."""
+    found = _HUB_ID.fullmatch(str(source))
+    if found is None or Path(source).exists():
+        raise UserError(
+            f"{source}: no such directory; expected a Hugging Face directory, or a hub id such as owner/name "
+            "or owner/name@revision"
+        )
+    return found[1], found[2]
+
+
+@lru_cache(maxsize=32)
+def _snapshot(repository: str, revision: str | None) -> Path:
+    """The directory of a revision in the hub's cache; its name is the commit that the revision means now."""
+    return _download(repository, revision, _SMALL_FILES)
+
+
+def _download(repository: str, revision: str | None, patterns: Iterable[str]) -> Path:
+    from huggingface_hub import snapshot_download  # here, because only hub ids need it
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    name = repository if revision is None else f"{repository}@{revision}"
+    try:
+        return Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=[_INNER_FOLDERS]
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        if _offline():
+            raise UserError(f"{name}: no such directory; {_NOT_HERE}, or name a directory") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name}: no such directory, and the hub did not give it: {reason}") from error
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def _missing(directory: Path, files: Iterable[str]) -> list[str]:
+    return sorted(file for file in files if not (directory / file).is_file())
