@@ -194,7 +194,7 @@ $f(x) = (x + 3)^2 - 9 + 5 = (x + 3)^2 - 4$. Setting $f(x) = 0$ gives $(x + 3)^2 
 $x = -3 \pm 2$. The roots are $x = -1$ and $x = -5$. To check, $f(-1) = 1 - 6 + 5 = 0$ and $f(-5) = 25 - 30 + 5 = 0$.
 For the integral, \[\int_0^1 \frac{x}{x^2 + 1} \, dx = \frac{1}{2} \int_1^2 \frac{1}{u} \, du = \frac{1}{2} \ln 2.\]
 Here we put $u = x^2 + 1$ and $du = 2x \, dx$, so that $x \, dx = \frac{1}{2} du$. The derivative of
-$\frac{1}{2} \ln (x^2 + 1)$ is $\frac{1}{2} \cdot \frac{2x}{x^2 + 1} = \frac{x}{x^2 + 1}$, which is what we started with."""
+$\frac{1}{2} \ln (x^2 + 1)$ is $\frac{1}{2} \cdot \frac{2x}{x^2 + 1} = \frac{x}{x^2 + 1}$, as at the start."""
 
 
 def test_honest_working_in_latex_counts_for_nearly_all_of_its_tokens():

@@ -6,7 +6,7 @@ Both compute what `attend` computes, and keep no scores: memory grows with T, no
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,8 @@ def _splash(
         attn_logits_soft_cap=cap,
         residual_checkpoint_name=MIXED,
     )
-    return jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, splash.SegmentIds(segments_BT, segments_BT))
+    segments = splash.SegmentIds(segments_BT, segments_BT)
+    return cast(jax.Array, jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments))  # residuals would come with it if asked
 
 
 MIXED = "mixed"  # what a kernel's backward pass needs of its forward: the name by which rematerialisation may keep it
