@@ -5,6 +5,7 @@ Own reading, because transformers' ignores what the model says of blanks: the on
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -82,22 +83,18 @@ def _parse(path: Path) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
-    try:
+    with contextlib.suppress(DecodeError):
         proto.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise UserError(f"{path}: not a SentencePiece model; add a tokenizer.json to the directory") from error
+    if not proto.pieces:
+        raise UserError(f"{path}: not a SentencePiece model; add a tokenizer.json to the directory")
     spec, normal = proto.trainer_spec, proto.normalizer_spec
-    wrong = (
-        "no pieces"
-        if not proto.pieces
-        else "no byte fallback"
-        if not spec.byte_fallback or sum(piece.type == BYTE for piece in proto.pieces) != 256
-        else "words or characters as pieces"
-        if spec.model_type not in (UNIGRAM, BPE)
-        else "blanks behind the words"
-        if spec.treat_whitespace_as_suffix or not normal.escape_whitespaces
-        else ""
-    )
+    wrong = ""
+    if not spec.byte_fallback or sum(piece.type == BYTE for piece in proto.pieces) != 256:
+        wrong = "no byte fallback"
+    elif spec.model_type not in (UNIGRAM, BPE):
+        wrong = "words or characters as pieces"
+    elif spec.treat_whitespace_as_suffix or not normal.escape_whitespaces:
+        wrong = "blanks behind the words"
     if wrong:
         raise UserError(
             f"{path}: a SentencePiece model with {wrong}; expected BPE or Unigram with byte fallback, "

@@ -144,10 +144,18 @@ def _added_tokens(settings: Settings) -> dict[int, AddedToken]:
 
     special = set(_special_texts(settings))
     flags = ("single_word", "lstrip", "rstrip", "normalized")
-    found = {int(i): AddedToken(text, normalized=False, special=text in special) for text, i in settings[ADDED].items()}
-    for i, token in settings[TOKENIZER].get("added_tokens_decoder", {}).items():
-        text, kept = token["content"], {flag: bool(token.get(flag, False)) for flag in flags}
-        found[int(i)] = AddedToken(text, special=bool(token.get("special")) or text in special, **kept)
+    listed = {i: {"content": text} for text, i in settings[ADDED].items()}
+    listed |= settings[TOKENIZER].get("added_tokens_decoder") or {}
+    found = {}
+    for i, token in listed.items():
+        if not (isinstance(token, Mapping) and isinstance(token.get("content"), str) and str(i).isdecimal()):
+            raise UserError(f"{ADDED} or {TOKENIZER}: expected added tokens as id and content, got {i!r}: {token!r}")
+        text = token["content"]
+        found[int(i)] = AddedToken(
+            text,
+            special=bool(token.get("special")) or text in special,
+            **{flag: bool(token.get(flag)) for flag in flags},
+        )
     return found
 
 
