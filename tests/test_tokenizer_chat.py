@@ -323,10 +323,12 @@ def test_a_stop_token_outside_the_vocabulary_is_an_error(tmp_path):
 def test_offsets_follow_each_kind_of_decoder(tmp_path, decoder, first):
     backend = blanks([], True)
     backend.decoder = decoder
-    backend.add_tokens([AddedToken("<think>", special=False)])
+    plain = [AddedToken("<think>", special=False, normalized=False), AddedToken("<note>", special=False)]
+    backend.add_tokens(plain)
     path = directory_of(tmp_path, backend, None)
     tokenizer = Tokenizer.load(path, light=True)
-    ids = [1, *(backend.token_to_id(piece) for piece in ("▁", "▁[", "<think>", "▁", "a", "<0xC3>", "<0xA9>", "<0xE2>"))]
+    pieces = ("▁", "▁[", "<think>", "▁", "<note>", "a", "<0xC3>", "<0xA9>", "<0xE2>")
+    ids = [1, *(backend.token_to_id(piece) for piece in pieces)]
     for cut in range(len(ids) + 1):
         text, starts = tokenizer.decode_with_offsets(ids[cut:])
         assert text == tokenizer.decode(ids[cut:]) and starts[-1] == len(text)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # a piece's type in the file
 UNIGRAM, BPE = 1, 2  # a model's type in the file
 _NEVER = -1e6  # the score of a piece that no text may become
-_SYMBOL = -0.125  # makes Unigram take a user's symbol first; eighths add up without rounding, so ties stay ties
+_SYMBOL = 0.125  # Unigram's score of a user's symbol, by byte: found by trial; eighths add up without rounding
 _MANY = 1 << 16  # more blanks than a text begins with
 
 
@@ -82,7 +82,7 @@ def _parse(path: Path) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]: made at import
     with contextlib.suppress(DecodeError):
         proto.ParseFromString(path.read_bytes())
     if not proto.pieces:
@@ -139,7 +139,8 @@ def _unigram(pieces: Sequence[_Piece], proto: Any) -> Backend:
     from tokenizers import Tokenizer, models
 
     def score(piece: _Piece) -> float:
-        return {NORMAL: piece.score, USER_DEFINED: _SYMBOL}.get(piece.kind, _NEVER)
+        symbol = _SYMBOL * (len(piece.text.encode()) - 1)
+        return {NORMAL: piece.score, USER_DEFINED: symbol}.get(piece.kind, _NEVER)
 
     scored = [(piece.text, score(piece)) for piece in pieces]
     return Tokenizer(models.Unigram(scored, unk_id=proto.trainer_spec.unk_id, byte_fallback=True))

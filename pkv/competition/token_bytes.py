@@ -38,7 +38,7 @@ class TokenBytes:
             )
         added = backend.get_added_tokens_decoder()
         vocabulary = {i: token for token, i in backend.get_vocab(with_added_tokens=True).items()}
-        vocabulary |= {i: backend.id_to_token(i) for i in added}  # one that is normalised is shown with its blank
+        vocabulary |= {i: backend.id_to_token(i) or "" for i in added}  # a normalised one is shown with its blank
         shown = {i: token for i, token in vocabulary.items() if not (i in added and added[i].special)}
         self._pieces = {i: to_bytes(token) for i, token in shown.items()}
         self._byte_ids = {i for i, token in shown.items() if "ByteFallback" in kinds and _BYTE_TOKEN.fullmatch(token)}
