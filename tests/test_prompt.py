@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pkv.competition import Tokenizer, train_tokenizer
 from pkv.competition.construct import compose
 from pkv.competition.parser import parse, tag_leaks
 from pkv.competition.prompt import neutralise, render, system_prompt
 from pkv.competition.tags import ORDER
-from pkv.competition.tokenizer import Tokenizer, train_tokenizer
 from pkv.config import UserError
 
 

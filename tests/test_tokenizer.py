@@ -16,17 +16,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 
+from pkv.competition.chat_text import with_system_prompt
 from pkv.competition.construct import TAGS, compose
 from pkv.competition.parser import parse
-from pkv.competition.tokenizer import (
-    CHATML,
-    END_OF_TEXT,
-    TURN_END,
-    TURN_START,
-    Tokenizer,
-    train_tokenizer,
-    with_system_prompt,
-)
+from pkv.competition.tokenizer import Tokenizer
+from pkv.competition.train_tokenizer import CHATML, END_OF_TEXT, TURN_END, TURN_START, train_tokenizer
 from pkv.config import UserError
 from pkv.records import OWNERS
 

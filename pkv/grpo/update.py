@@ -16,7 +16,7 @@ from pkv.grpo.logprobs import token_logprobs
 from pkv.grpo.losses import Loss, Supervised, token_losses
 from pkv.grpo.optimizer import make_optimizer
 from pkv.mesh import TRAINING_RULES, batch_sharding, replicated, shardings
-from pkv.model import Arch, Params, choose_kernel, forward, param_axes, param_shapes
+from pkv.model import Arch, Kernel, Params, choose_kernel, forward, param_axes, param_shapes
 from pkv.records import Batch
 
 Arrays = dict[str, jax.Array]
@@ -35,7 +35,7 @@ class Learner:
     def __init__(self, arch: Arch, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> None:
         self.mesh = mesh
         self._arch, self._model = arch, model
-        self._kernel = choose_kernel(model.attention, mesh, arch, model.dtype)
+        self._kernel: Kernel = choose_kernel(model.attention, mesh, arch, model.dtype)
         self._optimizer = make_optimizer(optimizer, arch)
         self._weights = shardings(param_axes(arch), param_shapes(arch), mesh, TRAINING_RULES)
         self._gradient = jax.jit(self._add_gradient, static_argnames="loss", donate_argnames=("sums",))

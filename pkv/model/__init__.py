@@ -7,13 +7,14 @@ from pkv.model.arch import Arch
 from pkv.model.cache import Cache, cache_axes, cache_length, grow_cache, init_cache, put_rows, take_rows
 from pkv.model.decoder import forward, logits
 from pkv.model.export import save_params
-from pkv.model.kernels import choose_kernel
+from pkv.model.kernels import Kernel, choose_kernel
 from pkv.model.load import load_params, read_arch, read_config
 from pkv.model.weights import Params, init_params, param_axes, param_shapes, unstack_layers
 
 __all__ = [
     "Arch",
     "Cache",
+    "Kernel",
     "Params",
     "cache_axes",
     "cache_length",
