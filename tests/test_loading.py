@@ -20,7 +20,7 @@ from pkv.config import MeshConfig, UserError
 from pkv.mesh import TRAINING_RULES, make_mesh, shardings
 from pkv.model import Arch, load_params, param_axes, param_shapes, read_arch, save_params
 from pkv.model import load as load_module
-from pkv.model.families import FAMILIES, Family, Place, qwen2
+from pkv.model.families import FAMILIES, Family, Place
 from pkv.model.layout import disk_tensors, whole_tensors
 from pkv.model.tensorfiles import TensorFiles, write_tensors
 
@@ -206,7 +206,7 @@ print(json.dumps({"devices": len(jax.devices()), "read": sum(sizes), "embedding"
 
 
 def fused_places(arch: Arch) -> dict[str, Place]:
-    layer, places = "model.layers.{layer}.", qwen2.places(arch)
+    layer, places = "model.layers.{layer}.", FAMILIES["qwen2"].places(arch)
     queries, pairs = arch.heads * arch.head_size, arch.kv_heads * arch.head_size
     for name, kind, first_row in (("q", "heads", 0), ("k", "kv_heads", queries), ("v", "kv_heads", queries + pairs)):
         attention = f"layers.attention.{name}"
@@ -219,10 +219,7 @@ def fused_places(arch: Arch) -> dict[str, Place]:
 
 @pytest.fixture
 def fused(monkeypatch) -> Family:
-    def write(arch):
-        return qwen2.write(arch) | {"model_type": "fused"}
-
-    family = Family("fused", qwen2.read, write, fused_places, qwen2.redundant)
+    family = replace(FAMILIES["qwen2"], model_type="fused", places=fused_places)
     monkeypatch.setitem(FAMILIES, "fused", family)
     return family
 
@@ -355,7 +352,7 @@ def test_what_is_no_safetensors_file_is_one_line(tmp_path, raw):
     ("quantised", "named"), [({"quant_method": "gptq", "bits": 4}, "gptq"), ({"quant_method": "fp8"}, "fp8")]
 )
 def test_a_quantised_checkpoint_is_refused_by_name(tmp_path, quantised, named):
-    config = qwen2.write(ARCH) | {"quantization_config": quantised}
+    config = FAMILIES["qwen2"].write(ARCH) | {"quantization_config": quantised}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=rf"quantization_config: quantised weights \({named}\) are not supported"):
         read_arch(tmp_path)
