@@ -61,6 +61,16 @@ def test_splash_says_what_xla_says_with_its_gradient(interpreted, arrays, kind):
         np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [{}, {"segments_BT": SEGMENTS}, {"segments_BT": SEGMENTS, "window": 30}])
+def test_cudnn_is_asked_for_what_xla_says(monkeypatch, arrays, kind):
+    """No GPU here: the same call to JAX, answered by its XLA implementation."""
+    asked = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **kw: asked(*a, **kw | {"implementation": "xla"}))
+    got, expected = (value_and_gradient(arrays, kernel, **kind) for kernel in ("cudnn", "xla"))
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_splash_on_eight_devices_says_what_one_device_says(interpreted):
     params = init_params(ARCH, jax.random.key(0))

@@ -28,7 +28,7 @@ CUDNN_HEAD = 128  # cuDNN's largest head, which must be a multiple of 8 too
 def choose_kernel(wanted: Literal["auto"] | Kernel, mesh: Mesh, arch: Arch, dtype: Any) -> Kernel:
     """The kernel for rows on a mesh; "auto" is splash on TPU and XLA elsewhere. Raises UserError for one that can't be.
 
-    cuDNN is taken only by name: it has been compiled for here, and never run.
+    cuDNN is taken only by name: its calls have been lowered for CUDA, but never run.
     """
     platform = mesh.devices.flat[0].platform
     if wanted == "auto":
