@@ -16,6 +16,18 @@ class ConfigError(UserError):
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Training of low-rank adapters beside frozen weights; rank 0 trains the weights themselves."""
+
+    rank: int = 0  # 32 is a good start, with a learning rate of 1e-5
+    alpha: float = 32.0  # an adapter counts alpha / rank times
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    base: Literal["float32", "bfloat16", "int8", "nf4"] = (
+        "bfloat16"  # how the frozen weights are kept; int8 and nf4: the layers' matrices, the rest in bfloat16
+    )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The base model."""
 
@@ -27,6 +39,7 @@ class ModelConfig:
     remat: Literal["none", "layer"] = (
         "none"  # layer: keep each layer's input only, compute the rest again in the backward
     )
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)
@@ -179,6 +192,8 @@ class Config:
 
 # Bounds that a type cannot say: path -> (least, greatest).
 BOUNDS: dict[str, tuple[float, float]] = {
+    "model.lora.rank": (0, math.inf),
+    "model.lora.alpha": (1e-6, math.inf),
     "sampling.temperature": (0.0, 100.0),
     "sampling.top_p": (1e-6, 1.0),
     "sampling.top_k": (0, math.inf),

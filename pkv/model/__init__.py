@@ -7,7 +7,10 @@ from pkv.model.arch import Arch
 from pkv.model.cache import Cache, cache_axes, cache_length, grow_cache, init_cache, put_rows, take_rows
 from pkv.model.decoder import forward, logits
 from pkv.model.export import save_params
+from pkv.model.linear import cast
 from pkv.model.load import find_checkpoint, load_params, read_arch, read_config
+from pkv.model.lora import freezer, init_adapters, join, split, weight_axes
+from pkv.model.peft import save_adapter
 from pkv.model.weights import Params, init_params, param_axes, param_shapes, unstack_layers
 
 __all__ = [
@@ -16,11 +19,15 @@ __all__ = [
     "Params",
     "cache_axes",
     "cache_length",
+    "cast",
     "find_checkpoint",
     "forward",
+    "freezer",
     "grow_cache",
+    "init_adapters",
     "init_cache",
     "init_params",
+    "join",
     "load_params",
     "logits",
     "param_axes",
@@ -28,7 +35,10 @@ __all__ = [
     "put_rows",
     "read_arch",
     "read_config",
+    "save_adapter",
     "save_params",
+    "split",
     "take_rows",
     "unstack_layers",
+    "weight_axes",
 ]

@@ -5,7 +5,6 @@ It tests features of `Arch` only. Norms, softmax, rotary tables and logits are 3
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from pkv.mesh import constrain_rows
 from pkv.model.arch import Arch
 from pkv.model.attention import attend
 from pkv.model.cache import Cache, cache_length
+from pkv.model.linear import cast, dense
 from pkv.model.weights import Params
 
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin, float32 [B, T, 1, H/2]
@@ -90,7 +90,7 @@ def decoder_layer(
     x_BTD: jax.Array, weights: Params, arch: Arch, rotation: Rotation, mask_BTS: jax.Array, remember: Remember
 ) -> tuple[jax.Array, Cache]:
     """One layer: attention and the gated feed-forward, each on a normed copy, each added to the stream."""
-    w, eps = jax.tree.map(lambda weight: weight.astype(x_BTD.dtype), weights), arch.norm_eps
+    w, eps = cast(weights, x_BTD.dtype), arch.norm_eps
     q_BTNH, k_BTKH, v_BTKH = _project(rms_norm(x_BTD, w["attention_norm"], eps), w["attention"], arch)
     keys_BKHS, values_BKSH, cache = remember(rotate(k_BTKH, rotation), v_BTKH)
     mixed_BTNH = attend(rotate(q_BTNH, rotation), keys_BKHS, values_BKSH, mask_BTS, causal=cache is None)
@@ -113,16 +113,6 @@ def _project(x_BTD: jax.Array, w: Params, arch: Arch) -> tuple[jax.Array, jax.Ar
         q_BTNH = rms_norm(q_BTNH, w["q_norm"], arch.norm_eps)
         k_BTKH = rms_norm(k_BTKH, w["k_norm"], arch.norm_eps)
     return q_BTNH, k_BTKH, v_BTKH
-
-
-def dense(x: jax.Array, w: jax.Array, inputs: int = 1) -> jax.Array:
-    """x [B, T, *in] times w [*in, *out], where `in` is the first `inputs` axes of w: [B, T, *out].
-
-    One plain matrix product over all tokens: with B and T as two axes, XLA's CPU compiler takes a path for the weights'
-    gradient that made a feed-forward's backward pass twice as long (76 against 38 ms at 2,560 tokens).
-    """
-    size = math.prod(w.shape[:inputs])
-    return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*x.shape[:2], *w.shape[inputs:])
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

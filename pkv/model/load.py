@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,18 @@ def read_arch(source: str | Path) -> Arch:
     return family_of(config).read(config)
 
 
-def load_params(source: str | Path, arch: Arch, dtype: Any = jnp.float32, shardings: Any = None) -> Params:
+def load_params(
+    source: str | Path,
+    arch: Arch,
+    dtype: Any = jnp.float32,
+    shardings: Any = None,
+    keep: Callable[[str, jax.Array], Any] = lambda path, weight: weight,
+) -> Params:
     """The weights of a checkpoint, layers stacked, in `dtype`.
 
     shardings: a tree like `param_axes`, from `pkv.mesh.shardings`; None puts all on the default device. Names and
     shapes are checked before the first number is read; then one tensor at a time is in host memory.
+    keep: what becomes of each weight as soon as it is loaded, such as `freezer` says, given its path and array.
     Raises UserError naming a tensor that is missing, has no place in the model, or has another shape.
     """
     directory = find_checkpoint(source)
@@ -70,7 +78,7 @@ def load_params(source: str | Path, arch: Arch, dtype: Any = jnp.float32, shardi
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = _load_weight(files, tensors, dtype, placed[path])
+        node[name] = keep(path, _load_weight(files, tensors, dtype, placed[path]))
     return params
 
 
