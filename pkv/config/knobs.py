@@ -22,8 +22,8 @@ class LoraConfig:
     rank: int = 0  # 32 is a good start, with a learning rate of 1e-5
     alpha: float = 32.0  # an adapter counts alpha / rank times
     targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    base: Literal["float32", "bfloat16", "int8", "nf4"] = (
-        "bfloat16"  # how the frozen weights are kept; int8 and nf4: the layers' matrices, the rest in bfloat16
+    base: Literal["plain", "int8", "nf4"] = (
+        "plain"  # how the frozen weights are kept: in model.dtype, or their layers' matrices in 8 or 4 bits
     )
 
 

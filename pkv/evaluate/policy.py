@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import yaml
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from pkv import checkpoint
 from pkv.competition import Tokenizer, system_prompt
-from pkv.config import Config, LoraConfig, UserError, parse_config
+from pkv.config import Config, ModelConfig, UserError, parse_config
 from pkv.mesh import TRAINING_RULES, fold, shardings
 from pkv.model import (
     Arch,
@@ -30,14 +30,14 @@ from pkv.model import (
 
 RUN_MODEL = "model"  # of a run directory: config.json and tokenizer, so that the run is a MODEL by itself
 SYSTEM_FILE = "system_prompt.txt"
-_NO_LORA = LoraConfig()
+PRETRAINED = ModelConfig()  # all weights, to be used or trained as they are
 
 
 @dataclass(frozen=True)
 class Policy:
     """What answers: architecture, weights laid out for training, tokenizer, system prompt, policy step.
 
-    Weights that are trained are float32; LoRA's frozen ones are kept as its `base` says.
+    What is trained is float32; LoRA's frozen weights are kept as its `base` says.
     """
 
     arch: Arch
@@ -52,28 +52,27 @@ def load_policy(
     mesh: Mesh,
     *,
     system: str | None = None,
-    init: Literal["pretrained", "random"] = "pretrained",
+    model: ModelConfig = PRETRAINED,
     seed: int = 0,
-    lora: LoraConfig = _NO_LORA,
 ) -> Policy:
     """The policy at `source`. system: a prompt's name or path; None takes the one that the source was trained with,
-    or "competition". init "random" draws weights for the source's architecture. lora: with a rank, the weights are
-    frozen and have fresh adapters beside them; a run has its own. Raises UserError.
+    or "competition". model, seed: whether weights are drawn for the source's architecture, and whether they are frozen
+    with fresh adapters beside them; a run has its own. Raises UserError.
     """
     run = Path(source)
     if (run / "checkpoints").is_dir():
         policy, base = load_trained(run, mesh, system), base_of(run)
         if base is None:
             return policy
-        frozen = _load_weights(base.model.path, policy.arch, mesh, base.model.init, base.seed, base.model.lora)
+        frozen = _load_weights(base.model.path, policy.arch, mesh, base.model, base.seed)
         return dataclasses.replace(policy, params=join(policy.params, frozen))
     arch = read_arch(source)
     tokenizer = Tokenizer.load(source)
     if tokenizer.vocab_size > arch.vocab_size:
         raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}")
-    params = _load_weights(source, arch, mesh, init, seed, lora)
-    if lora.rank:
-        params = join(init_adapters(arch, lora, fold(jax.random.key(seed), "adapters"), mesh), params)
+    params = _load_weights(source, arch, mesh, model, seed)
+    if model.lora.rank:
+        params = join(init_adapters(arch, model.lora, fold(jax.random.key(seed), "adapters"), mesh), params)
     return Policy(arch, params, tokenizer, _system_of(run, system))
 
 
@@ -106,12 +105,10 @@ def base_of(run: Path) -> Config | None:
     return config if config.model.lora.rank else None
 
 
-def _load_weights(
-    source: str, arch: Arch, mesh: Mesh, init: Literal["pretrained", "random"], seed: int, lora: LoraConfig
-) -> Params:
-    """Float32, or with LoRA as its `base` says, converted one weight after the other."""
-    dtype, keep = freezer(arch, lora.base if lora.rank else "float32", mesh)
-    if init == "pretrained":
+def _load_weights(source: str, arch: Arch, mesh: Mesh, model: ModelConfig, seed: int) -> Params:
+    """Float32 to be trained, or frozen as LoRA's `base` says, one weight after the other."""
+    dtype, keep = model.dtype if model.lora.rank else "float32", freezer(arch, model.lora.base, mesh)
+    if model.init == "pretrained":
         return load_params(source, arch, dtype, _placing(arch, mesh), keep)
     drawn = init_params(arch, fold(jax.random.key(seed), "weights"), dtype, mesh)
     return jax.tree_util.tree_map_with_path(

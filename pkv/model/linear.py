@@ -31,7 +31,7 @@ class Quantised:
     """A frozen array in blocks of up to 64 numbers along one axis, of size D; a block's scale is its largest size.
 
     codes: int8 [..., D/64, 64, ...], or uint8 [..., D/64, 32, ...] with two codes in a byte, the block's first half in
-    the low bits. scales: float32 [..., D/64, 1, ...]. axis: where D stands in the array, counted from the end.
+    the low bits. scales: float32 [..., D/64, ...]. axis: where D stands in the array, counted from the end.
     """
 
     codes: Any
@@ -40,20 +40,21 @@ class Quantised:
 
     @property
     def ndim(self) -> int:
-        return self.codes.ndim - 1
+        return self.scales.ndim
 
     def __getitem__(self, layer: Any) -> Quantised:
         return jax.tree.map(lambda array: array[layer], self)
 
     def astype(self, dtype: Any) -> jax.Array:
         """The array, off by at most scale / 254 (int8) or 0.152 scale (nf4, half of its widest gap)."""
-        at = self.codes.ndim + self.axis
         if self.codes.dtype == jnp.int8:
-            values = self.codes.astype(jnp.float32) * (self.scales / 127)
+            values, scales = self.codes.astype(jnp.float32), self.scales / 127
         else:
-            values = _nf4_values(jnp.concatenate([self.codes & 15, self.codes >> 4], axis=at)) * self.scales
-        shape = values.shape
-        return values.reshape(*shape[: at - 1], shape[at - 1] * shape[at], *shape[at + 1 :]).astype(dtype)
+            values = _nf4_values(jnp.concatenate([self.codes & 15, self.codes >> 4], axis=self.axis))
+            scales = self.scales
+        at = self.ndim + self.axis
+        shape = (*scales.shape[:at], -1, *scales.shape[at + 1 :])
+        return (values * jnp.expand_dims(scales, at + 1)).reshape(shape).astype(dtype)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["base", "a", "b"], meta_fields=["scale"])
@@ -116,8 +117,8 @@ def quantise(weight: jax.Array, axis: int, kind: Literal["int8", "nf4"]) -> Quan
     block = math.gcd(size, BLOCK)
     shape = (*weight.shape[:at], size // block, block, *weight.shape[at + 1 :])
     blocks = weight.astype(jnp.float32).reshape(shape)
-    scales = jnp.max(jnp.abs(blocks), axis=axis, keepdims=True)
-    shares = blocks / jnp.where(scales == 0, 1, scales)
+    scales = jnp.max(jnp.abs(blocks), axis=axis)
+    shares = blocks / jnp.expand_dims(jnp.where(scales == 0, 1, scales), at + 1)
     if kind == "int8":
         return Quantised(jnp.round(shares * 127).astype(jnp.int8), scales, axis)
     low, high = jnp.split(_nf4_codes(shares), 2, axis=axis)

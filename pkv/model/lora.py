@@ -48,23 +48,22 @@ def init_adapters(arch: Arch, config: LoraConfig, key: jax.Array, mesh: Mesh | N
 
 
 def freezer(
-    arch: Arch, base: Literal["float32", "bfloat16", "int8", "nf4"], mesh: Mesh | None = None
-) -> tuple[Any, Callable[[str, jax.Array], Any]]:
-    """How frozen weights are kept: the dtype to load them in, and what becomes of each, given its path and array."""
+    arch: Arch, base: Literal["plain", "int8", "nf4"], mesh: Mesh | None = None
+) -> Callable[[str, jax.Array], Any]:
+    """What becomes of each weight that is frozen, given its path and array; see `LoraConfig.base`."""
     axes = by_path(param_axes(arch))
 
     def keep(path: str, weight: jax.Array) -> Any:
-        if base not in ("int8", "nf4") or path.rpartition(".")[2] not in INPUTS:
+        if base == "plain" or path.rpartition(".")[2] not in INPUTS:
             return weight
-        # Along the residual stream, which every matrix has on one side.
-        encode = partial(quantise, axis=axes[path].index("embed") - weight.ndim, kind=base)
+        encode = partial(quantise, axis=INPUTS[path.rpartition(".")[2]] - weight.ndim, kind=base)  # along the inputs
         shapes = jax.eval_shape(encode, weight)
         placed = None
         if mesh is not None:
             placed = shardings({path: _axes_of(axes[path], shapes)}, {path: shapes}, mesh, TRAINING_RULES)[path]
         return jax.jit(encode, out_shardings=placed)(weight)
 
-    return jnp.float32 if base == "float32" else jnp.bfloat16, keep
+    return keep
 
 
 def split(params: Params) -> tuple[Params, Params | None]:
@@ -108,8 +107,7 @@ def _axes_of(axes: tuple[str, ...], weight: Any) -> Any:
         return None
     if isinstance(weight, Quantised):
         at = len(axes) + weight.axis + 1
-        blocks = (*axes[:at], "block", *axes[at:])
-        return Quantised(blocks, blocks, weight.axis)
+        return Quantised((*axes[:at], "block", *axes[at:]), axes, weight.axis)
     if _is_adapted(weight):
         inputs = weight.a.ndim - 1
         a, b = (*axes[:inputs], "rank"), (axes[0], "rank", *axes[inputs:])

@@ -67,14 +67,7 @@ def build(config: Config) -> Setup:
     heldout = open_source(config.data.heldout, config.evaluate.problems)
     _check_apart(problems, heldout)
     mesh = make_mesh(config.mesh)
-    policy = load_policy(
-        config.model.path,
-        mesh,
-        system=config.prompt.system,
-        init=config.model.init,
-        seed=config.seed,
-        lora=config.model.lora,
-    )
+    policy = load_policy(config.model.path, mesh, system=config.prompt.system, model=config.model, seed=config.seed)
     prompts = render_prompts(policy.tokenizer, heldout, policy.system)
     longest = max(stage.max_new_tokens for stage in stages(config))
     needed = max(len(prompt.tokens) for prompt in prompts) + longest
