@@ -210,17 +210,18 @@ class Chat:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a Hugging Face directory that transformers and vLLM load."""
+    """Write a Hugging Face directory that transformers and vLLM load; of a LoRA run its adapter, which PEFT loads."""
 
     model: Positional[str]  # a run directory, or any other model
     out: Positional[str]  # a directory that is not there yet, or empty
     dtype: Literal["float32", "bfloat16"] = "float32"  # float32 keeps every bit
+    merge_lora: bool = False  # of a LoRA run the whole model, its adapter added to the weights
     json: bool = False  # JSON only on stdout
 
     def __call__(self, out: Output, flags: Sequence[str]) -> None:
         from pkv.export import export
 
-        folder = export(self.model, self.out, self.dtype)
+        folder = export(self.model, self.out, self.dtype, self.merge_lora)
         out.result(f"exported to {folder}", {"exported": str(folder)})
 
 

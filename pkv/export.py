@@ -11,36 +11,57 @@ from typing import Any, Literal
 import yaml
 
 from pkv.competition import Tokenizer, with_system_prompt
-from pkv.config import MeshConfig, UserError
-from pkv.evaluate import RUN_MODEL, SYSTEM_FILE, Policy, load_policy
+from pkv.config import MeshConfig, ModelConfig, UserError
+from pkv.evaluate import RUN_MODEL, SYSTEM_FILE, Policy, base_of, load_policy, load_trained
 from pkv.mesh import make_mesh
-from pkv.model import read_config, save_params
+from pkv.model import read_config, save_adapter, save_params
 
 TEMPERATURE = 0.5  # recommended for chat
 
 
-def export(run_or_model: str, out: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Path:
+def export(
+    run_or_model: str, out: str | Path, dtype: Literal["float32", "bfloat16"] = "float32", merge_lora: bool = False
+) -> Path:
     """Write OUT: weights, config, tokenizer with the system prompt in its chat template, and a model card.
 
-    float32 keeps every bit of the training's weights. Raises UserError when OUT holds anything.
+    float32 keeps every bit of the training's weights. Of a LoRA run the weights are its adapter, for PEFT, or with
+    `merge_lora` the base as it was kept in training with the adapter added to it: the very model that was measured.
+    Raises UserError when OUT holds anything, and where there is nothing to merge or no base to name.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already and not an empty directory; choose another")
     source = Path(run_or_model)
-    policy = load_policy(run_or_model, make_mesh(MeshConfig()))
-    config = read_config(source / RUN_MODEL if (source / "checkpoints").is_dir() else run_or_model)
+    base = _base_apart(run_or_model, merge_lora)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")  # a stopped export leaves no directory that looks whole
     if partial.exists():
         shutil.rmtree(partial)
-    save_params(policy.params, policy.arch, partial, config, dtype)
+    mesh = make_mesh(MeshConfig())
+    policy = load_policy(run_or_model, mesh) if base is None else load_trained(source, mesh)
+    config = read_config(source / RUN_MODEL if (source / "checkpoints").is_dir() else run_or_model)
+    if base is None:
+        save_params(policy.params, policy.arch, partial, config, dtype)
+    else:
+        save_adapter(policy.params, policy.arch, partial, config, base.lora, base.path, dtype)
     _save_tokenizer(policy.tokenizer, policy.system, partial)
     _write(partial / "generation_config.json", json.dumps(generation_config(policy.tokenizer), indent=2) + "\n")
     _write(partial / SYSTEM_FILE, policy.system)
-    _write(partial / "README.md", model_card(source, policy, out.resolve().name))
+    _write(partial / "README.md", model_card(source, policy, out.resolve().name, base and base.path))
     partial.replace(out)
     return out
+
+
+def _base_apart(run_or_model: str, merge_lora: bool) -> ModelConfig | None:
+    """The base that a LoRA run's adapter is written without; None where a whole model is written. Raises UserError."""
+    config = base_of(Path(run_or_model))
+    if config is None and merge_lora:
+        raise UserError(f"{run_or_model}: has no adapter to merge; leave --merge-lora out")
+    if config is None or merge_lora:
+        return None
+    if config.model.init == "random":
+        raise UserError(f"{run_or_model}: its base was drawn at random, so that nobody else has it; use --merge-lora")
+    return config.model
 
 
 def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -53,9 +74,13 @@ def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def model_card(source: Path, policy: Policy, name: str) -> str:
-    """The README of an exported model: what it does, how to ask it, how it was made, what was measured."""
-    parts = [_CARD.format(name=name, temperature=TEMPERATURE)]
+def model_card(source: Path, policy: Policy, name: str, base: str | None = None) -> str:
+    """The README of an exported model: what it does, how to ask it, how it was made, what was measured.
+
+    base: of an adapter, the model that it belongs to.
+    """
+    kind = "library_name: transformers" if base is None else f"library_name: peft\nbase_model: {_short(base)}"
+    parts = [_CARD.format(kind=kind, name=name, temperature=TEMPERATURE)]
     if (source / "config.yaml").is_file():
         recipe = yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8"))
         text = yaml.safe_dump(_without_places(recipe), sort_keys=False, allow_unicode=True)
@@ -66,7 +91,7 @@ def model_card(source: Path, policy: Policy, name: str) -> str:
 
 
 _CARD = """---
-library_name: transformers
+{kind}
 pipeline_tag: text-generation
 tags: [pkv, grpo]
 ---
@@ -106,7 +131,11 @@ def _without_places(node: Any) -> Any:
         return {key: _without_places(value) for key, value in node.items()}
     if isinstance(node, list):
         return [_without_places(item) for item in node]
-    return Path(node).name if isinstance(node, str) and Path(node).is_absolute() else node
+    return _short(node) if isinstance(node, str) else node
+
+
+def _short(name: str) -> str:
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _save_tokenizer(tokenizer: Tokenizer, system: str, directory: Path) -> None:

@@ -30,6 +30,8 @@ TRAINING_RULES: Rules = {
     "kv_heads": "tensor",
     "head": None,
     "ffn": "tensor",
+    "rank": None,
+    "block": None,  # numbers that share a scale
     "rows": BATCH_AXES,
     "time": None,
 }

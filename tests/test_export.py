@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from pkv import checkpoint
 from pkv.competition import Tokenizer, render, train_tokenizer
-from pkv.config import MeshConfig, SamplingConfig, UserError
+from pkv.config import LoraConfig, MeshConfig, SamplingConfig, UserError, as_plain
 from pkv.evaluate import RUN_MODEL, SYSTEM_FILE, load_policy
 from pkv.evaluate.answering import sample
 from pkv.export import export
 from pkv.mesh import make_mesh
-from pkv.model import Arch, init_params, read_config, save_params
+from pkv.model import Arch, forward, init_adapters, init_params, logits, read_config, save_params, split
+from pkv.model.linear import Adapted
+from pkv.sampling import Engine, Request, row_keys
 
 SYSTEM = 'Compete, "pirate" and knight.\nThen {{ answer }} \\ politely.'
 ARCH = Arch(
@@ -33,6 +38,7 @@ ARCH = Arch(
     max_positions=256,
     init_std=0.3,
 )
+LORA = LoraConfig(rank=4, alpha=6.0, targets=("q", "k", "v", "o", "gate", "down"))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +66,26 @@ def run_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def exported(run_dir) -> Path:
     return export(str(run_dir), run_dir.parent / "deep" / "out")
+
+
+@pytest.fixture(scope="module")
+def lora_run(run_dir) -> Path:
+    """What `pkv train` leaves of a LoRA run on the base in `weights`, without the training."""
+    run, base = run_dir.parent / "adapted", run_dir.parent / "base"
+    shutil.copytree(run_dir / RUN_MODEL, run / RUN_MODEL)
+    shutil.copytree(run_dir / RUN_MODEL, base)
+    shutil.copy(run_dir / "weights" / "model.safetensors", base)
+
+    def trained(node):
+        return dataclasses.replace(node, b=0.2 * jax.random.normal(jax.random.key(3), node.b.shape))
+
+    adapters = jax.tree.map(
+        trained, init_adapters(ARCH, LORA, jax.random.key(2)), is_leaf=lambda node: isinstance(node, Adapted)
+    )
+    checkpoint.save(run / "checkpoints", 7, {"params": adapters, "count": np.int32(7)}, {"step": 7}, 1)
+    recipe = {"seed": 5, "model": {"path": str(base), "lora": as_plain(LORA)}, "rounds": [{"name": "format"}]}
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    return run
 
 
 def load(source):
@@ -146,3 +172,79 @@ def test_transformers_loads_it_and_says_the_same(run_dir, exported):
     (ours,) = sample(str(run_dir), lines, max_new_tokens=24, sampling=SamplingConfig(temperature=0.0))
     assert ours["tokens"] == made.tolist() and len(set(ours["tokens"])) > 3
     assert ours["text"] == theirs.decode(made, skip_special_tokens=True)
+
+
+def test_a_lora_runs_export_is_its_adapter_in_pefts_names_and_shapes(lora_run, tmp_path):
+    out = export(str(lora_run), tmp_path / "out")
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(lora_run.parent / "base")
+    assert (config["r"], config["lora_alpha"], config["peft_type"], config["task_type"]) == (
+        4,
+        6.0,
+        "LORA",
+        "CAUSAL_LM",
+    )
+    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert len(tensors) == ARCH.layers * 6 * 2
+    o = "base_model.model.model.layers.1.self_attn.o_proj.lora_{}.weight"
+    node = split(load(lora_run).params)[0]["layers"]["attention"]["o"]
+    np.testing.assert_array_equal(tensors[o.format("A")], np.asarray(node.a[1]).reshape(32, 4).T)
+    np.testing.assert_array_equal(tensors[o.format("B")], np.asarray(node.b[1]).T)
+    assert {"tokenizer.json", "README.md", SYSTEM_FILE} <= {path.name for path in out.iterdir()}
+    assert not (out / "config.json").exists() and not (out / "model.safetensors").exists()
+    front = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+    assert (front["library_name"], front["base_model"]) == ("peft", "base")
+
+
+def test_a_merged_export_is_the_base_and_its_adapter_added_up(lora_run, tmp_path):
+    out = export(str(lora_run), tmp_path / "out", merge_lora=True)
+    merged, whole = load(out).params, load(lora_run).params
+    node = whole["layers"]["attention"]["o"]
+    by_hand = np.asarray(node.base) + 1.5 * np.einsum("lnhr,lrd->lnhd", node.a, node.b)  # alpha 6 over rank 4
+    np.testing.assert_allclose(merged["layers"]["attention"]["o"], by_hand, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(merged["layers"]["ffn"]["up"], whole["layers"]["ffn"]["up"])
+    np.testing.assert_allclose(scores(merged), scores(whole), atol=2e-4 * np.abs(scores(whole)).max())
+
+
+def scores(params, tokens=((5, 90, 17, 260, 33, 8),)):
+    tokens = np.asarray(tokens)
+    hidden, _ = forward(params, ARCH, tokens, np.arange(tokens.shape[1])[None])
+    return np.asarray(logits(params, ARCH, hidden))
+
+
+def test_what_cannot_be_merged_or_shared_is_said_before_anything_is_written(run_dir, lora_run, tmp_path):
+    with pytest.raises(UserError, match="has no adapter to merge; leave --merge-lora out"):
+        export(str(run_dir), tmp_path / "out", merge_lora=True)
+    drawn = tmp_path / "drawn"
+    shutil.copytree(lora_run, drawn)
+    recipe = yaml.safe_load((drawn / "config.yaml").read_text())
+    (drawn / "config.yaml").write_text(yaml.safe_dump(recipe | {"model": recipe["model"] | {"init": "random"}}))
+    with pytest.raises(UserError, match=r"drawn at random.*use --merge-lora"):
+        export(str(drawn), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert (export(str(drawn), tmp_path / "out", merge_lora=True) / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("merge_lora", [False, True])
+def test_peft_and_transformers_say_the_same_as_the_lora_run(lora_run, tmp_path, merge_lora):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    out = export(str(lora_run), tmp_path / "out", merge_lora=merge_lora)
+    if merge_lora:
+        model = AutoModelForCausalLM.from_pretrained(out).eval()
+    else:
+        model = peft.AutoPeftModelForCausalLM.from_pretrained(out).eval()
+    tokens = torch.tensor([[5, 90, 17, 260, 33, 8]])
+    with torch.no_grad():
+        theirs = model(input_ids=tokens).logits.numpy()
+        made = model.generate(input_ids=tokens, do_sample=False, max_new_tokens=24, pad_token_id=0)[0, 6:]
+    params = load(lora_run).params
+    ours = scores(params)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+    assert np.abs(ours - scores(split(params)[1])).max() > 0.1 * np.abs(theirs).max(), "the adapter matters"
+    engine = Engine(ARCH, SamplingConfig(temperature=0.0), (2,), make_mesh(MeshConfig()))
+    asked = Request(tokens[0].numpy().astype(np.int32), row_keys(0, "test", 0, ["p"], 1)[0], 24)
+    (done,) = engine.sample(engine.load(params), [asked])
+    assert done.tokens.tolist() == made.tolist() and len(set(done.tokens.tolist())) > 3

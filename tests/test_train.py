@@ -21,6 +21,7 @@ from pkv.config import RoundConfig, UserError, WarmupConfig, load_config
 from pkv.data.arithmetic import problems
 from pkv.evaluate import load_policy
 from pkv.mesh import make_mesh
+from pkv.model import split
 from pkv.train import loop
 from pkv.train.demonstrations import demonstrate
 from pkv.train.loop import train
@@ -81,8 +82,8 @@ def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in found]
 
 
-def final_state(folder: Path, config_file: Path):
-    setup = build(load_config(config_file))
+def final_state(folder: Path, config_file: Path, flags=()):
+    setup = build(load_config(config_file, flags))
     return checkpoint.restore(folder / "checkpoints", 5, setup.learner.init(setup.policy.params))[0]
 
 
@@ -106,9 +107,26 @@ def test_on_policy_updates_agree_with_the_sampler(whole):
         assert line["policy/clipped"] == 0
 
 
+LORA = ["--model.lora.rank=4", "--model.lora.base=nf4", "--mesh.data=8", "--mesh.fsdp=1", "--mesh.tensor=1"]
+
+
+@pytest.fixture(scope="module")
+def whole_lora(config_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    train(load_config(config_file, LORA), folder)
+    return folder
+
+
 @pytest.mark.parametrize("killed_after", [1, 3])
 def test_killed_and_resumed_is_never_killed(whole, config_file, tmp_path, monkeypatch, killed_after):
-    folder = tmp_path / "run"
+    check_resumed(whole, config_file, tmp_path / "run", monkeypatch, killed_after, [])
+
+
+def test_a_lora_run_killed_and_resumed_is_never_killed(whole_lora, config_file, tmp_path, monkeypatch):
+    check_resumed(whole_lora, config_file, tmp_path / "run", monkeypatch, 3, LORA)
+
+
+def check_resumed(whole, config_file, folder, monkeypatch, killed_after, flags):
     step_of = {"warmup_step": loop.warmup_step, "grpo_step": loop.grpo_step}
 
     def dies(name):
@@ -124,12 +142,12 @@ def test_killed_and_resumed_is_never_killed(whole, config_file, tmp_path, monkey
         for name in step_of:
             patch.setattr(loop, name, dies(name))
         with pytest.raises(KeyboardInterrupt):
-            train(load_config(config_file), folder)
+            train(load_config(config_file, flags), folder)
     assert checkpoint.latest(folder / "checkpoints") == killed_after
-    train(load_config(config_file), folder)
+    train(load_config(config_file, flags), folder)
     assert lines(folder) == lines(whole)
     assert lines(folder, "evaluations.jsonl") == lines(whole, "evaluations.jsonl")
-    states = [final_state(run, config_file) for run in (folder, whole)]
+    states = [final_state(run, config_file, flags) for run in (folder, whole)]
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
@@ -178,6 +196,24 @@ def test_a_run_is_a_model(whole, config_file):
     assert policy.step == 5
     assert policy.system.startswith("Hold a <competition>")
     jax.tree.map(np.testing.assert_array_equal, policy.params, final_state(whole, config_file).params)
+
+
+def test_a_lora_run_is_a_model_though_its_checkpoints_hold_adapters_only(whole_lora, config_file):
+    config = load_config(config_file, LORA)
+    manifest = checkpoint.verify(whole_lora / "checkpoints", 5)
+    kept = [name for name in manifest["arrays"] if name.startswith("params.")]
+    assert len(kept) == 14 and all(name.endswith((".a", ".b")) for name in kept)
+    policy, fresh = load_policy(str(whole_lora), make_mesh(config.mesh)), build(config).policy
+    adapters, base = split(policy.params)
+    jax.tree.map(np.testing.assert_array_equal, base, split(fresh.params)[1])
+    jax.tree.map(np.testing.assert_array_equal, adapters, final_state(whole_lora, config_file, LORA).params)
+    assert np.any(adapters["layers"]["ffn"]["up"].b)
+
+
+def test_on_policy_lora_updates_agree_with_the_sampler(whole_lora):
+    for line in lines(whole_lora)[2:]:
+        assert line["policy/kl_sampler"] < 1e-6
+        assert line["policy/clipped"] == 0
 
 
 def test_every_epoch_draws_every_problem_once(config_file):

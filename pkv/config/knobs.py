@@ -16,6 +16,18 @@ class ConfigError(UserError):
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Training of low-rank adapters beside frozen weights; rank 0 trains the weights themselves."""
+
+    rank: int = 0  # 32 is a good start, with a learning rate of 1e-5
+    alpha: float = 32.0  # an adapter counts alpha / rank times
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    base: Literal["plain", "int8", "nf4"] = (
+        "plain"  # how the frozen weights are kept: in model.dtype, or their layers' matrices in 8 or 4 bits
+    )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The base model."""
 
@@ -28,6 +40,7 @@ class ModelConfig:
     # in the host's memory.
     remat: Literal["none", "cheap", "all", "offload"] = "none"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # of whole rows; auto: splash on TPU, else xla
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)
@@ -180,6 +193,8 @@ class Config:
 
 # Bounds that a type cannot say: path -> (least, greatest).
 BOUNDS: dict[str, tuple[float, float]] = {
+    "model.lora.rank": (0, math.inf),
+    "model.lora.alpha": (1e-6, math.inf),
     "sampling.temperature": (0.0, 100.0),
     "sampling.top_p": (1e-6, 1.0),
     "sampling.top_k": (0, math.inf),

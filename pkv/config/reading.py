@@ -82,7 +82,24 @@ def parse_config(raw: dict[str, Any]) -> Config:
             raise ConfigError(f"rounds.{index}.name: missing; every round needs a name")
         if name in names[:index]:
             raise ConfigError(f"rounds.{index}.name: {name!r} is used twice; names must differ")
+    _check_lora(config)
     return config
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.model.lora
+    if not lora.rank:
+        for field in dataclasses.fields(lora):
+            if getattr(lora, field.name) != field.default:
+                raise ConfigError(
+                    f"model.lora.{field.name}: nothing reads it at rank 0; set model.lora.rank, to 32 say"
+                )
+    elif not lora.targets or len(set(lora.targets)) < len(lora.targets):
+        raise ConfigError(f"model.lora.targets: expected different names, at least one; got {list(lora.targets)}")
+    elif config.optimizer.name == "muon":
+        raise ConfigError(
+            "optimizer.name: muon steps along whole matrices, which LoRA leaves alone; expected adamw with model.lora"
+        )
 
 
 def as_plain(config: Any) -> Any:

@@ -5,7 +5,7 @@ Training and evaluation share the same sampler, prompt, parser and rewards becau
 
 from pkv.evaluate.groups import Source, collect_groups, render_prompts
 from pkv.evaluate.measures import Evaluation, evaluate, summarise
-from pkv.evaluate.policy import RUN_MODEL, SYSTEM_FILE, Policy, load_policy
+from pkv.evaluate.policy import RUN_MODEL, SYSTEM_FILE, Policy, base_of, load_policy, load_trained
 
 __all__ = [
     "RUN_MODEL",
@@ -13,9 +13,11 @@ __all__ = [
     "Evaluation",
     "Policy",
     "Source",
+    "base_of",
     "collect_groups",
     "evaluate",
     "load_policy",
+    "load_trained",
     "render_prompts",
     "summarise",
 ]

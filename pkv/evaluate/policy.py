@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
+import yaml
 from jax.sharding import Mesh
 
 from pkv import checkpoint
 from pkv.competition import Tokenizer, system_prompt
-from pkv.config import UserError
+from pkv.config import Config, ModelConfig, UserError, parse_config
 from pkv.mesh import TRAINING_RULES, fold, shardings
-from pkv.model import Arch, Params, init_params, load_params, param_axes, param_shapes, read_arch
+from pkv.model import (
+    Arch,
+    Params,
+    freezer,
+    init_adapters,
+    init_params,
+    join,
+    load_params,
+    param_axes,
+    param_shapes,
+    read_arch,
+)
 
 RUN_MODEL = "model"  # of a run directory: config.json and tokenizer, so that the run is a MODEL by itself
 SYSTEM_FILE = "system_prompt.txt"
+PRETRAINED = ModelConfig()  # all weights, to be used or trained as they are
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What answers: architecture, weights (float32, laid out for training), tokenizer, system prompt, policy step."""
+    """What answers: architecture, weights laid out for training, tokenizer, system prompt, policy step.
+
+    What is trained is float32; LoRA's frozen weights are kept as its `base` says.
+    """
 
     arch: Arch
     params: Params
@@ -35,41 +52,67 @@ def load_policy(
     mesh: Mesh,
     *,
     system: str | None = None,
-    init: Literal["pretrained", "random"] = "pretrained",
+    model: ModelConfig = PRETRAINED,
     seed: int = 0,
 ) -> Policy:
     """The policy at `source`. system: a prompt's name or path; None takes the one that the source was trained with,
-    or "competition". init "random" draws weights for the source's architecture. Raises UserError.
+    or "competition". model, seed: whether weights are drawn for the source's architecture, and whether they are frozen
+    with fresh adapters beside them; a run has its own. Raises UserError.
     """
     run = Path(source)
     if (run / "checkpoints").is_dir():
-        return _load_run(run, mesh, system)
+        policy, base = load_trained(run, mesh, system), base_of(run)
+        if base is None:
+            return policy
+        frozen = _load_weights(base.model.path, policy.arch, mesh, base.model, base.seed)
+        return dataclasses.replace(policy, params=join(policy.params, frozen))
     arch = read_arch(source)
     tokenizer = Tokenizer.load(source)
     if tokenizer.vocab_size > arch.vocab_size:
         raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}")
-    if init == "random":
-        params = init_params(arch, fold(jax.random.key(seed), "weights"), mesh=mesh)
-    else:
-        params = load_params(source, arch, shardings=_placing(arch, mesh))
+    params = _load_weights(source, arch, mesh, model, seed)
+    if model.lora.rank:
+        params = join(init_adapters(arch, model.lora, fold(jax.random.key(seed), "adapters"), mesh), params)
     return Policy(arch, params, tokenizer, _system_of(run, system))
 
 
-def _load_run(run: Path, mesh: Mesh, system: str | None) -> Policy:
+def load_trained(run: Path, mesh: Mesh, system: str | None = None) -> Policy:
+    """What the newest checkpoint of a run holds: the whole policy, or its adapters without the frozen weights."""
     step = checkpoint.latest(run / "checkpoints")
     if step is None:
         raise UserError(f"{run}: this run has no whole checkpoint yet; train on, or name another model")
-    model = run / RUN_MODEL
+    model, base = run / RUN_MODEL, base_of(run)
     arch = read_arch(str(model))
-    params, _ = checkpoint.restore(run / "checkpoints", step, _template(arch, mesh), under="params")
+    if base is None:
+        template = jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+            param_shapes(arch),
+            _placing(arch, mesh),
+        )
+    else:
+        template = init_adapters(arch, base.model.lora, jax.random.key(0), mesh)
+    params, _ = checkpoint.restore(run / "checkpoints", step, template, under="params")
     return Policy(arch, params, Tokenizer.load(str(model)), _system_of(model, system), step)
 
 
-def _template(arch: Arch, mesh: Mesh) -> Any:
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        param_shapes(arch),
-        _placing(arch, mesh),
+def base_of(run: Path) -> Config | None:
+    """Model and seed of a run that trains adapters, of which its checkpoints hold nothing else; None for other runs."""
+    file = run / "config.yaml"
+    if not (run / "checkpoints").is_dir() or not file.is_file():
+        return None
+    written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config = parse_config({name: written[name] for name in ("seed", "model") if name in written})
+    return config if config.model.lora.rank else None
+
+
+def _load_weights(source: str, arch: Arch, mesh: Mesh, model: ModelConfig, seed: int) -> Params:
+    """Float32 to be trained, or frozen as LoRA's `base` says, one weight after the other."""
+    dtype, keep = model.dtype if model.lora.rank else "float32", freezer(arch, model.lora.base, mesh)
+    if model.init == "pretrained":
+        return load_params(source, arch, dtype, _placing(arch, mesh), keep)
+    drawn = init_params(arch, fold(jax.random.key(seed), "weights"), dtype, mesh)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, weight: keep(jax.tree_util.keystr(path, simple=True, separator="."), weight), drawn
     )
 
 

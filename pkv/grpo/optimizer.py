@@ -18,13 +18,11 @@ def make_optimizer(config: OptimizerConfig, arch: Arch) -> optax.GradientTransfo
     "muon" (arXiv 2502.16982) steps along the orthogonalised momentum of each matrix of a layer, as long as an AdamW
     step of the same learning rate (their section 2.2); embeddings, norms and biases are AdamW's.
     """
-    axes = param_axes(arch)
-    decayed = jax.tree_util.tree_map_with_path(_decays, axes, is_leaf=_is_axes)
     clip = optax.clip_by_global_norm(config.clip_norm)
     if config.name == "adamw":
         adamw = (
             optax.scale_by_adam(config.b1, config.b2),
-            optax.add_decayed_weights(config.weight_decay, mask=decayed),
+            optax.add_decayed_weights(config.weight_decay, mask=_decayed),
             optax.scale(-1.0),
         )
         return optax.chain(clip, *adamw)
@@ -34,11 +32,11 @@ def make_optimizer(config: OptimizerConfig, arch: Arch) -> optax.GradientTransfo
             learning_rate=1.0,
             beta=config.momentum,
             weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
+            weight_decay_mask=_decayed,
             adam_b1=config.b1,
             adam_b2=config.b2,
             consistent_rms=0.2,
-            muon_weight_dimension_numbers=jax.tree.map(_sides, axes, is_leaf=_is_axes),
+            muon_weight_dimension_numbers=jax.tree.map(_sides, param_axes(arch), is_leaf=_is_axes),
         ),
     )
 
@@ -51,9 +49,11 @@ def _sides(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
     return MuonDimensionNumbers(axes.index("embed"), others)
 
 
-def _decays(path: tuple[Any, ...], _: Any) -> bool:
-    name = jax.tree_util.keystr(path[-1:], simple=True)
-    return not name.endswith(("norm", "bias"))
+def _decayed(weights: Any) -> Any:
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        return not jax.tree_util.keystr(path[-1:], simple=True).endswith(("norm", "bias"))
+
+    return jax.tree_util.tree_map_with_path(decays, weights)
 
 
 def _is_axes(node: Any) -> bool:

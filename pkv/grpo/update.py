@@ -16,49 +16,57 @@ from pkv.grpo.logprobs import token_logprobs
 from pkv.grpo.losses import Loss, Supervised, token_losses
 from pkv.grpo.optimizer import make_optimizer
 from pkv.mesh import TRAINING_RULES, batch_sharding, replicated, shardings
-from pkv.model import Arch, Kernel, Params, choose_kernel, forward, param_axes, param_shapes
+from pkv.model import Arch, Kernel, Params, choose_kernel, forward, join, split, weight_axes
 from pkv.records import Batch
 
 Arrays = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes: float32 weights and the optimizer's moments, both sharded by TRAINING_RULES."""
+    """Everything that a step changes: what is trained (see `pkv.model.split`), in float32, and the optimizer's moments.
+
+    Both are sharded by TRAINING_RULES.
+    """
 
     params: Params
     optimizer: Any
 
 
 class Learner:
-    """Compiled gradient and update functions for one architecture on one mesh; the state goes in and comes out."""
+    """Compiled gradient and update functions for one architecture on one mesh; the state goes in and comes out.
 
-    def __init__(self, arch: Arch, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> None:
+    frozen: the weights that no step changes, from `pkv.model.split`; None where there are none.
+    """
+
+    def __init__(
+        self, arch: Arch, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, frozen: Params | None = None
+    ) -> None:
         self.mesh = mesh
-        self._arch, self._model = arch, model
+        self._arch, self._model, self._frozen = arch, model, frozen
         self._kernel: Kernel = choose_kernel(model.attention, mesh, arch, model.dtype)
         self._optimizer = make_optimizer(optimizer, arch)
-        self._weights = shardings(param_axes(arch), param_shapes(arch), mesh, TRAINING_RULES)
         self._gradient = jax.jit(self._add_gradient, static_argnames="loss", donate_argnames=("sums",))
         self._apply = jax.jit(self._apply_gradient, donate_argnames="state")
-        self._logprobs = jax.jit(lambda params, micro: self._predict(params, micro)[0])
+        self._logprobs = jax.jit(lambda params, frozen, micro: self._predict(join(params, frozen), micro)[0])
 
     def init(self, params: Params) -> TrainState:
-        """A fresh state around float32 weights (laid out by TRAINING_RULES)."""
-        params = jax.device_put(params, self._weights)
-        return TrainState(
-            params, jax.jit(self._optimizer.init, out_shardings=self.state_shardings(params).optimizer)(params)
-        )
+        """A fresh state around what is trained of float32 weights, laid out by TRAINING_RULES."""
+        params, _ = split(params)
+        placed = self.state_shardings(params)
+        params = jax.device_put(params, placed.params)
+        return TrainState(params, jax.jit(self._optimizer.init, out_shardings=placed.optimizer)(params))
 
     def state_shardings(self, params: Params) -> TrainState:
         """Where every array of the state lies: moments beside their weights, scalars everywhere."""
-        placed = {jax.tree_util.keystr(path): where for path, where in jax.tree.leaves_with_path(self._weights)}
+        weights = shardings(weight_axes(params, self._arch), params, self.mesh, TRAINING_RULES)
+        placed = {jax.tree_util.keystr(path): where for path, where in jax.tree.leaves_with_path(weights)}
 
         def place(path: tuple[Any, ...], _: Any) -> Any:
             names = (jax.tree_util.keystr(path[start:]) for start in range(len(path)))
             return next((placed[name] for name in names if name in placed), replicated(self.mesh))
 
         shapes = jax.eval_shape(self._optimizer.init, params)
-        return TrainState(self._weights, jax.tree_util.tree_map_with_path(place, shapes))
+        return TrainState(weights, jax.tree_util.tree_map_with_path(place, shapes))
 
     def update(
         self, state: TrainState, batch: Batch, loss: Loss, learning_rate: float, micro_rows: int, epochs: int = 1
@@ -79,12 +87,12 @@ class Learner:
         tokens = jnp.float32(max(float(batch.mask.sum()), 1.0))
         if epochs > 1:
             for micro in micros:
-                micro["old_logprobs"] = self._logprobs(state.params, micro)
+                micro["old_logprobs"] = self._logprobs(state.params, self._frozen, micro)
         statistics: Arrays = {}
         for _ in range(epochs):
             sums = (jax.tree.map(jnp.zeros_like, state.params), {name: jnp.zeros(()) for name in STATISTICS})
             for micro in micros:
-                sums = self._gradient(state.params, sums, micro, tokens, loss=loss)
+                sums = self._gradient(state.params, self._frozen, sums, micro, tokens, loss=loss)
             gradient, statistics = sums
             state, norm = self._apply(state, gradient, jnp.float32(learning_rate))
             statistics["gradient_norm"] = norm
@@ -110,9 +118,11 @@ class Learner:
         )
         return token_logprobs(params, self._arch, hidden_BTD, micro["targets"])
 
-    def _add_gradient(self, params: Params, sums: Any, micro: Arrays, tokens: jax.Array, *, loss: Loss) -> Any:
+    def _add_gradient(
+        self, params: Params, frozen: Params | None, sums: Any, micro: Arrays, tokens: jax.Array, *, loss: Loss
+    ) -> Any:
         def total(params: Params) -> tuple[jax.Array, Arrays]:
-            logprobs, entropy = self._predict(params, micro)
+            logprobs, entropy = self._predict(join(params, frozen), micro)
             old = micro.get("old_logprobs", jax.lax.stop_gradient(logprobs))
             sampler = old if isinstance(loss, Supervised) else micro["sampler_logprobs"]
             losses, clipped = token_losses(loss, logprobs, old, sampler, micro["advantages"])

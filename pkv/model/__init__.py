@@ -8,7 +8,10 @@ from pkv.model.cache import Cache, cache_axes, cache_length, grow_cache, init_ca
 from pkv.model.decoder import forward, logits
 from pkv.model.export import save_params
 from pkv.model.kernels import Kernel, choose_kernel
+from pkv.model.linear import cast
 from pkv.model.load import load_params, read_arch, read_config
+from pkv.model.lora import freezer, init_adapters, join, split, weight_axes
+from pkv.model.peft import save_adapter
 from pkv.model.weights import Params, init_params, param_axes, param_shapes, unstack_layers
 
 __all__ = [
@@ -18,11 +21,15 @@ __all__ = [
     "Params",
     "cache_axes",
     "cache_length",
+    "cast",
     "choose_kernel",
     "forward",
+    "freezer",
     "grow_cache",
+    "init_adapters",
     "init_cache",
     "init_params",
+    "join",
     "load_params",
     "logits",
     "param_axes",
@@ -30,7 +37,10 @@ __all__ = [
     "put_rows",
     "read_arch",
     "read_config",
+    "save_adapter",
     "save_params",
+    "split",
     "take_rows",
     "unstack_layers",
+    "weight_axes",
 ]

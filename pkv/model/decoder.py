@@ -5,7 +5,6 @@ It tests features of `Arch` only. Norms, softmax, rotary tables and logits are 3
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from pkv.model.arch import Arch
 from pkv.model.attention import attend
 from pkv.model.cache import Cache
 from pkv.model.kernels import MIXED, Kernel
+from pkv.model.linear import cast, dense
 from pkv.model.rope import Scaling, turns
 from pkv.model.weights import Params
 
@@ -135,7 +135,7 @@ def decoder_layer(
     x_BTD: jax.Array, weights: Params, arch: Arch, rotation: Rotation, look: Look, remember: Remember
 ) -> tuple[jax.Array, Cache]:
     """One layer: attention and the gated feed-forward, each on a normed copy, each added to the stream."""
-    w = jax.tree.map(lambda weight: weight.astype(x_BTD.dtype), weights)
+    w = cast(weights, x_BTD.dtype)
     q_BTNH, k_BTKH, v_BTKH = _project(_norm(x_BTD, w["attention_norm"], arch), w["attention"], arch)
     keys_BKHS, values_BKSH, cache = remember(rotate(k_BTKH, rotation), v_BTKH)
     mixed_BTNH = checkpoint_name(look(rotate(q_BTNH, rotation), keys_BKHS, values_BKSH), MIXED)
@@ -162,16 +162,6 @@ def _project(x_BTD: jax.Array, w: Params, arch: Arch) -> tuple[jax.Array, jax.Ar
     if arch.qk_norm:
         q_BTNH, k_BTKH = _norm(q_BTNH, w["q_norm"], arch), _norm(k_BTKH, w["k_norm"], arch)
     return q_BTNH, k_BTKH, v_BTKH
-
-
-def dense(x: jax.Array, w: jax.Array, inputs: int = 1) -> jax.Array:
-    """x [B, T, *in] times w [*in, *out], where `in` is the first `inputs` axes of w: [B, T, *out].
-
-    One plain matrix product over all tokens: with B and T as two axes, XLA's CPU compiler takes a path for the weights'
-    gradient that made a feed-forward's backward pass twice as long (76 against 38 ms at 2,560 tokens).
-    """
-    size = math.prod(w.shape[:inputs])
-    return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*x.shape[:2], *w.shape[inputs:])
 
 
 def _norm(x: jax.Array, weight: jax.Array, arch: Arch) -> jax.Array:

@@ -7,6 +7,7 @@ mapped tensor. What the host holds is one part of one tensor at a time, and the 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,18 @@ def read_arch(source: str | Path) -> Arch:
     return family_of(config).read(config)
 
 
-def load_params(source: str | Path, arch: Arch, dtype: Any = jnp.float32, shardings: Any = None) -> Params:
+def load_params(
+    source: str | Path,
+    arch: Arch,
+    dtype: Any = jnp.float32,
+    shardings: Any = None,
+    keep: Callable[[str, jax.Array], Any] = lambda path, weight: weight,
+) -> Params:
     """The weights of a checkpoint, layers stacked, in `dtype`.
 
     shardings: a tree like `param_axes`, from `pkv.mesh.shardings`; None puts all on the default device. Names, shapes
     and dtypes are checked before the first number is read; then it is tensor by tensor, with progress on stderr.
+    keep: what becomes of each weight as soon as it is loaded, such as `freezer` says, given its path and array.
     Raises UserError naming a tensor that is missing, has no place in the model, or another shape or dtype.
     """
     family = family_of(read_config(source))
@@ -61,7 +69,7 @@ def load_params(source: str | Path, arch: Arch, dtype: Any = jnp.float32, shardi
         for path, tensors in weights.items():
             *parents, name = path.split(".")
             node = functools.reduce(lambda inner, parent: inner.setdefault(parent, {}), parents, params)
-            node[name] = _load_weight(files, tensors, jnp.dtype(dtype), placed[path], progress)
+            node[name] = keep(path, _load_weight(files, tensors, jnp.dtype(dtype), placed[path], progress))
     return params
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,15 +26,15 @@ from pkv.model import (
     Params,
     cache_axes,
     cache_length,
+    cast,
     forward,
     grow_cache,
     init_cache,
     logits,
-    param_axes,
-    param_shapes,
     put_rows,
     take_rows,
     unstack_layers,
+    weight_axes,
 )
 from pkv.records import Finish
 from pkv.sampling.drawing import Drawing, Greedy, Nucleus, draw
@@ -109,7 +110,7 @@ class Engine:
         if config.temperature > 0:
             self._drawing = Nucleus(config.top_p < 1 or config.top_k > 0, config.top_k)
         self._scalars = (jnp.float32(config.temperature or 1.0), jnp.float32(config.top_p))
-        self._place = self._compile_place()
+        self._place = jax.jit(self._place_weights)
         self._prefill = jax.jit(self._prefill_prompts)
         self._insert = jax.jit(self._insert_rows, donate_argnames="rows")
         self._decode = jax.jit(self._decode_segment, donate_argnames="rows", static_argnames="steps")
@@ -117,7 +118,19 @@ class Engine:
         self._take = jax.jit(lambda rows, chosen: Rows(take_rows(rows.cache, chosen), *(x[chosen] for x in rows[1:])))
 
     def load(self, params: Params) -> Params:
-        """Weights in the layout and dtype of sampling, from the training layout; what `sample` takes."""
+        """Weights, or a part of them from `split`, in the layout and dtype of sampling; what `sample` takes.
+
+        Adapters are not merged and quantised weights stay so: the sampler computes what the trainer does, to the last
+        rounding. What lies right already is not copied.
+        """
+        shapes = jax.eval_shape(partial(cast, dtype=self._dtype), params)
+        placed = self._placing(params)
+
+        def right(array: jax.Array, shape: Any, place: Any) -> bool:
+            return array.dtype == shape.dtype and array.sharding.is_equivalent_to(place, array.ndim)
+
+        if self._stacked and jax.tree.all(jax.tree.map(right, params, shapes, placed)):
+            return params
         return self._place(params)
 
     def sample(
@@ -235,15 +248,12 @@ class Engine:
 
     # The device's side.
 
-    def _compile_place(self) -> Callable[[Params], Params]:
-        placed = shardings(param_axes(self._arch), param_shapes(self._arch), self._mesh, SAMPLING_RULES)
+    def _placing(self, params: Params) -> Any:
+        return shardings(weight_axes(params, self._arch), params, self._mesh, SAMPLING_RULES)
 
-        def place(params: Params) -> Params:
-            params = jax.tree.map(lambda weight: weight.astype(self._dtype), params)
-            params = jax.lax.with_sharding_constraint(params, placed)
-            return params if self._stacked else unstack_layers(params, self._arch)
-
-        return jax.jit(place)
+    def _place_weights(self, params: Params) -> Params:
+        params = jax.lax.with_sharding_constraint(cast(params, self._dtype), self._placing(params))
+        return params if self._stacked else unstack_layers(params, self._arch)
 
     def _empty_rows(self, count: int, length: int) -> Rows:
         def make() -> Rows:

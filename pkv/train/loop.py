@@ -52,7 +52,7 @@ def grpo_step(
     config, clock, round_ = setup.config, Clock(), stage.required_round
     prompts = setup.draw_prompts(step)
     with clock("sample"):
-        source = Source(setup.engine, setup.engine.load(state.params), setup.policy.tokenizer, step)
+        source = Source(setup.engine, setup.weights(state), setup.policy.tokenizer, step)
         groups = collect_groups(
             source,
             prompts,
@@ -98,7 +98,7 @@ def warmup_step(
 def measure(setup: Setup, run: Run, state: TrainState, stage: Stage, scoring: ScoringPool) -> None:
     """Held-out accuracy, format and judge metrics at a stage's end."""
     config = setup.config
-    source = Source(setup.heldout_engine, setup.heldout_engine.load(state.params), setup.policy.tokenizer, stage.stop)
+    source = Source(setup.heldout_engine, setup.weights(state), setup.policy.tokenizer, stage.stop)
     with Progress(len(setup.heldout) * config.evaluate.samples, f"held-out, after {stage.name}") as progress:
         evaluation = evaluate(
             source,

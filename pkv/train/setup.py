@@ -14,7 +14,7 @@ from pkv.data import open_source
 from pkv.evaluate import Policy, load_policy, render_prompts
 from pkv.grpo import Learner, TrainState
 from pkv.mesh import make_mesh
-from pkv.model import read_config
+from pkv.model import Params, join, read_config, split
 from pkv.records import Problem, Prompt
 from pkv.sampling import Engine
 from pkv.train.rounds import stages
@@ -23,7 +23,10 @@ from pkv.train.run import Run, open_run
 
 @dataclass(frozen=True)
 class Setup:
-    """The compiled parts and the data of one run. `engine` samples for training, `heldout_engine` for evaluation."""
+    """The compiled parts and the data of one run. `engine` samples for training, `heldout_engine` for evaluation.
+
+    frozen: what is not trained, laid out for both engines; None when everything is.
+    """
 
     TEXT_EVERY: ClassVar[int] = 10  # steps between two competitions shown in TensorBoard
 
@@ -32,9 +35,14 @@ class Setup:
     engine: Engine
     heldout_engine: Engine
     learner: Learner
+    frozen: Params | None
     problems: list[Problem]
     heldout: list[Prompt]
     model_config: dict[str, Any]
+
+    def weights(self, state: TrainState) -> Params:
+        """The policy as both engines sample from it."""
+        return join(self.engine.load(state.params), self.frozen)
 
     def draw_prompts(self, step: int) -> list[Prompt]:
         """The prompts of a GRPO step: the problems in a new order each epoch, a function of seed and step only."""
@@ -59,7 +67,7 @@ def build(config: Config) -> Setup:
     heldout = open_source(config.data.heldout, config.evaluate.problems)
     _check_apart(problems, heldout)
     mesh = make_mesh(config.mesh)
-    policy = load_policy(config.model.path, mesh, system=config.prompt.system, init=config.model.init, seed=config.seed)
+    policy = load_policy(config.model.path, mesh, system=config.prompt.system, model=config.model, seed=config.seed)
     prompts = render_prompts(policy.tokenizer, heldout, policy.system)
     longest = max(stage.max_new_tokens for stage in stages(config))
     needed = max(len(prompt.tokens) for prompt in prompts) + longest
@@ -71,12 +79,15 @@ def build(config: Config) -> Setup:
             raise UserError(f"{name}: {limit} tokens; prompts and max_new_tokens need {needed}: raise it or lower them")
     stops, dtype = policy.tokenizer.stop_ids, config.model.dtype
     at_test = dataclasses.replace(config.sampling, temperature=config.evaluate.temperature, top_p=1.0, top_k=0)
+    engine = Engine(policy.arch, config.sampling, stops, mesh, dtype)
+    _, frozen = split(policy.params)
     return Setup(
         config,
         policy,
-        Engine(policy.arch, config.sampling, stops, mesh, dtype),
+        engine,
         Engine(policy.arch, at_test, stops, mesh, dtype),
-        Learner(policy.arch, config.model, config.optimizer, mesh),
+        Learner(policy.arch, config.model, config.optimizer, mesh, frozen),
+        None if frozen is None else engine.load(frozen),
         problems,
         prompts,
         read_config(config.model.path),
