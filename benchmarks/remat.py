@@ -59,10 +59,11 @@ def main() -> None:
     arguments.add_argument("--topology", default="v5e:2x2")
     arguments.add_argument("--tokens", type=int, default=4096)
     arguments.add_argument("--layers", type=int, default=SHAPE.layers)
+    arguments.add_argument("--remat", nargs="*", choices=get_args(Remat), default=get_args(Remat))
     chosen = arguments.parse_args()
     arch = dataclasses.replace(SHAPE, layers=chosen.layers)
     print("| remat | temporary memory, GiB a chip | on the host, GiB | compiled in, s |\n|---|---|---|---|")
-    for remat in get_args(Remat):
+    for remat in chosen.remat:
         began = time.perf_counter()
         try:
             compiled = compile_gradient(arch, chosen.topology, MeshConfig(data=1, fsdp=-1), chosen.tokens, remat)

@@ -13,16 +13,22 @@ done
 
 folder=.venv-test
 make_environment "$folder" test,report
+# optional MODULE WHAT ARGUMENTS...: what some slow tests need beyond pkv; where it cannot be had they are left out.
+optional() {
+    local module=$1 what=$2
+    shift 2
+    if "$folder/bin/python" -c "import $module" >/dev/null 2>&1; then return; fi
+    echo "Installing $* for $what"
+    install_into "$folder" "$@" 2>/dev/null || echo "NOTICE: $* cannot be had here; not tested: $what"
+}
+
 if $all; then
-    if ! "$folder/bin/python" -c 'import torch' >/dev/null 2>&1; then
-        # Linux wheels without "+cpu" bring gigabytes of CUDA with them.
-        torch=torch==2.13.0
-        if [[ $(uname -s) == Linux ]]; then torch+=+cpu; fi
-        echo "Installing $torch for live parity with transformers"
-        if ! install_into "$folder" --only-binary torch "$torch" 2>/dev/null; then
-            echo "NOTICE: $torch cannot be had here; parity is tested against the golden files only"
-        fi
-    fi
+    # Linux wheels without "+cpu" bring gigabytes of CUDA with them.
+    torch=torch==2.13.0
+    if [[ $(uname -s) == Linux ]]; then torch+=+cpu; fi
+    optional torch "live parity with transformers" --only-binary torch "$torch"
+    if "$folder/bin/python" -c 'import torch' >/dev/null 2>&1; then optional peft "adapters in PEFT" peft; fi
+    optional libtpu "programs compiled for TPU" "jax[tpu]"
     set -- --durations=15
 else
     set -- --durations=15 -m "not slow"
