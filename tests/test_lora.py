@@ -279,6 +279,7 @@ def test_one_and_eight_devices_are_equal(base):
         assert {shard.data.shape for shard in codes.addressable_shards} == {(2, 1, 32, 64)}
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     (plain, _, *_), (again, _, *_) = train("nf4"), train("nf4", remat="layer")
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-5), plain.params, again.params)
@@ -295,17 +296,18 @@ def test_the_optimizer_keeps_two_numbers_for_each_of_the_adapters_and_none_for_t
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
 def test_the_backward_pass_keeps_neither_the_decoded_base_nor_a_copy_of_its_codes(remat):
-    weights, trained = frozen("nf4"), adapters()
+    arch = dataclasses.replace(ARCH, hidden=256, ffn=1024)
+    weights, trained = frozen("nf4", arch), adapters(arch)
 
     def loss(trained, weights):
-        few = TOKENS[:1, :2], POSITIONS[:1, :2]  # so that activations are small beside the weights
-        return forward(join(trained, weights), ARCH, *few, remat=remat)[0].sum()
+        one = TOKENS[:1, :1], POSITIONS[:1, :1]  # so that activations are small beside the weights
+        return forward(join(trained, weights), arch, *one, remat=remat)[0].sum()
 
     program = jax.make_jaxpr(jax.grad(loss))(trained, weights)
     first = next(step for step in program.eqns if step.primitive.name == "scan")
     kept = sum(out.aval.size * out.aval.dtype.itemsize for out in first.outvars)
     codes = [w.codes for w in flat(weights).values() if isinstance(w, Quantised)]
-    assert kept < 0.2 * sum(array.nbytes for array in codes)
+    assert kept < 0.3 * sum(array.nbytes for array in codes)
 
 
 # Sampling.

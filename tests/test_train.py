@@ -107,7 +107,7 @@ def test_on_policy_updates_agree_with_the_sampler(whole):
         assert line["policy/clipped"] == 0
 
 
-LORA = ["--model.lora.rank=4", "--model.lora.base=nf4", "--mesh.data=8", "--mesh.fsdp=1", "--mesh.tensor=1"]
+LORA = ["--model.lora.rank=4", "--model.lora.base=nf4", "--mesh={data: 8, fsdp: 1, tensor: 1}", "--grpo.micro_rows=8"]
 
 
 @pytest.fixture(scope="module")

@@ -120,8 +120,8 @@ class Engine:
     def load(self, params: Params) -> Params:
         """Weights, or a part of them from `split`, in the layout and dtype of sampling; what `sample` takes.
 
-        Adapters are not merged and quantised weights stay so: the sampler computes what the trainer does, to the last
-        rounding. What lies right already is not copied.
+        Adapters are not merged and quantised weights stay so: merged in 16 bits, an adapter's small changes would be
+        rounded away, and sampler and trainer would differ. What lies right already is not copied.
         """
         shapes = jax.eval_shape(partial(cast, dtype=self._dtype), params)
         placed = self._placing(params)
