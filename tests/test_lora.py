@@ -281,7 +281,7 @@ def test_one_and_eight_devices_are_equal(base):
 
 @pytest.mark.slow
 def test_remat_changes_nothing():
-    (plain, _, *_), (again, _, *_) = train("nf4"), train("nf4", remat="layer")
+    (plain, _, *_), (again, _, *_) = train("nf4"), train("nf4", remat="all")
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-5), plain.params, again.params)
 
 
@@ -294,7 +294,7 @@ def test_the_optimizer_keeps_two_numbers_for_each_of_the_adapters_and_none_for_t
     assert sum(array.nbytes for array in jax.tree.leaves(state.params)) == 4 * size
 
 
-@pytest.mark.parametrize("remat", ["none", "layer"])
+@pytest.mark.parametrize("remat", ["none", "cheap", "all"])
 def test_the_backward_pass_keeps_neither_the_decoded_base_nor_a_copy_of_its_codes(remat):
     arch = dataclasses.replace(ARCH, hidden=256, ffn=1024)
     weights, trained = frozen("nf4", arch), adapters(arch)
