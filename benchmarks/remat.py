@@ -69,7 +69,7 @@ def main() -> None:
             compiled = compile_gradient(arch, chosen.topology, MeshConfig(data=1, fsdp=-1), chosen.tokens, remat)
             memory = compiled.memory_analysis()
         except jax.errors.JaxRuntimeError as error:
-            print(f"| {remat} | does not fit: {str(error).splitlines()[0][:120]} | | |")
+            print(f"| {remat} | does not fit: {' '.join(str(error).split())[:240]} | | |")
             continue
         device, host = memory.temp_size_in_bytes / 2**30, memory.host_temp_size_in_bytes / 2**30
         print(f"| {remat} | {device:.2f} | {host:.2f} | {time.perf_counter() - began:.0f} |", flush=True)
