@@ -159,12 +159,12 @@ def test_a_command_that_is_stopped_goes_on_when_it_is_given_again(whole, config_
     began = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         metrics = folder / "metrics.jsonl"
-        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        while not metrics.exists() or metrics.read_text().count("\n") < 1:  # most of the work is still to come
             assert running.poll() is None and time.monotonic() - began < 300
             time.sleep(0.05)
         running.send_signal(how)
         said = running.communicate(timeout=120)[1]
-    assert 3 <= len(lines(folder)) < 5
+    assert 1 <= len(lines(folder)) < 5
     if how == signal.SIGINT:
         assert running.returncode == 130 and "Traceback" not in said and "the same command resumes" in said
     subprocess.run(command, check=True, capture_output=True, timeout=300)
