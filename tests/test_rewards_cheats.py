@@ -107,6 +107,13 @@ LESS = {
         knight="By my honour! A lone dwelling yields 20 fine candles / 5 good hives = 4. Gathering such yields "
         "sixfold, the sum becomes 6 good hives * 4 fine candles = 24. Thus the answer is 24."
     ),
+    "false steps as padding": write(
+        viking=VIKING.replace("20 + 4 = 24.", "20 + 4 = 24. I hew one more: 24 + 4 = 24. I hew one more: 24 + 6 = 24.")
+    ),
+    "a copy with other numbers": write(
+        knight="By my honour! I capture the portion of a single hive: 20 / 5 = 6. Next I ride forth and gather the "
+        "portion of each: 4 * 8 = 24. Hence the answer is 24."
+    ),
     "an empty pirate": write(pirate=""),
     "a pirate of one word": write(pirate="Arr! 24"),
     "empty pirate and knight": write(pirate="", knight="", winner="viking"),
@@ -187,6 +194,15 @@ def test_noise_beside_right_equations_earns_next_to_nothing():
     filled = plain + len(noise) // 2
     assert filled > 10 * plain
     assert spoken_tokens(PIRATE + " " + noise, filled) < 3 * plain
+
+
+def test_a_mistake_that_is_mended_costs_no_length_and_one_that_stands_does(scorer):
+    def length_of(slip: str) -> float:
+        viking = VIKING.replace("20 + 4 = 24.", slip)
+        return scorer.score(PROBLEM, parse(write(viking=viking))).rewards["length_viking"].value
+
+    mended = length_of("20 + 4 = 25. No, that is wrong: 20 + 4 = 24.")
+    assert mended > length_of("20 + 4 = 25. I look at that for a while: 20 + 4 = 24.")
 
 
 LATEX = r"""We complete the square. Let $f(x) = x^2 + 6x + 5$. Then $x^2 + 6x = (x + 3)^2 - 9$, hence

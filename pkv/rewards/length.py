@@ -10,6 +10,7 @@ import zlib
 from pkv.rewards.context import Context
 from pkv.rewards.lexicon import SIGN, is_function_word, pieces
 from pkv.rewards.originality import is_attempt
+from pkv.rewards.soundness import sound_share
 
 NGRAM = 5  # pieces; a mended equation ("20 / 5 = 4" after "20 / 5 = 5") differs within so many
 FORMULA_NGRAM = 8  # signs and numbers only
@@ -33,11 +34,12 @@ _LONG_WORD = re.compile(rf"[^\s{SIGN}]{{{LONGEST_WORD + 1},}}")
 
 
 def length(name: str, context: Context) -> float:
-    """Linear up to the optimal number of spoken tokens, then falling, to 0 at twice as many."""
+    """Linear up to the optimal number of spoken tokens, then falling, to 0 at twice as many; false steps aren't paid."""
     block = context.trace.blocks.get(name)
     if block is None or not is_attempt(name, context):
         return 0.0
-    share = spoken_tokens(context.text(name), block.tokens.size) / context.length_optimum
+    spoken = spoken_tokens(context.text(name), block.tokens.size) * sound_share(name, context)
+    share = spoken / context.length_optimum
     # Falling counts every token: padding that isn't paid must not shield what is too long.
     excess = block.tokens.size / context.length_optimum
     return max(0.0, min(share, 2.0 - excess, 1.0))

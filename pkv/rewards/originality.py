@@ -19,6 +19,7 @@ from pkv.mathcheck import parse_number
 from pkv.rewards.context import Context
 from pkv.rewards.equations import Equation, normalise, numbers
 from pkv.rewards.lexicon import is_function_word, is_sign, lexicon, number_words, words
+from pkv.rewards.soundness import sound_share
 
 # Overlap up to which a solution is its own (independent texts: 0.04 to 0.3) and from which it is a copy (every fifth
 # word swapped: 0.80); half copied, 0.52, lies about the middle.
@@ -34,15 +35,16 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")
 def originality(name: str, earlier: Sequence[str], context: Context) -> float:
     """From +0.5, its own approach, linearly to -0.5, a copy of one of the earlier fighters or no attempt at all.
 
-    Where an earlier fighter made no attempt there was nothing to copy: then nothing above 0 can be earned.
+    Where an earlier fighter made no attempt there was nothing to copy: then nothing above 0 can be earned. What is
+    above 0 is earned by the share of its working that holds: a copy with other numbers is no approach.
     """
     if not is_attempt(name, context):
         return -0.5
     most = max(overlap(name, other, context) for other in earlier)
     value = 0.5 - min(1.0, max(0.0, (most - OWN) / (COPY - OWN)))
-    if all(is_attempt(other, context) for other in earlier):
-        return value
-    return min(0.0, value)
+    if value <= 0.0 or not all(is_attempt(other, context) for other in earlier):
+        return min(0.0, value)
+    return value * sound_share(name, context)
 
 
 def is_attempt(name: str, context: Context) -> bool:

@@ -79,6 +79,10 @@ def voice(name: str, text: str) -> float:
 
 def find_corrections(name: str, context: Context) -> list[Correction]:
     """The corrections of a block, in order, each with its worth."""
+    return context.remember("corrections", name, lambda: _find_corrections(name, context))
+
+
+def _find_corrections(name: str, context: Context) -> list[Correction]:
     text = context.normalised(name).lower()
     claims = _find_claims(text, context.equations(name), context.gold)
     uses = _Uses.of(claims, context.givens)
