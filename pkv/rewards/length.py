@@ -34,7 +34,7 @@ _LONG_WORD = re.compile(rf"[^\s{SIGN}]{{{LONGEST_WORD + 1},}}")
 
 
 def length(name: str, context: Context) -> float:
-    """Linear up to the optimal number of spoken tokens, then falling, to 0 at twice as many; false steps aren't paid."""
+    """Linear to the optimal number of spoken tokens, then falling, to 0 at twice as many; false steps aren't paid."""
     block = context.trace.blocks.get(name)
     if block is None or not is_attempt(name, context):
         return 0.0
