@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from pkv.mesh import make_mesh
 from pkv.model import split
 from pkv.train import loop
 from pkv.train.demonstrations import demonstrate
+from pkv.train.interrupts import interrupts
 from pkv.train.loop import train
 from pkv.train.rounds import check_requirement, reward_budgets, stages
 from pkv.train.setup import build
@@ -149,6 +151,17 @@ def check_resumed(whole, config_file, folder, monkeypatch, killed_after, flags):
     assert lines(folder, "evaluations.jsonl") == lines(whole, "evaluations.jsonl")
     states = [final_state(run, config_file, flags) for run in (folder, whole)]
     jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_an_interrupt_that_something_swallows_is_raised_again():
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts() as check:
+        check()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow

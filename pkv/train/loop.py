@@ -14,6 +14,7 @@ from pkv.grpo.losses import ClippedSurrogate, Supervised
 from pkv.rewards import ScoringPool
 from pkv.tracking import Progress
 from pkv.train.credit import assign_credit
+from pkv.train.interrupts import interrupts
 from pkv.train.journal import check_scored, rollout_rows, shown, step_metrics
 from pkv.train.rounds import Stage, check_requirement, stages
 from pkv.train.run import Run
@@ -25,7 +26,7 @@ def train(config: Config, folder: Path, fresh: bool = False) -> Run:
     """Warm-up, then the rounds, into a run directory; a run that was stopped goes on where its last checkpoint is."""
     setup = build(config)
     run, state = open_training(setup, folder, fresh)
-    with run:
+    with run, interrupts() as check_interrupts:
         for stage in stages(config):
             if run.step >= stage.stop:
                 continue
@@ -36,6 +37,7 @@ def train(config: Config, folder: Path, fresh: bool = False) -> Run:
                 Progress(stage.stop - stage.first, stage.name, initial=run.step - stage.first) as progress,
             ):
                 for step in range(run.step, stage.stop):
+                    check_interrupts()
                     state, seen = (grpo_step if stage.round else warmup_step)(setup, run, state, stage, step, scoring)
                     progress.advance(1, **seen)
                     if step + 1 == stage.stop:
