@@ -25,7 +25,7 @@ from pkv.mesh import make_mesh
 from pkv.model import split
 from pkv.train import loop
 from pkv.train.demonstrations import demonstrate
-from pkv.train.interrupts import interrupts
+from pkv.train.interrupts import stop_requests
 from pkv.train.loop import train
 from pkv.train.rounds import check_requirement, reward_budgets, stages
 from pkv.train.setup import build
@@ -153,19 +153,37 @@ def check_resumed(whole, config_file, folder, monkeypatch, killed_after, flags):
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
-def test_an_interrupt_that_something_swallows_is_raised_again():
-    before = signal.getsignal(signal.SIGINT)
-    with interrupts() as check:
-        check()
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_leaves_word_and_the_second_stops(number, capfd):
+    before = signal.getsignal(number)
+    with stop_requests() as asked_to_stop:
+        assert not asked_to_stop()
+        signal.raise_signal(number)
+        assert asked_to_stop()
         with pytest.raises(KeyboardInterrupt):
-            check()
-    assert signal.getsignal(signal.SIGINT) is before
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+    assert "once more to stop at once" in capfd.readouterr().err
+
+
+def test_a_run_asked_to_stop_saves_the_step_it_is_in(whole, config_file, tmp_path, monkeypatch):
+    warmup_step, folder = loop.warmup_step, tmp_path / "run"
+
+    def rung(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return warmup_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "warmup_step", rung)
+        with pytest.raises(KeyboardInterrupt):
+            train(load_config(config_file, ["--checkpoint.every", "1000"]), folder)
+    assert checkpoint.latest(folder / "checkpoints") == len(lines(folder)) == 1
+    train(load_config(config_file), folder)
+    assert lines(folder) == lines(whole)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_command_that_is_stopped_goes_on_when_it_is_given_again(whole, config_file, tmp_path, how):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "pkv", "train", str(config_file), "--run", str(folder)]
@@ -177,9 +195,10 @@ def test_a_command_that_is_stopped_goes_on_when_it_is_given_again(whole, config_
             time.sleep(0.05)
         running.send_signal(how)
         said = running.communicate(timeout=120)[1]
-    assert 1 <= len(lines(folder)) < 5
-    if how == signal.SIGINT:
-        assert running.returncode == 130 and "Traceback" not in said and "the same command resumes" in said
+    assert 1 <= len(lines(folder)) < 5, said
+    if how != signal.SIGKILL:
+        assert running.returncode == 130 and "Traceback" not in said and "the same command resumes" in said, said
+        assert checkpoint.latest(folder / "checkpoints") == len(lines(folder))  # nothing is done twice
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     assert lines(folder) == lines(whole)
     jax.tree.map(np.testing.assert_array_equal, *(final_state(run, config_file) for run in (folder, whole)))

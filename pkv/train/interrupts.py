@@ -1,37 +1,40 @@
-"""Ctrl-C that cannot get lost: where the exception is swallowed, the next step raises it again.
+"""A run that is asked to stop ends its step and is saved; asked a second time, it stops at once.
 
-Python raises it in whatever runs at that moment; in a callback of the garbage collector, of which jax has one, it is
-printed and forgotten.
+An exception raised by a signal handler lands anywhere: in a checkpoint being written, in a callback of jax that
+swallows it, in an import. So the first signal only leaves word, and the loop looks for it where nothing is half done.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; what a spot machine's end and a scheduler send
+SAID = b"\npkv: stopping after this step, which is saved; once more to stop at once\n"
+
 
 @contextmanager
-def interrupts() -> Iterator[Callable[[], None]]:
-    """A check that raises KeyboardInterrupt if there was one since the block began. Off the main thread it never is."""
-    seen = False
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Whether the run was asked to stop since the block began. Off the main thread, where no signal comes: never."""
+    asked = False
 
-    def ring(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        seen = True
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if seen:
+    def leave_word(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
             raise KeyboardInterrupt
+        asked = True
+        os.write(2, SAID)  # not print: the signal may have come in the middle of one
 
     if threading.current_thread() is not threading.main_thread():
-        yield check
+        yield lambda: False
         return
-    before = signal.signal(signal.SIGINT, ring)
+    before = {number: signal.signal(number, leave_word) for number in SIGNALS}
     try:
-        yield check
+        yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -14,7 +14,7 @@ from pkv.grpo.losses import ClippedSurrogate, Supervised
 from pkv.rewards import ScoringPool
 from pkv.tracking import Progress
 from pkv.train.credit import assign_credit
-from pkv.train.interrupts import interrupts
+from pkv.train.interrupts import stop_requests
 from pkv.train.journal import check_scored, rollout_rows, shown, step_metrics
 from pkv.train.rounds import Stage, check_requirement, stages
 from pkv.train.run import Run
@@ -23,10 +23,13 @@ from pkv.train.warmup import demonstration_batch, warmup_learning_rate
 
 
 def train(config: Config, folder: Path, fresh: bool = False) -> Run:
-    """Warm-up, then the rounds, into a run directory; a run that was stopped goes on where its last checkpoint is."""
+    """Warm-up, then the rounds, into a run directory; a run that was stopped goes on where its last checkpoint is.
+
+    Raises KeyboardInterrupt after the step, and its checkpoint, in which it was asked to stop.
+    """
     setup = build(config)
     run, state = open_training(setup, folder, fresh)
-    with run, interrupts() as check_interrupts:
+    with run, stop_requests() as asked_to_stop:
         for stage in stages(config):
             if run.step >= stage.stop:
                 continue
@@ -37,12 +40,13 @@ def train(config: Config, folder: Path, fresh: bool = False) -> Run:
                 Progress(stage.stop - stage.first, stage.name, initial=run.step - stage.first) as progress,
             ):
                 for step in range(run.step, stage.stop):
-                    check_interrupts()
+                    if asked_to_stop() and run.step == step:  # saved: nothing is lost
+                        raise KeyboardInterrupt
                     state, seen = (grpo_step if stage.round else warmup_step)(setup, run, state, stage, step, scoring)
                     progress.advance(1, **seen)
                     if step + 1 == stage.stop:
                         measure(setup, run, state, stage, scoring)
-                    if (step + 1) % config.checkpoint.every == 0 or step + 1 == stage.stop:
+                    if (step + 1) % config.checkpoint.every == 0 or step + 1 == stage.stop or asked_to_stop():
                         run.save(step + 1, state, config.checkpoint.keep)
     return run
 
