@@ -13,7 +13,8 @@ from pkv.config import UserError, WarmupConfig
 from pkv.data.arithmetic import givens, problems, workings
 from pkv.records import FIGHTERS
 from pkv.rewards import Scorer
-from pkv.rewards.equations import find_equations, normalise, numbers
+from pkv.rewards.equations import find_equations, numbers
+from pkv.rewards.notation import normalise
 from pkv.train.demonstrations import demonstrate
 
 HONEST = WarmupConfig(copying=0.0, loose_layout=0.0, mistakes=0.0)

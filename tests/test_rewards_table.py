@@ -245,7 +245,13 @@ def test_a_judge_that_repeats_a_false_step_has_checked_nothing(scorer):
     ruling = "Beep. pirate 26, knight 24, viking 25. I check the pirate: 6 * 4 = 26 and 20 / 5 = 4. It holds."
     assert value(scorer, build(pirate=slip, result=ruling), "judge_reasoning") == pytest.approx(0.6)
     ruling = "Beep. pirate 26, knight 24, viking 25. The pirate is wrong in 6 * 4 = 26, but 20 / 5 = 4 holds."
-    assert value(scorer, build(pirate=slip, result=ruling), "judge_reasoning") == pytest.approx(1.0)
+    assert value(scorer, build(pirate=slip, result=ruling), "judge_reasoning") == pytest.approx(0.8)
+    ruling = "Beep. pirate 26, knight 24, viking 25. There is no doubt: 6 * 4 = 26, and I check that 20 / 5 = 4."
+    assert value(scorer, build(pirate=slip, result=ruling), "judge_reasoning") == pytest.approx(0.6)
+    unseen = "Beep. pirate 26, knight 24, viking 25. I check the pirate, it seems: 20 / 5 = 4. It holds."
+    assert value(scorer, build(pirate=slip, result=unseen), "judge_reasoning") == pytest.approx(0.6)
+    listed = "pirate knight viking 24, 6 * 4 = 24"
+    assert value(scorer, build(result=listed), "judge_reasoning") == pytest.approx(0.4)
     turned = RESULT.replace("6 * 4 = 24", "24 = 6 * 4")
     assert value(scorer, build(result=turned), "judge_reasoning") == pytest.approx(1.0)
 

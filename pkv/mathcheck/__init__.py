@@ -6,7 +6,7 @@ Not here: what being right is worth (see rewards). No jax.
 """
 
 from pkv.mathcheck.extract import Extraction, extract_answer
-from pkv.mathcheck.numbers import Number, parse_number, read_number
+from pkv.mathcheck.numbers import Number, parse_number, read_number, unit_of
 from pkv.mathcheck.pool import VerifyError, VerifyPool
 from pkv.mathcheck.verify import is_right
 
@@ -19,4 +19,5 @@ __all__ = [
     "is_right",
     "parse_number",
     "read_number",
+    "unit_of",
 ]

@@ -112,6 +112,11 @@ class Number:
         return self.value / 100 if self.percent else self.value
 
 
+def unit_of(word: str) -> tuple[str, Fraction] | None:
+    """What a known unit measures and its size in base units, or None: "hours" is ("time", 3600)."""
+    return _UNITS.get(word.lower())
+
+
 def parse_number(text: str) -> Fraction | None:
     """The exact value of a number (50% is 1/2, units are dropped), or None for anything else."""
     number = read_number(text)

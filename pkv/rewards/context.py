@@ -10,7 +10,8 @@ from typing import TypeVar, cast
 
 from pkv.mathcheck import Extraction, VerifyError, extract_answer, parse_number
 from pkv.records import FIGHTERS, Problem, Trace
-from pkv.rewards.equations import Equation, find_equations, normalise, numbers
+from pkv.rewards.equations import Equation, find_equations, numbers
+from pkv.rewards.notation import normalise
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ class Context:
         return self.trace.block_text(name) or ""
 
     def normalised(self, name: str) -> str:
-        """A block's text with operators as signs (see `equations.normalise`)."""
+        """A block's text with operators as signs (see notation.py)."""
         return self.remember("normalised", name, lambda: normalise(self.text(name)))
 
     def equations(self, name: str) -> list[Equation]:

@@ -7,42 +7,42 @@ small grammar, linear in the text's length.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 
-MAX_DIGITS = 12
+from pkv.mathcheck import unit_of
+from pkv.rewards.notation import UNREAD
+
+MAX_DIGITS = 30
 MAX_EXPONENT = 12
 MAX_BITS = 256  # of a value's numerator and denominator; powers of powers would take for ever
 MAX_SIDE_TOKENS = 60  # of one side of an equation; a longer one is no line of working
 MAX_DEPTH = 20
 MAX_UNIT_WORDS = 3  # between a number and the sign behind it: "20 fine candles / 5 good hives"
 
-_REWRITES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\\(?:d|t)?frac\{([^{}]{1,40})\}\{([^{}]{1,40})\}", r"((\1)/(\2))"),
-        (r"\\(?:times|cdot|ast)(?![A-Za-z])|[×·⋅∗]", "*"),
-        (r"\\div(?![A-Za-z])|[÷∕]", "/"),
-        (r"\\approx(?![A-Za-z])|≈|==", "="),
-        (r"[−–]", "-"),
-        (r"\\(?:left|right|quad|qquad|boxed|mathbf|displaystyle)(?![A-Za-z])|\\[,;:!() \[\]]|[$&{}%€£]", " "),
-        (r"(?<=[\d)])\s+(?:divided by|over)\s+(?=[\d(])", " / "),
-        (r"(?<=[\d)])\s+(?:times|multiplied by)\s+(?=[\d(])", " * "),
-        (r"(?<=[\d)])\s+plus\s+(?=[\d(])", " + "),
-        (r"(?<=[\d)])\s+minus\s+(?=[\d(])", " - "),
-        (r"(?<=[\d)])\s+(?:equals|is equal to|makes|gives|is)\s+(?=[-\d(])", " = "),
-        (r"(?<=[\d)])\s*(?:[-=]>|[→⟶⇒]|\\(?:to|[Rr]ightarrow)(?![A-Za-z]))\s*(?=[-\d(])", " = "),
-        (r"\*\*(?=\s*\d)(?<=\d\*\*)", "^"),
-    )
-)
 # A number, a sign, a variable (one letter; "a", "i" and "I" are English words), or one unit word that is passed over.
 _TOKEN = re.compile(
-    r"(?P<number>\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?)|(?P<sign>[-+*/^()=])"
-    r"|(?P<letter>[b-hj-zB-HJ-Z](?![^\W_]))|(?P<word>[^\W\d_]+)|(?P<space>\s+)|(?P<other>.)",
+    rf"(?P<number>\d{{1,3}}(?:,\d{{3}})+(?!\d)(?:\.\d+)?|\d+(?:\.\d{{3}}){{2,}}(?!\d)|\d+(?:\.\d+)?|(?<![\d.])\.\d+)"
+    rf"|(?P<sign>[-+*/^()=≈%{UNREAD}]|sqrt(?=\())"
+    r"|(?P<letter>[A-Za-z]_\w{1,8}|[b-hj-zB-HJ-Z](?![^\W_]))|(?P<call>[A-Za-z]{2,12}(?=\())|(?P<word>[^\W\d_]+)"
+    r"|(?P<space>\s+)|(?P<other>.)",
     re.S,
 )
+_RELATIONS = "=≈"
+_OPERATORS = "+-*/^"
+# Said between two numbers they are an equals sign; the first ones also behind a number's unit.
+_EQUALS = frozenset("is are equals gives totals leaves yields".split())  # noqa: SIM905
+_EQUALS_BARE = _EQUALS | frozenset("be make makes become becomes get gets give have".split())  # noqa: SIM905
+_OPERATES = {"times": "*", "plus": "+", "minus": "-"}
+# "Half of 20 + 4", "5 + 1 is 2 more than 4": they change the number behind or before them.
+_CHANGES_NEXT = frozenset("half twice double triple thrice third quarter fifth tenth root negative".split())  # noqa: SIM905
+_COMPARES = frozenset("more less fewer times greater smaller larger bigger older longer short".split())  # noqa: SIM905
+_GROUPED = re.compile(r"\d{1,3}(?:\.\d{3})+")  # 5.000 for five thousand
 
 
 Fact = tuple[object, ...]
@@ -52,26 +52,46 @@ Fact = tuple[object, ...]
 class Equation:
     """`left = right`, the working on the left: `4 = 20 / 5` is turned round.
 
-    left_value, right_value: None where a side has a variable. at, stop: its characters in the normalised text.
+    left_value, right_value: None where a side has a variable or can't be read. near: it is said to hold about.
+    doubtful: something around it may change what it says, so that it is never taken for false. at, stop: its
+    characters in the normalised text.
     """
 
     left: tuple[str, ...]
     right: tuple[str, ...]
     left_value: Fraction | None
     right_value: Fraction | None
+    near: bool
+    doubtful: bool
     at: int
     stop: int
 
-    @property
+    @functools.cached_property
     def holds(self) -> bool | None:
         """Whether both sides are equal (to the decimals that the right one is given in); None: not known."""
-        if self.left_value is None or self.right_value is None:
+        if self.left_value is None:
             return None
-        if self.left_value == self.right_value:
+        if self.right_value is None:
+            return False if not self.doubtful and _is_arithmetic(self.right) else None
+        if any(_agree(left, right, self.right, self.near) for left, right in self._readings()):
             return True
-        _, point, decimals = self.right[-1].partition(".")
-        rounding = Fraction(1, 2 * 10 ** len(decimals)) if point and len(self.right) == 1 else Fraction(0)
-        return rounding > 0 and abs(self.left_value - self.right_value) <= rounding
+        return None if self.doubtful or ("%" in self.left and {"+", "-"} & {*self.left}) else False
+
+    def _readings(self) -> list[tuple[Fraction, Fraction]]:
+        """What the sides may say: 25% is 1/4, and the 25 of `1 / 4 * 100 = 25%`; 5.000 may be five thousand."""
+        assert self.left_value is not None and self.right_value is not None
+        readings = [(self.left_value, self.right_value)]
+        for change in (_without_percent, _ungrouped):
+            sides = change(self.left), change(self.right)
+            if sides != (self.left, self.right):
+                values = [evaluate(side) for side in sides]
+                readings += [
+                    (left, right)
+                    for left in (self.left_value, values[0])
+                    for right in (self.right_value, values[1])
+                    if left is not None and right is not None
+                ]
+        return readings
 
     @property
     def operands(self) -> frozenset[Fraction]:
@@ -91,17 +111,10 @@ class Equation:
         return frozenset(steps or [("".join(self.left), *(() if self.left_value is not None else self.right))])
 
 
-def normalise(text: str) -> str:
-    """The text with LaTeX's and English's operators written as signs; what is no mathematics stays."""
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    return text
-
-
 def read_number(token: str) -> Fraction | None:
     """A plain ASCII decimal as an exact rational, or None."""
     bare = token.replace(",", "")
-    if len(bare) > MAX_DIGITS or not bare.isascii() or not re.fullmatch(r"\d+(?:\.\d+)?", bare):
+    if len(bare) > MAX_DIGITS or not bare.isascii() or not re.fullmatch(r"\d+(?:\.\d+)?|\.\d+", bare):
         return None
     return Fraction(bare)
 
@@ -114,53 +127,199 @@ def numbers(text: str) -> list[Fraction]:
 
 def find_equations(normalised: str) -> list[Equation]:
     """The equations of a normalised text in order; `a = b = c` is two of them. A left side without working is none."""
+    return [equation for run in _runs(normalised) for equation in _equations_of(run)]
+
+
+Token = tuple[str, int, int]  # with its characters
+
+
+@dataclass
+class _Run:
+    """A stretch of mathematics. headless: what its first side starts with can't be read."""
+
+    headless: bool
+    tokens: list[Token] = field(default_factory=list)
+    units: set[str] = field(default_factory=set)
+    doubtful: bool = False
+
+    @property
+    def last(self) -> str:
+        return self.tokens[-1][0] if self.tokens else ""
+
+    @property
+    def ends_a_value(self) -> bool:
+        return self.last[:1].isdigit() or self.last[:1] == "." or self.last in (")", "%")
+
+
+def _runs(text: str) -> list[_Run]:
+    """The runs that hold a relation; units after a number ("20 candles / 5") are passed over."""
+    runs = [_Run(headless=False)]
+    unit = 0  # words since the last number
+    word = ""  # the last one, as long as only blanks and "of" follow
+    spoken = False  # the last relation is a word
+    for match in _TOKEN.finditer(text):
+        kind, token, run = match.lastgroup, match[0], runs[-1]
+        low = token.lower()
+        if kind == "space":
+            word = "" if "\n" in token else word
+        elif kind in ("number", "sign", "letter", "call"):
+            goes_on = (kind == "sign" and token != "(") if unit else not (kind == "number" and run.ends_a_value)
+            if run.tokens and not goes_on:
+                run = _Run(headless=False)
+                runs.append(run)
+            if not run.tokens:
+                run.headless = word in _CHANGES_NEXT or (bool(word) and token in _OPERATORS)
+            spoken = spoken and token not in _RELATIONS
+            unit, word = 0, ""
+            run.tokens.append((UNREAD if kind == "call" else token, match.start(), match.end()))
+        elif kind == "word" and run.ends_a_value and (sign := _sign_of(low, unit)) and _value_at(text, match.end()):
+            spoken = sign == "="
+            unit, word = 0, ""
+            run.tokens.append((sign, match.start(), match.end()))
+        elif kind == "word" and unit < MAX_UNIT_WORDS and run.ends_a_value:
+            run.doubtful |= spoken and unit == 0 and low in _COMPARES
+            run.units.add(low)
+            unit, word = unit + 1, low
+        else:
+            unit = 0
+            if run.tokens:
+                runs.append(_Run(headless=False))
+            word = (word if low == "of" else low) if kind == "word" else ""
+    return [run for run in runs if any(token in _RELATIONS for token, _, _ in run.tokens)]
+
+
+_VALUE = re.compile(r"\s+-?[\d(]")
+
+
+def _sign_of(word: str, unit: int) -> str | None:
+    """The sign that a word says between two numbers, or behind so many words of the first one's unit."""
+    if word in (_EQUALS if unit else _EQUALS_BARE):
+        return "="
+    return _OPERATES.get(word)
+
+
+def _value_at(text: str, at: int) -> bool:
+    return _VALUE.match(text, at) is not None
+
+
+def _equations_of(run: _Run) -> list[Equation]:
     found: list[Equation] = []
-    for run in _runs(normalised):
-        sides = _split_sides(run)
-        for left, right in itertools.pairwise(sides):
-            first, second = tuple([token for token, _, _ in left]), tuple([token for token, _, _ in right])
-            if len(first) == 1 and first[0][0].isdigit() and len(second) > 1:
-                first, second = second, first
-            worked = len(first) > 1 or "".join(first).isalpha()
-            if worked and len(first) <= MAX_SIDE_TOKENS and len(second) <= MAX_SIDE_TOKENS:
-                found.append(Equation(first, second, evaluate(first), evaluate(second), left[0][1], right[-1][2]))
+    sides, nears = _split_sides(run.tokens)
+    doubtful = run.doubtful or _mixes_units(run.units)
+    ran_on = False
+    for index, (left, right) in enumerate(itertools.pairwise(sides)):
+        left, right = _trim_left(left), _trim_right(right)
+        if not left or not right:
+            continue
+        first, second = tuple([token for token, _, _ in left]), tuple([token for token, _, _ in right])
+        if len(first) == 1 and "".join(first)[0].isdigit() and len(second) > 1 and "%" not in second[1]:
+            first, second = second, first
+        worked = len(first) > 1 or "".join(first)[0].isalpha()
+        if not worked or len(first) > MAX_SIDE_TOKENS or len(second) > MAX_SIDE_TOKENS:
+            continue
+        runs_on = _runs_on(first, second)
+        doubt = doubtful or runs_on or ran_on or (run.headless and index == 0) or _multiplies_silently(first + second)
+        ran_on = runs_on
+        values = evaluate(first), evaluate(second)
+        found.append(Equation(first, second, *values, nears[index], doubt, left[0][1], right[-1][2]))
     return found
 
 
-def _runs(text: str) -> list[list[tuple[str, int, int]]]:
-    """Stretches of mathematics: tokens with their characters; a unit after a number ("20 candles / 5") is left out."""
-    runs: list[list[tuple[str, int, int]]] = [[]]
-    unit = 0  # words since the last number
-    for match in _TOKEN.finditer(text):
-        kind = match.lastgroup
-        if kind in ("number", "sign", "letter"):
-            if unit and not (kind == "sign" and match[0] != "("):
-                runs.append([])
-            unit = 0
-            runs[-1].append((match[0], match.start(), match.end()))
-        elif kind == "word" and unit < MAX_UNIT_WORDS and runs[-1] and runs[-1][-1][0][0].isdigit():
-            unit += 1
-        elif kind != "space":
-            unit = 0
-            if runs[-1]:
-                runs.append([])
-    return [run for run in runs if any(token == "=" for token, _, _ in run)]
-
-
-def _split_sides(run: list[tuple[str, int, int]]) -> list[list[tuple[str, int, int]]]:
-    """The sides of a run between its equals signs, without operators that hang over; empty ones are left out."""
-    sides: list[list[tuple[str, int, int]]] = [[]]
-    for token in run:
-        if token[0] == "=":
-            sides.append([])
-        else:
+def _split_sides(tokens: list[Token]) -> tuple[list[list[Token]], list[bool]]:
+    """The sides between the relations, and whether each relation is "about"; empty sides are left out."""
+    sides: list[list[Token]] = [[]]
+    nears: list[bool] = []
+    for token in tokens:
+        if token[0] not in _RELATIONS:
             sides[-1].append(token)
-    for side in sides:
-        while side and side[-1][0] in "+-*/^(":
-            side.pop()
-        start = next((i for i, token in enumerate(side) if token[0] not in "*/^)+"), len(side))
-        del side[:start]
-    return [side for side in sides if side]
+        elif sides[-1]:
+            sides.append([])
+            nears.append(token[0] == "≈")
+        elif nears:
+            nears[-1] |= token[0] == "≈"
+    return [side for side in sides if side], nears
+
+
+def _trim_left(side: list[Token]) -> list[Token]:
+    """A left side from its innermost unclosed bracket on, without operators that hang over."""
+    depth, start = 0, 0
+    for at in range(len(side) - 1, -1, -1):
+        depth += {")": 1, "(": -1}.get(side[at][0], 0)
+        if depth < 0:
+            start = at + 1
+            break
+    side = side[start:]
+    while side and side[-1][0] in _OPERATORS:
+        side = side[:-1]
+    at = next((i for i, token in enumerate(side) if token[0] not in ("*", "/", "^", "+", "%")), len(side))
+    return side[at:]
+
+
+def _trim_right(side: list[Token]) -> list[Token]:
+    """A right side up to a bracket that closes none of its own, without operators that hang over."""
+    depth = 0
+    for at, token in enumerate(side):
+        depth += {"(": 1, ")": -1}.get(token[0], 0)
+        if depth < 0:
+            side = side[:at]
+            break
+    while side and side[-1][0] in ("+", "-", "*", "/", "^", "("):
+        side = side[:-1]
+    at = next((i for i, token in enumerate(side) if token[0] not in ("*", "/", "^", "+", "%")), len(side))
+    return side[at:]
+
+
+def _mixes_units(words: set[str]) -> bool:
+    """Whether units of one kind and different sizes were passed over: 3 hours + 30 minutes."""
+    known = {unit for word in words if (unit := unit_of(word))}
+    return len(known) > len({kind for kind, _ in known}) or not words.isdisjoint({"cent", "cents"})  # $ is a sign
+
+
+def _runs_on(left: tuple[str, ...], right: tuple[str, ...]) -> bool:
+    """Whether what is on the right goes on with the result: `20 / 5 = 4 * 6 = 24`, `20 / 5 = 4 - 6 * 4 = 24`."""
+    if len(right) < 3 or right[1] not in _OPERATORS:
+        return False
+    value, first = evaluate(left), read_number(right[0])
+    return value is not None and value == first
+
+
+def _multiplies_silently(tokens: tuple[str, ...]) -> bool:
+    """Whether a bracket stands straight behind a value: 4 (20 / 5) may be a product or a remark."""
+    return any(token == "(" and (before == ")" or before[0].isdigit()) for before, token in itertools.pairwise(tokens))
+
+
+def _is_arithmetic(tokens: Sequence[str]) -> bool:
+    """Whether a side is numbers and signs only, so that it should have a value: 18 / 0 has none."""
+    return all(token[0].isdigit() or token in "+-*/^()%" for token in tokens)
+
+
+def _without_percent(tokens: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(token for token in tokens if token != "%")
+
+
+def _ungrouped(tokens: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(token.replace(".", "") if _GROUPED.fullmatch(token) else token for token in tokens)
+
+
+def _agree(left: Fraction, right: Fraction, said: tuple[str, ...], near: bool) -> bool:
+    """Whether two values are equal, or the right one is the left one rounded or cut to the places it is given in."""
+    if left == right:
+        return True
+    bare = _without_percent(said)
+    if bare[:1] == ("-",):
+        bare = bare[1:]
+    number = bare[0] if len(bare) == 1 else ""
+    if not number[:1].isdigit():
+        return near and abs(left - right) <= abs(left) / 1000
+    whole, point, decimals = number.replace(",", "").partition(".")
+    place = Fraction(1, 10 ** len(decimals)) / (100 if "%" in said and right != read_number(number) else 1)
+    gap = abs(left - right)
+    if near and not point:
+        zeros = len(whole) - len(whole.rstrip("0")) if whole.strip("0") else 0
+        return gap <= place / 2 or gap <= min(place * 10**zeros / 2, abs(left) / 20)
+    if not point and not ("%" in said and near):
+        return False
+    return gap <= place / 2 or (abs(left) > abs(right) and gap < place)
 
 
 def evaluate(tokens: tuple[str, ...], steps: list[Fact] | None = None) -> Fraction | None:
@@ -190,9 +349,10 @@ def _sum(tokens: tuple[str, ...], at: int, depth: int, steps: list[Fact]) -> tup
 
 def _product(tokens: tuple[str, ...], at: int, depth: int, steps: list[Fact]) -> tuple[Fraction, int]:
     value, at = _power(tokens, at, depth, steps)
-    while at < len(tokens) and tokens[at] in "*/":
-        other, after = _power(tokens, at + 1, depth, steps)
-        value = _work_out(value, tokens[at], other, steps)
+    while at < len(tokens) and tokens[at] in ("*", "/", "("):
+        sign, start = ("*", at) if tokens[at] == "(" else (tokens[at], at + 1)
+        other, after = _power(tokens, start, depth, steps)
+        value = _work_out(value, sign, other, steps)
         at = after
     return value, at
 
@@ -203,7 +363,9 @@ def _power(tokens: tuple[str, ...], at: int, depth: int, steps: list[Fact]) -> t
         return -value, at
     value, at = _atom(tokens, at, depth, steps)
     if at < len(tokens) and tokens[at] == "^":
-        exponent, at = _atom(tokens, at + 1, depth, steps)
+        sign = -1 if tokens[at + 1 : at + 2] == ("-",) else 1
+        exponent, at = _atom(tokens, at + 1 + (sign < 0), depth, steps)
+        exponent *= sign
         value = _work_out(value, "^", exponent, steps)
     return value, at
 
@@ -211,7 +373,11 @@ def _power(tokens: tuple[str, ...], at: int, depth: int, steps: list[Fact]) -> t
 def _work_out(first: Fraction, sign: str, second: Fraction, steps: list[Fact]) -> Fraction:
     """One operation, and the fact that it is: + and - say the same about three numbers, as do * and /."""
     if sign == "^":
-        if second.denominator != 1 or not 0 <= second <= MAX_EXPONENT:
+        if (
+            second.denominator != 1
+            or abs(second) > MAX_EXPONENT
+            or max(first.numerator.bit_length(), first.denominator.bit_length()) > MAX_BITS // 2
+        ):
             _fail()
         value = first**second.numerator
         fact: Fact = ("^", first, second)
@@ -230,13 +396,27 @@ def _work_out(first: Fraction, sign: str, second: Fraction, steps: list[Fact]) -
 def _atom(tokens: tuple[str, ...], at: int, depth: int, steps: list[Fact]) -> tuple[Fraction, int]:
     if at >= len(tokens):
         _fail()
+    if tokens[at] == "sqrt":
+        square, at = _atom(tokens, at + 1, depth + 1, steps) if depth < MAX_DEPTH else _fail()
+        return _root(square), at
     if tokens[at] == "(":
         value, at = _sum(tokens, at + 1, depth + 1, steps)
         if at >= len(tokens) or tokens[at] != ")":
             _fail()
-        return value, at + 1
-    value = read_number(tokens[at])
-    return (value, at + 1) if value is not None else _fail()
+    else:
+        number = read_number(tokens[at])
+        value = _fail()[0] if number is None else number
+    if tokens[at + 1 : at + 2] == ("%",):
+        return value / 100, at + 2
+    return value, at + 1
+
+
+def _root(square: Fraction) -> Fraction:
+    """The square root of what is a square; ValueError for anything else."""
+    if square < 0:
+        _fail()
+    root = Fraction(math.isqrt(square.numerator), math.isqrt(square.denominator))
+    return root if root * root == square else _fail()[0]
 
 
 def _fail() -> tuple[Fraction, int]:

@@ -12,6 +12,7 @@ from importlib import resources
 
 # Each sign of a script that puts no blanks between words is a word: kana, Han, Thai, Lao and Khmer.
 SIGN = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+LANGUAGE = 0.1  # share of function words below which words are no language
 _MARK = "\u0300-\u036f\u0900-\u0dff"  # combining marks, and the Indic scripts, where \w has no word on vowel signs
 _COMMAND = r"\\[A-Za-z]+"  # of LaTeX; its braces and dollars are layout
 PIECE = re.compile(rf"{_COMMAND}|[{SIGN}]|(?:[^\W_{SIGN}]|[{_MARK}])+(?:['’][^\W_{SIGN}]+)*|[^\w\s{{}}$]|_")
@@ -65,6 +66,11 @@ def words(text: str) -> list[str]:
 def is_function_word(word: str) -> bool:
     """Whether it is a function word of a language that is listed, or a sign of a script without blanks."""
     return word in lexicon().function_words or is_sign(word)
+
+
+def is_language(said: Sequence[str]) -> bool:
+    """Whether words are a language's: enough of them are function words, or signs of a script without blanks."""
+    return sum(map(is_function_word, said)) >= LANGUAGE * len(said)
 
 
 def is_sign(word: str) -> bool:

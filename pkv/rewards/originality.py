@@ -17,8 +17,9 @@ from collections.abc import Sequence, Set
 
 from pkv.mathcheck import parse_number
 from pkv.rewards.context import Context
-from pkv.rewards.equations import Equation, normalise, numbers
-from pkv.rewards.lexicon import is_function_word, is_sign, lexicon, number_words, words
+from pkv.rewards.equations import Equation, numbers
+from pkv.rewards.lexicon import is_language, is_sign, lexicon, number_words, words
+from pkv.rewards.notation import normalise
 from pkv.rewards.soundness import sound_share
 
 # Overlap up to which a solution is its own (independent texts: 0.04 to 0.3) and from which it is a copy (every fifth
@@ -27,7 +28,6 @@ OWN, COPY = 0.3, 0.7
 NGRAM = 5
 MIN_WORDS = 8  # masked words below which words are no evidence
 TRIVIAL_WORDS = 8  # different words below which a block is no attempt
-LANGUAGE = 0.1  # share of function words below which words are no language
 
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 
@@ -35,16 +35,27 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")
 def originality(name: str, earlier: Sequence[str], context: Context) -> float:
     """From +0.5, its own approach, linearly to -0.5, a copy of one of the earlier fighters or no attempt at all.
 
-    Where an earlier fighter made no attempt there was nothing to copy: then nothing above 0 can be earned. What is
-    above 0 is earned by the share of its working that holds: a copy with other numbers is no approach.
+    Where an earlier fighter made no attempt there was nothing to copy: then nothing above 0 can be earned, nor by
+    working that doesn't come to the block's answer. What is above 0 is earned by the share of its working that holds:
+    a copy with other numbers is no approach.
     """
     if not is_attempt(name, context):
         return -0.5
     most = max(overlap(name, other, context) for other in earlier)
     value = 0.5 - min(1.0, max(0.0, (most - OWN) / (COPY - OWN)))
-    if value <= 0.0 or not all(is_attempt(other, context) for other in earlier):
+    if value <= 0.0 or not all(is_attempt(other, context) for other in earlier) or _works_elsewhere(name, context):
         return min(0.0, value)
     return value * sound_share(name, context)
+
+
+def _works_elsewhere(name: str, context: Context) -> bool:
+    """Whether a block works out numbers, but its answer, a number too, is in no step that may hold."""
+    answer = parse_number(context.answer(name).value or "")
+    steps = context.equations(name)
+    if answer is None or not any(step.holds is not None for step in steps):
+        return False
+    said = {answer, answer * 100}  # 0.25 is said as 25%
+    return not any(e.holds is not False and (e.right_value in said or said & e.operands) for e in steps)
 
 
 def is_attempt(name: str, context: Context) -> bool:
@@ -65,12 +76,7 @@ def _is_attempt(name: str, context: Context) -> bool:
     if (context.givens or question) and not shares and not _leads_to_answer(name, context):
         return False
     works = any(equation.holds and equation.operands & context.givens for equation in equations)
-    return works or _is_language(said)
-
-
-def _is_language(said: Sequence[str]) -> bool:
-    """Whether words are a language's: enough of them are function words, or signs of a script without blanks."""
-    return sum(map(is_function_word, said)) >= LANGUAGE * len(said)
+    return works or is_language(said)
 
 
 def _leads_to_answer(name: str, context: Context) -> bool:
