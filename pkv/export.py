@@ -66,12 +66,7 @@ def _base_apart(run_or_model: str, merge_lora: bool) -> ModelConfig | None:
 
 def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """How the model wants to be sampled, for transformers and vLLM."""
-    return {
-        "do_sample": True,
-        "temperature": TEMPERATURE,
-        "eos_token_id": list(tokenizer.stop_ids),
-        "pad_token_id": tokenizer.pad_id,
-    }
+    return {"do_sample": True, "temperature": TEMPERATURE, **tokenizer.ends}
 
 
 def model_card(source: Path, policy: Policy, name: str, base: str | None = None) -> str:

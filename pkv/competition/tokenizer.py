@@ -13,6 +13,7 @@ import numpy as np
 from pkv.competition.chat_text import RefusalError, control_runs, render_chat
 from pkv.competition.token_bytes import TokenBytes
 from pkv.competition.tokenizer_files import (
+    GENERATION,
     TOKENIZER,
     Settings,
     chat_template,
@@ -113,7 +114,7 @@ class Tokenizer:
         return np.asarray(ids, np.int32)
 
     def save(self, directory: str | Path, chat_template: str | None = None) -> None:
-        """Write the tokenizer into a directory, with another chat template if one is given."""
+        """Write the tokenizer into a directory with its stop tokens, and another chat template if one is given."""
         if self._chat_form is None:
             raise UserError("a tokenizer that was opened light cannot be saved; open it with Tokenizer.load(path)")
         own = self._chat_form.chat_template
@@ -123,6 +124,12 @@ class Tokenizer:
         finally:
             self._chat_form.chat_template = own
         _name_class(Path(directory) / TOKENIZER)
+        (Path(directory) / GENERATION).write_text(json.dumps(self.ends, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def ends(self) -> dict[str, Any]:
+        """Stop and pad tokens in the words of generation_config.json."""
+        return {"eos_token_id": list(self.stop_ids) or None, "pad_token_id": self.pad_id}
 
     @property
     def chat_template(self) -> str:
