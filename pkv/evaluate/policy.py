@@ -37,7 +37,8 @@ PRETRAINED = ModelConfig()  # all weights, to be used or trained as they are
 class Policy:
     """What answers: architecture, weights laid out for training, tokenizer, system prompt, policy step.
 
-    What is trained is float32; LoRA's frozen weights are kept as its `base` says.
+    What is trained is float32; LoRA's frozen weights are kept as its `base` says. arch: for the model's whole context.
+    trained_rows: of a run, the length of the rows that `Arch.for_context` was told in training.
     """
 
     arch: Arch
@@ -45,6 +46,7 @@ class Policy:
     tokenizer: Tokenizer
     system: str
     step: int = 0
+    trained_rows: int = 0
 
 
 def load_policy(
@@ -92,17 +94,23 @@ def load_trained(run: Path, mesh: Mesh, system: str | None = None) -> Policy:
     else:
         template = init_adapters(arch, base.model.lora, jax.random.key(0), mesh)
     params, _ = checkpoint.restore(run / "checkpoints", step, template, under="params")
-    return Policy(arch, params, Tokenizer.load(str(model)), _system_of(model, system), step)
+    rows = 0 if (config := _config_of(run)) is None else config.grpo.row_tokens
+    return Policy(arch, params, Tokenizer.load(str(model)), _system_of(model, system), step, rows)
 
 
 def base_of(run: Path) -> Config | None:
     """Model and seed of a run that trains adapters, of which its checkpoints hold nothing else; None for other runs."""
+    config = _config_of(run)
+    return config if config is not None and config.model.lora.rank else None
+
+
+def _config_of(run: Path) -> Config | None:
+    """What a run's config says of its model and rows; None for what is no run."""
     file = run / "config.yaml"
     if not (run / "checkpoints").is_dir() or not file.is_file():
         return None
     written = yaml.safe_load(file.read_text(encoding="utf-8"))
-    config = parse_config({name: written[name] for name in ("seed", "model") if name in written})
-    return config if config.model.lora.rank else None
+    return parse_config({name: written[name] for name in ("seed", "model", "grpo") if name in written})
 
 
 def _load_weights(source: str, arch: Arch, mesh: Mesh, model: ModelConfig, seed: int) -> Params:
