@@ -310,6 +310,24 @@ def test_a_stop_token_outside_the_vocabulary_is_an_error(tmp_path):
             Tokenizer.load(path, light=True)
 
 
+def test_a_control_token_that_the_model_has_no_embedding_for_matters_only_where_it_is_written(tmp_path):
+    """Gemma 3's text models have `<image_soft_token>` right behind their embedding."""
+    backend = blanks(["<image>"], False)
+    size = backend.token_to_id("<image>")
+    template = "{{ messages[0].content }}{% if messages[0].role == 'tool' %}<image>{% endif %}"
+    path = directory_of(tmp_path, backend, template, pad_token="<image>", **TEXT_ENDS)
+    (path / "config.json").write_text(json.dumps({"vocab_size": size}))
+    tokenizer = Tokenizer.load(path)
+    assert (tokenizer.text_size, tokenizer.vocab_size, tokenizer.pad_id) == (size, size + 1, 2)
+    assert tokenizer.decode(tokenizer.encode("<image>")) == "<image>"
+    assert max(tokenizer.chat(TURNS[:1])) < size
+    with pytest.raises(UserError, match=rf"'<image>' has the id {size}, but the model's vocabulary is {size}"):
+        tokenizer.chat([{"role": "tool", "content": "drawn"}])
+    (path / "config.json").write_text(json.dumps({"vocab_size": size - 1}))
+    with pytest.raises(UserError, match=rf"'an' has the id {size - 1}, "):
+        Tokenizer.load(path).encode("an")
+
+
 @pytest.mark.parametrize(
     ("decoder", "first"),
     [

@@ -23,6 +23,7 @@ from pkv.competition.tokenizer_files import (
     read_settings,
     special_token,
     stop_ids,
+    table_size,
     with_bos,
 )
 from pkv.config import UserError
@@ -47,9 +48,15 @@ class Tokenizer:
         self._plain = _without_control(backend, keep=("always", "first"))
         self._bytes = TokenBytes(backend)
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        blanks = backend.get_added_tokens_decoder().keys() - self._control.keys()
+        # No text becomes an id from here on; a template may write one.
+        self.text_size: int = max(*backend.get_vocab(with_added_tokens=False).values(), *blanks) + 1
+        self._table = table_size(settings) or self.vocab_size
         self.stop_ids: tuple[int, ...] = stop_ids(settings, self._id_of(settings, "eos_token"), self.vocab_size)
         pad = self._id_of(settings, "pad_token")
-        self.pad_id: int = pad if pad is not None else (self.stop_ids[0] if self.stop_ids else 0)
+        if pad is None or pad >= self._table:
+            pad = self.stop_ids[0] if self.stop_ids else 0
+        self.pad_id: int = pad
 
     @classmethod
     def load(cls, path_or_hub_id: str | Path, light: bool = False) -> Tokenizer:
@@ -72,7 +79,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32 [T]; a control token's spelling in it becomes ordinary tokens."""
-        return np.asarray(self._encode(text, self._plain), np.int32)
+        return self._within_table(self._encode(text, self._plain))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids, special tokens left out."""
@@ -111,7 +118,7 @@ class Tokenizer:
         control = {token.content: (i, token) for i, token in self._control.items()}
         for run in control_runs(text, marks, control):
             ids += [run] if isinstance(run, int) else self._encode(run, self._inner if ids else self._plain)
-        return np.asarray(ids, np.int32)
+        return self._within_table(ids)
 
     def save(self, directory: str | Path, chat_template: str | None = None) -> None:
         """Write the tokenizer into a directory with its stop tokens, and another chat template if one is given."""
@@ -135,6 +142,15 @@ class Tokenizer:
     def chat_template(self) -> str:
         """The model's chat template, "" when it has none."""
         return (self._chat_form.chat_template or "") if self._chat_form is not None else ""
+
+    def _within_table(self, ids: list[int]) -> np.ndarray:
+        """Ids as an array, int32 [T]. Raises UserError for one that the model has no embedding for."""
+        if ids and max(ids) >= self._table:
+            raise UserError(
+                f"the token {self._backend.id_to_token(max(ids))!r} has the id {max(ids)}, but the model's vocabulary "
+                f"is {self._table}; leave it out of the chat template, or use a model that was trained with it"
+            )
+        return np.asarray(ids, np.int32)
 
     def _encode(self, text: str, plain: Backend) -> list[int]:
         ids = plain.encode(text, add_special_tokens=False).ids

@@ -84,7 +84,7 @@ def stop_ids(settings: Settings, end: int | None, vocab_size: int) -> tuple[int,
     Raises UserError for one that the model's vocabulary doesn't hold.
     """
     found = tuple(dict.fromkeys(_listed_stops(settings))) or (() if end is None else (end,))
-    size = _first(settings[CONFIG], "vocab_size") or vocab_size
+    size = table_size(settings) or vocab_size
     outside = [stop for stop in found if not 0 <= stop < size]
     if outside:
         raise UserError(
@@ -92,6 +92,11 @@ def stop_ids(settings: Settings, end: int | None, vocab_size: int) -> tuple[int,
             f"correct eos_token_id in {GENERATION} or {CONFIG}"
         )
     return found
+
+
+def table_size(settings: Settings) -> int | None:
+    """How many tokens the model's embedding holds, which may be fewer or more than the tokenizer; None if not said."""
+    return _first(settings[CONFIG], "vocab_size")
 
 
 def chat_template(directory: Path, settings: Settings) -> str:

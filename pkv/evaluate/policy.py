@@ -70,8 +70,11 @@ def load_policy(
         return dataclasses.replace(policy, params=join(policy.params, frozen))
     arch = read_arch(source)
     tokenizer = Tokenizer.load(source)
-    if tokenizer.vocab_size > arch.vocab_size:
-        raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}")
+    if tokenizer.text_size > arch.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer's text takes {tokenizer.text_size} ids, the model holds only {arch.vocab_size}; "
+            "use the tokenizer that the model came with"
+        )
     params = _load_weights(source, arch, mesh, model, seed)
     if model.lora.rank:
         params = join(init_adapters(arch, model.lora, fold(jax.random.key(seed), "adapters"), mesh), params)
