@@ -171,6 +171,23 @@ def test_a_conversation_has_the_ids_that_transformers_gives_it(shape):
     assert ours.chat(TURNS[:2], False).tolist() == own_ids(theirs, TURNS[:2], False)
 
 
+def test_an_exported_template_says_what_the_training_said_whatever_roles_it_knows(shape, tmp_path):
+    """Here and in transformers; a system message of the person's own comes in place of it, never beside it."""
+    from transformers import AutoTokenizer
+
+    ours, _, name = shape
+    system = 'Say "arr" {{ 7 }} \\boxed{1}.'
+    ours.save(tmp_path, ours.template_with(system))
+    again, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(str(tmp_path))
+    for turns in ([TURNS[0]], TURNS):
+        trained = ours.chat([{"role": "system", "content": system}, *turns]).tolist()
+        assert again.chat(turns).tolist() == own_ids(theirs, turns) == trained
+        assert again.chat([SYSTEM, *turns]).tolist() == own_ids(theirs, [SYSTEM, *turns])
+        assert again.chat([SYSTEM, *turns]).tolist() == ours.chat([SYSTEM, *turns]).tolist()
+    assert again.template_with(system) == again.chat_template
+    assert ("pkv_first" in again.chat_template) == (name == "gemma 2")
+
+
 def test_a_text_begins_with_one_bos(shape):
     ours, theirs, name = shape
     ids = ours.chat([SYSTEM, *TURNS]).tolist()

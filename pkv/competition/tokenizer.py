@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pkv.competition.chat_text import RefusalError, control_runs, render_chat
+from pkv.competition.chat_text import RefusalError, control_runs, render_chat, with_system_prompt
 from pkv.competition.token_bytes import TokenBytes
 from pkv.competition.tokenizer_files import (
     GENERATION,
@@ -126,7 +126,7 @@ class Tokenizer:
             raise UserError("a tokenizer that was opened light cannot be saved; open it with Tokenizer.load(path)")
         own = self._chat_form.chat_template
         try:
-            self._chat_form.chat_template = own if chat_template is None else chat_template
+            self._chat_form.chat_template = own if chat_template is None else chat_template or None
             self._chat_form.save_pretrained(str(directory))
         finally:
             self._chat_form.chat_template = own
@@ -142,6 +142,18 @@ class Tokenizer:
     def chat_template(self) -> str:
         """The model's chat template, "" when it has none."""
         return (self._chat_form.chat_template or "") if self._chat_form is not None else ""
+
+    def template_with(self, system: str) -> str:
+        """The chat template with `system` in it for messages that bring no system message; "" without a template."""
+        template = self.chat_template
+        if not template or any(template.startswith(with_system_prompt("", system, role)) for role in (True, False)):
+            return template  # of a model that was exported before
+        asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+        try:
+            render_chat(self._chat_form, asked, generate=True)
+        except RefusalError:
+            return with_system_prompt(template, system, has_role=False)
+        return with_system_prompt(template, system)
 
     def _within_table(self, ids: list[int]) -> np.ndarray:
         """Ids as an array, int32 [T]. Raises UserError for one that the model has no embedding for."""
