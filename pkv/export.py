@@ -13,6 +13,7 @@ import yaml
 from pkv.competition import Tokenizer
 from pkv.config import MeshConfig, ModelConfig, UserError
 from pkv.evaluate import RUN_MODEL, SYSTEM_FILE, Policy, base_of, load_policy, load_trained
+from pkv.hub import name_and_revision
 from pkv.mesh import make_mesh
 from pkv.model import read_config, save_adapter, save_params
 
@@ -47,7 +48,9 @@ def export(
     policy.tokenizer.save(partial, policy.tokenizer.template_with(policy.system))
     _write(partial / "generation_config.json", json.dumps(generation_config(policy.tokenizer), indent=2) + "\n")
     _write(partial / SYSTEM_FILE, policy.system)
-    _write(partial / "README.md", model_card(source, policy, out.resolve().name, base and base.path))
+    _write(
+        partial / "README.md", model_card(source, policy, out.resolve().name, base and name_and_revision(base.path)[0])
+    )
     partial.replace(out)
     return out
 

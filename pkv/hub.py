@@ -53,6 +53,12 @@ def pinned(source: str | Path) -> str:
     return f"{repository}@{_snapshot(repository, revision).name}"
 
 
+def name_and_revision(source: str | Path) -> tuple[str, str | None]:
+    """What other programs call a model: a directory, or apart the hub's repository and revision."""
+    found = None if Path(source).is_dir() else _HUB_ID.fullmatch(str(source))
+    return (str(source), None) if found is None else (found[1], found[2])
+
+
 def _hub_id(source: str | Path) -> tuple[str, str | None]:
     """Repository and revision."""
     found = _HUB_ID.fullmatch(str(source))

@@ -19,9 +19,10 @@ from pkv import hub
 from pkv.competition import Tokenizer, train_tokenizer
 from pkv.config import MeshConfig, UserError, parse_config
 from pkv.evaluate import load_policy
+from pkv.export import export
 from pkv.hub import fetch, find_checkpoint, pinned
 from pkv.mesh import make_mesh
-from pkv.model import Arch, load_params, param_shapes, read_arch, save_params
+from pkv.model import Arch, load_params, param_shapes, read_arch, read_config, save_params, split
 from pkv.train.run import open_run
 
 ARCH = Arch(vocab_size=320, hidden=8, layers=2, heads=2, kv_heads=2, head_size=4, ffn=8, qkv_bias=True)
@@ -127,6 +128,22 @@ def test_a_run_says_the_commit_and_goes_on_with_that_commit_only(remote, tmp_pat
     with pytest.raises(UserError, match=f"model.path is 'owner/small@{FIRST}' there and 'owner/small@{SECOND}' here"):
         start("owner/small")
     assert start("owner/small@v1")["model"]["path"] == "owner/small"
+
+
+def test_a_lora_run_stands_on_the_commit_that_it_was_trained_on(remote, tmp_path):
+    config = parse_config({"model": {"path": "owner/small", "lora": {"rank": 2}}})
+    mesh, run = make_mesh(MeshConfig()), tmp_path / "run"
+    policy = load_policy("owner/small", mesh, model=config.model)
+    with open_run(config, run, policy, read_config("owner/small"), fresh=False) as opened:
+        opened.save(1, {"params": split(policy.params)[0]}, keep=1)
+    remote.main = SECOND
+    hub._snapshot.cache_clear()
+    jax.tree.map(np.testing.assert_array_equal, load_policy(str(run), mesh).params, policy.params)
+    out = export(str(run), tmp_path / "out")
+    assert not (tmp_path / "snapshots" / SECOND).exists()
+    said = json.loads((out / "adapter_config.json").read_text())
+    assert (said["base_model_name_or_path"], said["revision"]) == ("owner/small", FIRST)
+    assert "base_model: owner/small\n" in (out / "README.md").read_text()
 
 
 def test_a_directory_is_its_own_name(repository, monkeypatch):

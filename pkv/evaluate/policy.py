@@ -30,6 +30,7 @@ from pkv.model import (
 
 RUN_MODEL = "model"  # of a run directory: config.json and tokenizer, so that the run is a MODEL by itself
 SYSTEM_FILE = "system_prompt.txt"
+MADE_WITH = "made_with"  # of a run's config.yaml: versions, revision and the model as `pkv.hub.pinned` names it
 PRETRAINED = ModelConfig()  # all weights, to be used or trained as they are
 
 
@@ -108,12 +109,16 @@ def base_of(run: Path) -> Config | None:
 
 
 def _config_of(run: Path) -> Config | None:
-    """What a run's config says of its model and rows; None for what is no run."""
+    """What a run's config says of its model, at the commit that it was trained on, and rows; None for no run."""
     file = run / "config.yaml"
     if not (run / "checkpoints").is_dir() or not file.is_file():
         return None
     written = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return parse_config({name: written[name] for name in ("seed", "model", "grpo") if name in written})
+    config = parse_config({name: written[name] for name in ("seed", "model", "grpo") if name in written})
+    model = written.get(MADE_WITH, {}).get("model", config.model.path)
+    if Path(config.model.path).is_dir():
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=model))
 
 
 def _load_weights(source: str, arch: Arch, mesh: Mesh, model: ModelConfig, seed: int) -> Params:
