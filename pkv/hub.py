@@ -46,9 +46,9 @@ def fetch(source: str | Path, files: Iterable[str]) -> None:
 
 
 def pinned(source: str | Path) -> str:
-    """A name that always means the same: `owner/name@commit` for what comes from the hub; a directory keeps its own."""
+    """A name that always means the same: `owner/name@commit` for what comes from the hub, or a whole path."""
     if Path(source).is_dir():
-        return str(source)
+        return str(Path(source).resolve())
     repository, revision = _hub_id(source)
     return f"{repository}@{_snapshot(repository, revision).name}"
 

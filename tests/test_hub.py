@@ -149,6 +149,8 @@ def test_a_lora_run_stands_on_the_commit_that_it_was_trained_on(remote, tmp_path
 def test_a_directory_is_its_own_name(repository, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     assert find_checkpoint(repository) == repository and pinned(repository) == str(repository)
+    monkeypatch.chdir(repository.parent)
+    assert pinned(repository.name) == str(repository)
     fetch(repository, ["nothing.safetensors"])  # what it lacks is for its reader to say
 
 
