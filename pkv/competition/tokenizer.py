@@ -13,6 +13,7 @@ import numpy as np
 from pkv.competition.chat_text import RefusalError, control_runs, render_chat, with_system_prompt
 from pkv.competition.token_bytes import TokenBytes
 from pkv.competition.tokenizer_files import (
+    FAST,
     GENERATION,
     TOKENIZER,
     Settings,
@@ -195,9 +196,12 @@ def _read_with_transformers(directory: Path, name: str | Path) -> Any:
 
     try:
         chat_form = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name}: its tokenizer cannot be read: {reason}") from error
+    except Exception as error:  # the library raises nothing narrower for a broken file
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        file = directory / FAST
+        raise UserError(
+            f"{file if file.is_file() else name}: its tokenizer cannot be read: {reason}; fetch the model's files again"
+        ) from error
     if getattr(chat_form, "backend_tokenizer", None) is None:
         raise UserError(f"{name}: its tokenizer has no fast form; add a tokenizer.json to the directory")
     return chat_form

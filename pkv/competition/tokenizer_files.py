@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Settings = dict[str, dict[str, Any]]  # a JSON file's name to what it holds; a missing file holds nothing
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 SPECIAL, ADDED, TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.json"
-_FAST, _MODEL, _JINJA = "tokenizer.json", "tokenizer.model", "chat_template.jinja"
+FAST, _MODEL, _JINJA = "tokenizer.json", "tokenizer.model", "chat_template.jinja"
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -29,14 +29,14 @@ def read_settings(directory: Path) -> Settings:
 def has_only_sentencepiece(directory: Path) -> bool:
     """Whether the tokenizer is a `tokenizer.model` alone. Raises UserError where there is Mistral's own file only."""
     has = {path.name for path in directory.iterdir() if path.is_file()}
-    if has.isdisjoint({_FAST, _MODEL, "vocab.json"}):
+    if has.isdisjoint({FAST, _MODEL, "vocab.json"}):
         own = next((name for name in sorted(has) if name == "tekken.json" or name.startswith(f"{_MODEL}.v")), None)
         if own is not None:
             raise UserError(
                 f"{directory}: of a tokenizer there is only {own}, Mistral's own form; "
                 "add tokenizer.json and tokenizer_config.json from the model's Hugging Face repository"
             )
-    return _FAST not in has and _MODEL in has
+    return FAST not in has and _MODEL in has
 
 
 def read_backend(directory: Path, settings: Settings, template: str) -> Backend:
@@ -45,7 +45,7 @@ def read_backend(directory: Path, settings: Settings, template: str) -> Backend:
     template: a user's symbol that the chat template writes is a control token. Raises UserError.
     """
     if not has_only_sentencepiece(directory):
-        return _read_fast(directory / _FAST)
+        return _read_fast(directory / FAST)
     added = _added_tokens(settings)
     special, stops = set(_special_texts(settings)), set(_listed_stops(settings))
 
