@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
 from pkv import hub
@@ -200,14 +201,62 @@ def test_offline_what_is_not_in_the_cache_is_one_line(offline, repository):
     assert "\n" not in str(error.value)
 
 
-def test_what_the_hub_says_is_one_line(monkeypatch):
-    def refuse(*_, **__):
-        raise OSError("Repository Not Found.\n\nPlease make sure\nyou are authenticated.")
+def answered(kind: type[errors.HfHubHTTPError], status: int, words: str) -> errors.HfHubHTTPError:
+    """What the hub's library raises for an answer of the hub."""
+    response = SimpleNamespace(headers={}, request=None, status_code=status)
+    return kind(f"{status} Client Error. (Request ID: x)\n\n{words}\nand more", response=response)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(UserError, match=r"owner/none: .* the hub did not give it: Repository Not Found\.$") as error:
-        find_checkpoint("owner/none")
-    assert "\n" not in str(error.value)
+
+FAILURES = {
+    "gated": (
+        answered(errors.GatedRepoError, 403, "Cannot access"),
+        r"restricted; ask for it at https://huggingface.co/owner/small and log in by `hf auth login`",
+    ),
+    "unknown": (
+        answered(errors.RepositoryNotFoundError, 401, "Not Found"),
+        "no such directory, .* no such repository, or a private one; correct the name, or log in",
+    ),
+    "revision": (
+        answered(errors.RevisionNotFoundError, 404, "Not Found"),
+        "no such revision of it; correct what stands behind @",
+    ),
+    "token": (answered(errors.HfHubHTTPError, 401, "Invalid token"), "refuses access: 401 Client Error.*; log in"),
+    "busy": (answered(errors.HfHubHTTPError, 503, "Unavailable"), "503 Client Error.*give the command again"),
+    "away": (
+        errors.LocalEntryNotFoundError("Got: ConnectError: Name unknown\nAn error happened"),
+        "ConnectError: Name unknown; check the connection",
+    ),
+    "cut off": (
+        errors.HfHubHTTPError.__bases__[0]("peer closed connection"),
+        "peer closed connection; check the connection",
+    ),
+    "xet": (
+        RuntimeError("Data processing error: IO Error: No space left on device (os error 28)"),
+        "no room .*set HF_HOME",
+    ),
+    "full": (
+        OSError(errno.ENOSPC, "No space left on device", "model.safetensors"),
+        "no room for it on the disk: .*free some",
+    ),
+    "cache": (PermissionError(errno.EACCES, "Permission denied", "/hub"), "cache cannot be written: .*set HF_HOME"),
+    "silent": (TimeoutError(), "did not give it: TimeoutError; check the connection"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_goes_wrong_at_the_hub_is_one_line_that_says_what_to_do(remote, monkeypatch, failure):
+    """Before anything is there, and in the middle of the weights."""
+    error, words = FAILURES[failure]
+
+    def fail(*_, **__):
+        raise error
+
+    arch = read_arch("owner/small")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    for source, ask in (("owner/small@v2", find_checkpoint), ("owner/small", lambda source: load_params(source, arch))):
+        with pytest.raises(UserError, match=words) as said:
+            ask(source)
+        assert str(said.value).startswith("owner/small@") and "\n" not in str(said.value)
 
 
 @pytest.mark.parametrize(
