@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from pkv.competition import Tokenizer
+from pkv.competition.tokenizer_files import TODAY
 from pkv.config import UserError
 
 # Short templates with the constructs of the real ones.
@@ -156,7 +158,9 @@ def shape(request, tmp_path_factory):
 
 
 def own_ids(theirs: Any, messages: list[dict[str, str]], generate: bool = True) -> list[int]:
-    return list(theirs.apply_chat_template(messages, add_generation_prompt=generate, return_dict=False))
+    """date: what Llama 3's template would take from the clock otherwise."""
+    day = TODAY.strftime("%d %b %Y")
+    return list(theirs.apply_chat_template(messages, add_generation_prompt=generate, return_dict=False, date=day))
 
 
 def test_a_conversation_has_the_ids_that_transformers_gives_it(shape):
@@ -186,6 +190,13 @@ def test_an_exported_template_says_what_the_training_said_whatever_roles_it_know
         assert again.chat([SYSTEM, *turns]).tolist() == ours.chat([SYSTEM, *turns]).tolist()
     assert again.template_with(system) == again.chat_template
     assert ("pkv_first" in again.chat_template) == (name == "gemma 2")
+
+
+def test_a_prompt_is_the_same_on_every_day(shape):
+    ours, _, name = shape
+    shown = ours.decode(ours.chat([SYSTEM, TURNS[0]]))
+    assert ("26 Jul 2024" in shown) == (name == "llama 3")
+    assert datetime.date.today().strftime("%d %b %Y") not in shown
 
 
 def test_a_text_begins_with_one_bos(shape):

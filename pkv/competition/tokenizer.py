@@ -26,6 +26,7 @@ from pkv.competition.tokenizer_files import (
     stop_ids,
     table_size,
     with_bos,
+    with_fixed_date,
 )
 from pkv.config import UserError
 from pkv.hub import find_checkpoint
@@ -75,7 +76,7 @@ class Tokenizer:
             chat_form = _wrap(read_backend(directory, settings, template), settings)
         else:
             chat_form = _read_with_transformers(directory, path_or_hub_id)
-        chat_form.chat_template = with_bos(template, settings) or None
+        chat_form.chat_template = with_fixed_date(with_bos(template, settings)) or None
         return cls(chat_form.backend_tokenizer, settings, chat_form)
 
     def encode(self, text: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,14 @@ CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokeni
 SPECIAL, ADDED, TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.json"
 FAST, _MODEL, _JINJA = "tokenizer.json", "tokenizer.model", "chat_template.jinja"
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+TODAY = datetime.date(2024, 7, 26)  # what Llama 3's template writes where it knows no date
+_SIGNS = (*"aAbBdHIjmMpSyY", "-d", "-m")
+_CLOCK = (
+    "{% macro strftime_now(form) %}{{ form"
+    + "".join(f" | replace('%{sign}', '{TODAY.strftime('%' + sign)}')" for sign in _SIGNS)
+    + " }}{% endmacro %}"
+)
 
 
 def read_settings(directory: Path) -> Settings:
@@ -125,6 +134,13 @@ def with_bos(template: str, settings: Settings) -> str:
     wanted = settings[TOKENIZER].get("add_bos_token") is True and bos is not None
     lacks = wanted and template and "bos_token" not in template and str(bos) not in template
     return "{{ bos_token }}" + template if lacks else template
+
+
+def with_fixed_date(template: str) -> str:
+    """A chat template that writes `TODAY` for the day's date, here and in an export: no prompt changes overnight."""
+    if "strftime_now" not in template or _CLOCK in template:
+        return template
+    return _CLOCK + template
 
 
 def _listed_stops(settings: Settings) -> list[int]:
