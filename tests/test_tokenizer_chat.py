@@ -192,6 +192,19 @@ def test_an_exported_template_says_what_the_training_said_whatever_roles_it_know
     assert ("pkv_first" in again.chat_template) == (name == "gemma 2")
 
 
+def test_an_answer_ends_with_the_stop_token_that_the_template_puts_behind_it(shape, tmp_path):
+    """Not with the first in the list: Llama 3, Gemma and Phi name the end of a text there."""
+    ours, theirs, name = shape
+    ends = {"gemma 2": "<end_of_turn>", "gemma 3": "<end_of_turn>", "phi 3": "<|end|>", "llama 3": "<|eot_id|>"}
+    end = theirs.convert_tokens_to_ids(ends.get(name, theirs.eos_token))
+    other = next(i for i in (2, 256) if i != end)
+    ours.save(tmp_path)
+    for stops, expected in (([other, end], end), ([other], other)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        again = Tokenizer.load(tmp_path)
+        assert again.stop_ids == tuple(stops) and again.turn_end == expected
+
+
 def test_a_prompt_is_the_same_on_every_day(shape):
     ours, _, name = shape
     shown = ours.decode(ours.chat([SYSTEM, TURNS[0]]))

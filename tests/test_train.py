@@ -33,6 +33,7 @@ from pkv.train.rounds import check_requirement, reward_budgets, stages
 from pkv.train.run import open_run
 from pkv.train.setup import build
 from pkv.train.summary import closing_summary
+from pkv.train.warmup import demonstration_batch
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +224,15 @@ def test_a_run_stops_where_its_model_stops(config_file, tmp_path):
     open_run(config, tmp_path / "run", policy, read_config(base), fresh=False).close()
     again = Tokenizer.load(tmp_path / "run" / "model")
     assert again.stop_ids == policy.tokenizer.stop_ids == (1, 2) and again.pad_id == policy.tokenizer.pad_id
+
+
+def test_a_demonstration_ends_as_the_template_ends_an_answer(config_file, tmp_path):
+    base = shutil.copytree(config_file.parent / "model", tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))  # the end of a text comes first
+    policy = SimpleNamespace(system="Compete.", tokenizer=Tokenizer.load(base))
+    batch = demonstration_batch(load_config(config_file), 0, problems("train", 20), policy)
+    said = [batch.targets[(batch.segments == one) & (batch.mask > 0)] for one in range(1, batch.segments.max() + 1)]
+    assert policy.tokenizer.stop_ids == (0, 2) and all(tokens[-1] == 2 for tokens in said)
 
 
 def test_a_lora_run_is_a_model_though_its_checkpoints_hold_adapters_only(whole_lora, config_file):

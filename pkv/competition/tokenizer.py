@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -144,6 +145,19 @@ class Tokenizer:
     def chat_template(self) -> str:
         """The model's chat template, "" when it has none."""
         return (self._chat_form.chat_template or "") if self._chat_form is not None else ""
+
+    @cached_property
+    def turn_end(self) -> int:
+        """The stop token that the chat template ends an answer with; the first one, where it ends it with none.
+
+        Raises UserError when there is no stop token.
+        """
+        if not self.stop_ids:
+            raise UserError("the model names no stop token; add eos_token_id to its generation_config.json")
+        one, other = ([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": text}] for text in "78")
+        pairs = zip(reversed(self.chat(one, False)), reversed(self.chat(other, False)), strict=False)
+        behind = [int(a) for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        return next((i for i in reversed(behind) if i in self.stop_ids), self.stop_ids[0])
 
     def template_with(self, system: str) -> str:
         """The chat template with `system` in it for messages that bring no system message; "" without a template."""
