@@ -229,7 +229,7 @@ class _Screen:
 def _reply(
     responder: Responder, prompt: np.ndarray, budget: int, key: np.ndarray, question: str, view: _Screen
 ) -> Reply:
-    source = responder.source
+    source = responder.source_for(len(prompt) + budget)
     (done,) = source.engine.sample(source.weights, [Request(prompt, key, budget)], view.on_tokens)
     text, offsets = source.tokenizer.decode_with_offsets(done.tokens)
     trace = parse(text, offsets, done.finish == "length")

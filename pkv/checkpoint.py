@@ -100,26 +100,6 @@ def restore(folder: Path, step: int, template: Any, under: str = "") -> tuple[An
     return jax.tree.unflatten(structure, [_like(arrays[name], leaf) for name, leaf in wanted.items()]), manifest["meta"]
 
 
-def load_params_only(folder: Path, step: int, under: str = "params") -> tuple[dict[str, Any], dict[str, Any]]:
-    """A sub-tree of a step as nested dicts of numpy arrays, and the step's meta; optimiser state is not read.
-
-    For a sub-tree of dicts only, which is what parameters are. Raises CheckpointError.
-    """
-    path = Path(folder) / str(step)
-    manifest = verify(folder, step)
-    shapes = {n: np.empty(0) for n in manifest["arrays"] if n.startswith(f"{under}.")}
-    if not shapes:
-        raise CheckpointError(f"{path}: holds nothing under {under!r}; expected a checkpoint written by `pkv train`")
-    tree: dict[str, Any] = {}
-    for name, array in _read_arrays(path, shapes).items():
-        *parents, last = name.removeprefix(f"{under}.").split(".")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = array
-    return tree, manifest["meta"]
-
-
 def _flatten(tree: Any) -> dict[str, Any]:
     """The leaves by dotted path, in the tree's own order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)

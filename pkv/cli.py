@@ -105,10 +105,11 @@ class Eval:
         with ScoringPool(DEFAULT_WEIGHTS, RoundConfig().length_optimum, RewardConfig()) as scoring:
             responder = open_model(self.model, sampling, self.system)
             prompts = render_prompts(responder.source.tokenizer, problems, responder.system)
-            budget = responder.new_tokens(max(len(prompt.tokens) for prompt in prompts), self.max_new_tokens)
+            longest = max(len(prompt.tokens) for prompt in prompts)
+            budget = responder.new_tokens(longest, self.max_new_tokens)
             with Progress(len(prompts) * self.samples, "eval") as progress:
                 evaluation = evaluate(
-                    responder.source,
+                    responder.source_for(longest + budget),
                     prompts,
                     scoring,
                     samples=self.samples,

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import yaml
 
-from pkv.competition import Tokenizer, with_system_prompt
+from pkv.competition import Tokenizer
 from pkv.config import MeshConfig, ModelConfig, UserError
 from pkv.evaluate import RUN_MODEL, SYSTEM_FILE, Policy, base_of, load_policy, load_trained
+from pkv.hub import name_and_revision
 from pkv.mesh import make_mesh
 from pkv.model import read_config, save_adapter, save_params
 
@@ -44,10 +45,12 @@ def export(
         save_params(policy.params, policy.arch, partial, config, dtype)
     else:
         save_adapter(policy.params, policy.arch, partial, config, base.lora, base.path, dtype)
-    _save_tokenizer(policy.tokenizer, policy.system, partial)
+    policy.tokenizer.save(partial, policy.tokenizer.template_with(policy.system))
     _write(partial / "generation_config.json", json.dumps(generation_config(policy.tokenizer), indent=2) + "\n")
     _write(partial / SYSTEM_FILE, policy.system)
-    _write(partial / "README.md", model_card(source, policy, out.resolve().name, base and base.path))
+    _write(
+        partial / "README.md", model_card(source, policy, out.resolve().name, base and name_and_revision(base.path)[0])
+    )
     partial.replace(out)
     return out
 
@@ -66,12 +69,7 @@ def _base_apart(run_or_model: str, merge_lora: bool) -> ModelConfig | None:
 
 def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """How the model wants to be sampled, for transformers and vLLM."""
-    return {
-        "do_sample": True,
-        "temperature": TEMPERATURE,
-        "eos_token_id": list(tokenizer.stop_ids),
-        "pad_token_id": tokenizer.pad_id,
-    }
+    return {"do_sample": True, "temperature": TEMPERATURE, **tokenizer.ends}
 
 
 def model_card(source: Path, policy: Policy, name: str, base: str | None = None) -> str:
@@ -136,13 +134,6 @@ def _without_places(node: Any) -> Any:
 
 def _short(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
-
-
-def _save_tokenizer(tokenizer: Tokenizer, system: str, directory: Path) -> None:
-    template = tokenizer.chat_template
-    if template and not template.startswith(with_system_prompt("", system)):  # of a model that was exported before
-        template = with_system_prompt(template, system)
-    tokenizer.save(directory, template or None)
 
 
 def _write(file: Path, text: str) -> None:

@@ -46,11 +46,17 @@ def fetch(source: str | Path, files: Iterable[str]) -> None:
 
 
 def pinned(source: str | Path) -> str:
-    """A name that always means the same: `owner/name@commit` for what comes from the hub; a directory keeps its own."""
+    """A name that always means the same: `owner/name@commit` for what comes from the hub, or a whole path."""
     if Path(source).is_dir():
-        return str(source)
+        return str(Path(source).resolve())
     repository, revision = _hub_id(source)
     return f"{repository}@{_snapshot(repository, revision).name}"
+
+
+def name_and_revision(source: str | Path) -> tuple[str, str | None]:
+    """What other programs call a model: a directory, or apart the hub's repository and revision."""
+    found = None if Path(source).is_dir() else _HUB_ID.fullmatch(str(source))
+    return (str(source), None) if found is None else (found[1], found[2])
 
 
 def _hub_id(source: str | Path) -> tuple[str, str | None]:
@@ -72,7 +78,6 @@ def _snapshot(repository: str, revision: str | None) -> Path:
 
 def _download(repository: str, revision: str | None, patterns: Iterable[str]) -> Path:
     from huggingface_hub import snapshot_download  # here, because only hub ids need it
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     name = repository if revision is None else f"{repository}@{revision}"
     try:
@@ -81,11 +86,32 @@ def _download(repository: str, revision: str | None, patterns: Iterable[str]) ->
                 repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=[_INNER_FOLDERS]
             )
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # the network: what the hub's libraries raise has no kind in common
         if _offline():
             raise UserError(f"{name}: no such directory; {_NOT_HERE}, or name a directory") from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: no such directory, and the hub did not give it: {reason}") from error
+        raise UserError(f"{name}: {_explain(error, repository)}") from error
+
+
+def _explain(error: Exception, repository: str) -> str:
+    """Why the hub gave nothing, and what to do, in one line."""
+    from huggingface_hub import errors
+
+    login = "log in by `hf auth login` or set HF_TOKEN"
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.GatedRepoError):
+        return f"access is restricted; ask for it at https://huggingface.co/{repository} and {login}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such directory, and the hub has no such repository, or a private one; correct the name, or {login}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the hub has no such revision of it; correct what stands behind @ or leave it out"
+    if status in (401, 403):
+        return f"the hub refuses access: {reason}; {login}"
+    if any(words in str(error) for words in ("No space left", "quota exceeded")):
+        return f"no room for it on the disk: {reason}; free some, or set HF_HOME to a directory with more"
+    if isinstance(error, PermissionError):
+        return f"the hub's cache cannot be written: {reason}; set HF_HOME to a directory of your own"
+    return f"the hub did not give it: {reason}; check the connection and give the command again"
 
 
 def _offline() -> bool:

@@ -112,6 +112,30 @@ LLAMA2_7B = {
     "tie_word_embeddings": False,
     "vocab_size": 32000,
 }
+SMOLLM2_135M = {
+    **FILES,
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    "vocab_size": 49152,
+}
 MISTRAL_V03 = {
     **FILES,
     "architectures": ["MistralForCausalLM"],
@@ -303,6 +327,17 @@ RELEASED = {
         ),
     ),
     "Llama-2-7b": (LLAMA2_7B, Arch(*(32000, 4096, 32, 32, 32, 128, 11008), norm_eps=1e-5, max_positions=4096)),
+    "SmolLM2-135M-Instruct": (
+        SMOLLM2_135M,
+        Arch(
+            *(49152, 576, 30, 9, 3, 64, 1536),
+            rope_theta=1e5,
+            norm_eps=1e-5,
+            tied_embeddings=True,
+            max_positions=8192,
+            init_std=1 / 24,
+        ),
+    ),
     "Mistral-7B-v0.3": (MISTRAL_V03, MISTRAL),
     "Mistral-7B-v0.1": (
         {**MISTRAL_V03, "sliding_window": 4096, "rope_theta": 10000.0, "vocab_size": 32000},

@@ -92,15 +92,9 @@ def test_a_state_goes_back_on_another_mesh_unchanged(tmp_path):
 def test_parameters_load_without_the_rest(tmp_path):
     state = make_state()
     checkpoint.save(tmp_path, 3, state, {"a": 1}, keep=1)
-    by_template, _ = checkpoint.restore(tmp_path, 3, state["params"], under="params")
-    by_name, meta = checkpoint.load_params_only(tmp_path, 3)
+    restored, meta = checkpoint.restore(tmp_path, 3, state["params"], under="params")
     assert meta == {"a": 1}
-    assert bits(by_template) == bits(state["params"])
-    assert jax.tree.structure(by_name) == jax.tree.structure(state["params"])
-    assert by_name["embed"].dtype == jnp.bfloat16 and isinstance(by_name["embed"], np.ndarray)
-    assert by_name["embed"].tobytes() == np.asarray(state["params"]["embed"]).tobytes()
-    with pytest.raises(CheckpointError, match="nothing under 'weights'"):
-        checkpoint.load_params_only(tmp_path, 3, under="weights")
+    assert bits(restored) == bits(state["params"])
 
 
 def test_a_flipped_bit_in_any_file_is_noticed_and_the_older_step_used(tmp_path, capsys):

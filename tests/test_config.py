@@ -94,6 +94,19 @@ def test_scientific_numbers_and_whole_numbers_pass_as_numbers(tmp_path):
     assert type(round_.weights["format"]) is float
 
 
+def test_a_directory_that_is_there_is_a_whole_path_and_anything_else_a_hub_id(tmp_path, monkeypatch):
+    for place in ("beside/owner/small", "here/owner/small", "here/owner/other"):
+        (tmp_path / place).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+
+    def path(name: str) -> str:
+        return load_config(write(tmp_path / "beside", f"model: {{path: {name}}}")).model.path
+
+    assert path("owner/small") == str(tmp_path / "beside" / "owner" / "small")
+    assert path("owner/other") == str(tmp_path / "here" / "owner" / "other")
+    assert (path("owner/nowhere"), path("''")) == ("owner/nowhere", "")
+
+
 def test_lists_become_tuples_and_dicts_stay_dicts(tmp_path):
     text = "rewards: {user_files: [a.py, b.py]}\ngrpo: {whole_trace: {correctness: 0.5, winner: 1}}"
     config = load_config(write(tmp_path, text))

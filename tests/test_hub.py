@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,16 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
 from pkv import hub
 from pkv.competition import Tokenizer, train_tokenizer
 from pkv.config import MeshConfig, UserError, parse_config
 from pkv.evaluate import load_policy
+from pkv.export import export
 from pkv.hub import fetch, find_checkpoint, pinned
 from pkv.mesh import make_mesh
-from pkv.model import Arch, load_params, param_shapes, read_arch, save_params
+from pkv.model import Arch, load_params, param_shapes, read_arch, read_config, save_params, split
 from pkv.train.run import open_run
 
 ARCH = Arch(vocab_size=320, hidden=8, layers=2, heads=2, kv_heads=2, head_size=4, ffn=8, qkv_bias=True)
@@ -129,9 +131,27 @@ def test_a_run_says_the_commit_and_goes_on_with_that_commit_only(remote, tmp_pat
     assert start("owner/small@v1")["model"]["path"] == "owner/small"
 
 
+def test_a_lora_run_stands_on_the_commit_that_it_was_trained_on(remote, tmp_path):
+    config = parse_config({"model": {"path": "owner/small", "lora": {"rank": 2}}})
+    mesh, run = make_mesh(MeshConfig()), tmp_path / "run"
+    policy = load_policy("owner/small", mesh, model=config.model)
+    with open_run(config, run, policy, read_config("owner/small"), fresh=False) as opened:
+        opened.save(1, {"params": split(policy.params)[0]}, keep=1)
+    remote.main = SECOND
+    hub._snapshot.cache_clear()
+    jax.tree.map(np.testing.assert_array_equal, load_policy(str(run), mesh).params, policy.params)
+    out = export(str(run), tmp_path / "out")
+    assert not (tmp_path / "snapshots" / SECOND).exists()
+    said = json.loads((out / "adapter_config.json").read_text())
+    assert (said["base_model_name_or_path"], said["revision"]) == ("owner/small", FIRST)
+    assert "base_model: owner/small\n" in (out / "README.md").read_text()
+
+
 def test_a_directory_is_its_own_name(repository, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     assert find_checkpoint(repository) == repository and pinned(repository) == str(repository)
+    monkeypatch.chdir(repository.parent)
+    assert pinned(repository.name) == str(repository)
     fetch(repository, ["nothing.safetensors"])  # what it lacks is for its reader to say
 
 
@@ -181,14 +201,62 @@ def test_offline_what_is_not_in_the_cache_is_one_line(offline, repository):
     assert "\n" not in str(error.value)
 
 
-def test_what_the_hub_says_is_one_line(monkeypatch):
-    def refuse(*_, **__):
-        raise OSError("Repository Not Found.\n\nPlease make sure\nyou are authenticated.")
+def answered(kind: type[errors.HfHubHTTPError], status: int, words: str) -> errors.HfHubHTTPError:
+    """What the hub's library raises for an answer of the hub."""
+    response = SimpleNamespace(headers={}, request=None, status_code=status)
+    return kind(f"{status} Client Error. (Request ID: x)\n\n{words}\nand more", response=response)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(UserError, match=r"owner/none: .* the hub did not give it: Repository Not Found\.$") as error:
-        find_checkpoint("owner/none")
-    assert "\n" not in str(error.value)
+
+FAILURES = {
+    "gated": (
+        answered(errors.GatedRepoError, 403, "Cannot access"),
+        r"restricted; ask for it at https://huggingface.co/owner/small and log in by `hf auth login`",
+    ),
+    "unknown": (
+        answered(errors.RepositoryNotFoundError, 401, "Not Found"),
+        "no such directory, .* no such repository, or a private one; correct the name, or log in",
+    ),
+    "revision": (
+        answered(errors.RevisionNotFoundError, 404, "Not Found"),
+        "no such revision of it; correct what stands behind @",
+    ),
+    "token": (answered(errors.HfHubHTTPError, 401, "Invalid token"), "refuses access: 401 Client Error.*; log in"),
+    "busy": (answered(errors.HfHubHTTPError, 503, "Unavailable"), "503 Client Error.*give the command again"),
+    "away": (
+        errors.LocalEntryNotFoundError("Got: ConnectError: Name unknown\nAn error happened"),
+        "ConnectError: Name unknown; check the connection",
+    ),
+    "cut off": (
+        errors.HfHubHTTPError.__bases__[0]("peer closed connection"),
+        "peer closed connection; check the connection",
+    ),
+    "xet": (
+        RuntimeError("Data processing error: IO Error: No space left on device (os error 28)"),
+        "no room .*set HF_HOME",
+    ),
+    "full": (
+        OSError(errno.ENOSPC, "No space left on device", "model.safetensors"),
+        "no room for it on the disk: .*free some",
+    ),
+    "cache": (PermissionError(errno.EACCES, "Permission denied", "/hub"), "cache cannot be written: .*set HF_HOME"),
+    "silent": (TimeoutError(), "did not give it: TimeoutError; check the connection"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_goes_wrong_at_the_hub_is_one_line_that_says_what_to_do(remote, monkeypatch, failure):
+    """Before anything is there, and in the middle of the weights."""
+    error, words = FAILURES[failure]
+
+    def fail(*_, **__):
+        raise error
+
+    arch = read_arch("owner/small")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    for source, ask in (("owner/small@v2", find_checkpoint), ("owner/small", lambda source: load_params(source, arch))):
+        with pytest.raises(UserError, match=words) as said:
+            ask(source)
+        assert str(said.value).startswith("owner/small@") and "\n" not in str(said.value)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,13 @@ def test_a_tied_table_may_be_there_twice(tmp_path):
     equal(load_params(tmp_path, arch), params)
 
 
+def test_turns_that_older_checkpoints_saved_are_passed_over_whatever_their_dtype(saved):
+    params = load_params(saved, ARCH)
+    turns = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": np.ones(3) for layer in range(ARCH.layers)}
+    edit_tensors(saved, lambda tensors: tensors.update(turns))
+    equal(load_params(saved, ARCH), params)
+
+
 def test_a_file_cut_short_and_a_missing_file_are_one_line(saved):
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])

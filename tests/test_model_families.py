@@ -35,6 +35,13 @@ def test_both_generations_of_configs_read_alike(name):
     assert family_of(config | {"model_type": kind.model_type}).read(type(kind)(**config).to_dict()) == arch
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_older_versions_wrote_of_generation_changes_nothing(name):
+    config, arch = RELEASED[name]
+    said = {"temperature": 1.0, "top_k": 50, "num_beams": 1, "max_length": 20, "pruned_heads": {}, "is_decoder": False}
+    assert family_of(config).read(config | said) == arch
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_family_writes_what_it_has_no_words_for(family):
     """An Arch with one strange feature is refused by name; an Arch that is written reads back."""
@@ -70,6 +77,8 @@ def test_no_family_writes_what_it_has_no_words_for(family):
     [
         ("Llama-3.1-8B", {"attention_bias": True}, "attention_bias: True"),
         ("Llama-3.1-8B", {"mlp_bias": True}, "mlp_bias: True"),
+        ("Llama-3.1-8B", {"rope_interleaved": True}, "rope_interleaved: True"),
+        ("Llama-3.1-8B", {"pruned_heads": {"1": [0]}}, "unknown feature pruned_heads"),
         ("Llama-3.1-8B", {"quantization_config": {"bits": 4}}, "unknown feature quantization_config"),
         ("Llama-3.1-8B", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ("Llama-3.1-8B", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),

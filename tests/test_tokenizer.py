@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -170,6 +171,20 @@ def test_control_tokens_in_a_message_stay_text(tokenizer):
     shown = tokenizer._backend.decode(ids, skip_special_tokens=False)
     assert attack in shown and shown.endswith("<|im_start|>assistant\n")
     assert [i for i in tokenizer.chat([{"role": "user", "content": "x"}], False).tolist() if i < 3] == [1, 2]
+
+
+@pytest.mark.parametrize("light", [False, True])
+@pytest.mark.parametrize(
+    "content", ["", "{", "{}", "[]", '{"model": {"type": "BPE"}}', '{"version": "9", "model": 3}', "\0\x01"]
+)
+def test_a_broken_tokenizer_file_is_one_line_that_names_it(directory, tmp_path, content, light):
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    whole = (tmp_path / "tokenizer.json").read_text()
+    for broken in (content, whole[: len(whole) // 2]):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        with pytest.raises(UserError, match=r"tokenizer\.json: ") as error:
+            Tokenizer.load(tmp_path, light=light)
+        assert "\n" not in str(error.value)
 
 
 def test_a_template_without_a_system_role_still_gets_the_system_prompt(tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from pkv.competition import Tokenizer
+from pkv.competition.tokenizer_files import TODAY
 from pkv.config import UserError
 
 # Short templates with the constructs of the real ones.
@@ -156,7 +158,9 @@ def shape(request, tmp_path_factory):
 
 
 def own_ids(theirs: Any, messages: list[dict[str, str]], generate: bool = True) -> list[int]:
-    return list(theirs.apply_chat_template(messages, add_generation_prompt=generate, return_dict=False))
+    """date: what Llama 3's template would take from the clock otherwise."""
+    day = TODAY.strftime("%d %b %Y")
+    return list(theirs.apply_chat_template(messages, add_generation_prompt=generate, return_dict=False, date=day))
 
 
 def test_a_conversation_has_the_ids_that_transformers_gives_it(shape):
@@ -169,6 +173,43 @@ def test_a_conversation_has_the_ids_that_transformers_gives_it(shape):
             expected = own_ids(theirs, messages)
         assert ours.chat(messages).tolist() == expected
     assert ours.chat(TURNS[:2], False).tolist() == own_ids(theirs, TURNS[:2], False)
+
+
+def test_an_exported_template_says_what_the_training_said_whatever_roles_it_knows(shape, tmp_path):
+    """Here and in transformers; a system message of the person's own comes in place of it, never beside it."""
+    from transformers import AutoTokenizer
+
+    ours, _, name = shape
+    system = 'Say "arr" {{ 7 }} \\boxed{1}.'
+    ours.save(tmp_path, ours.template_with(system))
+    again, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(str(tmp_path))
+    for turns in ([TURNS[0]], TURNS):
+        trained = ours.chat([{"role": "system", "content": system}, *turns]).tolist()
+        assert again.chat(turns).tolist() == own_ids(theirs, turns) == trained
+        assert again.chat([SYSTEM, *turns]).tolist() == own_ids(theirs, [SYSTEM, *turns])
+        assert again.chat([SYSTEM, *turns]).tolist() == ours.chat([SYSTEM, *turns]).tolist()
+    assert again.template_with(system) == again.chat_template
+    assert ("pkv_first" in again.chat_template) == (name == "gemma 2")
+
+
+def test_an_answer_ends_with_the_stop_token_that_the_template_puts_behind_it(shape, tmp_path):
+    """Not with the first in the list: Llama 3, Gemma and Phi name the end of a text there."""
+    ours, theirs, name = shape
+    ends = {"gemma 2": "<end_of_turn>", "gemma 3": "<end_of_turn>", "phi 3": "<|end|>", "llama 3": "<|eot_id|>"}
+    end = theirs.convert_tokens_to_ids(ends.get(name, theirs.eos_token))
+    other = next(i for i in (2, 256) if i != end)
+    ours.save(tmp_path)
+    for stops, expected in (([other, end], end), ([other], other)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        again = Tokenizer.load(tmp_path)
+        assert again.stop_ids == tuple(stops) and again.turn_end == expected
+
+
+def test_a_prompt_is_the_same_on_every_day(shape):
+    ours, _, name = shape
+    shown = ours.decode(ours.chat([SYSTEM, TURNS[0]]))
+    assert ("26 Jul 2024" in shown) == (name == "llama 3")
+    assert datetime.date.today().strftime("%d %b %Y") not in shown
 
 
 def test_a_text_begins_with_one_bos(shape):
@@ -308,6 +349,24 @@ def test_a_stop_token_outside_the_vocabulary_is_an_error(tmp_path):
         (path / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 600}}))
         with pytest.raises(UserError, match=rf"stop token {stop} is outside the model's vocabulary of 600"):
             Tokenizer.load(path, light=True)
+
+
+def test_a_control_token_that_the_model_has_no_embedding_for_matters_only_where_it_is_written(tmp_path):
+    """Gemma 3's text models have `<image_soft_token>` right behind their embedding."""
+    backend = blanks(["<image>"], False)
+    size = backend.token_to_id("<image>")
+    template = "{{ messages[0].content }}{% if messages[0].role == 'tool' %}<image>{% endif %}"
+    path = directory_of(tmp_path, backend, template, pad_token="<image>", **TEXT_ENDS)
+    (path / "config.json").write_text(json.dumps({"vocab_size": size}))
+    tokenizer = Tokenizer.load(path)
+    assert (tokenizer.text_size, tokenizer.vocab_size, tokenizer.pad_id) == (size, size + 1, 2)
+    assert tokenizer.decode(tokenizer.encode("<image>")) == "<image>"
+    assert max(tokenizer.chat(TURNS[:1])) < size
+    with pytest.raises(UserError, match=rf"'<image>' has the id {size}, but the model's vocabulary is {size}"):
+        tokenizer.chat([{"role": "tool", "content": "drawn"}])
+    (path / "config.json").write_text(json.dumps({"vocab_size": size - 1}))
+    with pytest.raises(UserError, match=rf"'an' has the id {size - 1}, "):
+        Tokenizer.load(path).encode("an")
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,19 +18,21 @@ import pytest
 import yaml
 
 from pkv import checkpoint
-from pkv.competition import train_tokenizer
+from pkv.competition import Tokenizer, train_tokenizer
 from pkv.config import RoundConfig, UserError, WarmupConfig, load_config
 from pkv.data.arithmetic import problems
 from pkv.evaluate import load_policy
 from pkv.mesh import make_mesh
-from pkv.model import split
+from pkv.model import read_config, split
 from pkv.train import loop
 from pkv.train.demonstrations import demonstrate
 from pkv.train.interrupts import stop_requests
 from pkv.train.loop import train
 from pkv.train.rounds import check_requirement, reward_budgets, stages
+from pkv.train.run import open_run
 from pkv.train.setup import build
 from pkv.train.summary import closing_summary
+from pkv.train.warmup import demonstration_batch
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +231,26 @@ def test_a_run_is_a_model(whole, config_file):
     assert policy.step == 5
     assert policy.system.startswith("Hold a <competition>")
     jax.tree.map(np.testing.assert_array_equal, policy.params, final_state(whole, config_file).params)
+
+
+def test_a_run_stops_where_its_model_stops(config_file, tmp_path):
+    """Stop tokens of generation_config.json that the tokenizer doesn't name, such as Llama 3's and Gemma's."""
+    base = shutil.copytree(config_file.parent / "model", tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    policy = SimpleNamespace(system="Compete.", tokenizer=Tokenizer.load(base))
+    config = load_config(config_file, ["--model.path", str(base)])
+    open_run(config, tmp_path / "run", policy, read_config(base), fresh=False).close()
+    again = Tokenizer.load(tmp_path / "run" / "model")
+    assert again.stop_ids == policy.tokenizer.stop_ids == (1, 2) and again.pad_id == policy.tokenizer.pad_id
+
+
+def test_a_demonstration_ends_as_the_template_ends_an_answer(config_file, tmp_path):
+    base = shutil.copytree(config_file.parent / "model", tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))  # the end of a text comes first
+    policy = SimpleNamespace(system="Compete.", tokenizer=Tokenizer.load(base))
+    batch = demonstration_batch(load_config(config_file), 0, problems("train", 20), policy)
+    said = [batch.targets[(batch.segments == one) & (batch.mask > 0)] for one in range(1, batch.segments.max() + 1)]
+    assert policy.tokenizer.stop_ids == (0, 2) and all(tokens[-1] == 2 for tokens in said)
 
 
 def test_a_lora_run_is_a_model_though_its_checkpoints_hold_adapters_only(whole_lora, config_file):

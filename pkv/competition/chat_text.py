@@ -63,9 +63,21 @@ def control_runs(
             place, before = found.end(), token
 
 
-def with_system_prompt(template: str, system: str) -> str:
-    """A chat template in which `system` stands when the messages bring no system message of their own."""
+def with_system_prompt(template: str, system: str, has_role: bool = True) -> str:
+    """A chat template in which `system` stands when the messages bring no system message of their own.
+
+    has_role: whether the template knows one; otherwise the system's text comes to the head of the first message.
+    """
     literal = system.replace("\\", "\\\\").replace('"', '\\"').replace("\r", "\\r").replace("\n", "\\n")
+    if not has_role:
+        return (
+            "{% if messages and messages[0]['role'] == 'system' %}"
+            "{% set pkv_system, pkv_turns = messages[0]['content'], messages[1:] %}"
+            f'{{% else %}}{{% set pkv_system, pkv_turns = "{literal}", messages %}}{{% endif %}}'
+            "{% if pkv_turns %}{% set pkv_first = pkv_system + '\\n\\n' + pkv_turns[0]['content'] %}"
+            "{% set messages = [{'role': pkv_turns[0]['role'], 'content': pkv_first}] + pkv_turns[1:] %}{% endif %}"
+            f"{template}"
+        )
     message = f'{{"role": "system", "content": "{literal}"}}'
     guard = "not messages or messages[0]['role'] != 'system'"
     return f"{{% if {guard} %}}{{% set messages = [{message}] + messages %}}{{% endif %}}{template}"

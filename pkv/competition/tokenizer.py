@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pkv.competition.chat_text import RefusalError, control_runs, render_chat
+from pkv.competition.chat_text import RefusalError, control_runs, render_chat, with_system_prompt
 from pkv.competition.token_bytes import TokenBytes
 from pkv.competition.tokenizer_files import (
+    FAST,
+    GENERATION,
     TOKENIZER,
     Settings,
     chat_template,
@@ -22,7 +25,9 @@ from pkv.competition.tokenizer_files import (
     read_settings,
     special_token,
     stop_ids,
+    table_size,
     with_bos,
+    with_fixed_date,
 )
 from pkv.config import UserError
 from pkv.hub import find_checkpoint
@@ -46,9 +51,15 @@ class Tokenizer:
         self._plain = _without_control(backend, keep=("always", "first"))
         self._bytes = TokenBytes(backend)
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        blanks = backend.get_added_tokens_decoder().keys() - self._control.keys()
+        # No text becomes an id from here on; a template may write one.
+        self.text_size: int = max(*backend.get_vocab(with_added_tokens=False).values(), *blanks) + 1
+        self._table = table_size(settings) or self.vocab_size
         self.stop_ids: tuple[int, ...] = stop_ids(settings, self._id_of(settings, "eos_token"), self.vocab_size)
         pad = self._id_of(settings, "pad_token")
-        self.pad_id: int = pad if pad is not None else (self.stop_ids[0] if self.stop_ids else 0)
+        if pad is None or pad >= self._table:
+            pad = self.stop_ids[0] if self.stop_ids else 0
+        self.pad_id: int = pad
 
     @classmethod
     def load(cls, path_or_hub_id: str | Path, light: bool = False) -> Tokenizer:
@@ -66,12 +77,12 @@ class Tokenizer:
             chat_form = _wrap(read_backend(directory, settings, template), settings)
         else:
             chat_form = _read_with_transformers(directory, path_or_hub_id)
-        chat_form.chat_template = with_bos(template, settings) or None
+        chat_form.chat_template = with_fixed_date(with_bos(template, settings)) or None
         return cls(chat_form.backend_tokenizer, settings, chat_form)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, int32 [T]; a control token's spelling in it becomes ordinary tokens."""
-        return np.asarray(self._encode(text, self._plain), np.int32)
+        return self._within_table(self._encode(text, self._plain))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids, special tokens left out."""
@@ -110,24 +121,64 @@ class Tokenizer:
         control = {token.content: (i, token) for i, token in self._control.items()}
         for run in control_runs(text, marks, control):
             ids += [run] if isinstance(run, int) else self._encode(run, self._inner if ids else self._plain)
-        return np.asarray(ids, np.int32)
+        return self._within_table(ids)
 
     def save(self, directory: str | Path, chat_template: str | None = None) -> None:
-        """Write the tokenizer into a directory, with another chat template if one is given."""
+        """Write the tokenizer into a directory with its stop tokens, and another chat template if one is given."""
         if self._chat_form is None:
             raise UserError("a tokenizer that was opened light cannot be saved; open it with Tokenizer.load(path)")
         own = self._chat_form.chat_template
         try:
-            self._chat_form.chat_template = own if chat_template is None else chat_template
+            self._chat_form.chat_template = own if chat_template is None else chat_template or None
             self._chat_form.save_pretrained(str(directory))
         finally:
             self._chat_form.chat_template = own
         _name_class(Path(directory) / TOKENIZER)
+        (Path(directory) / GENERATION).write_text(json.dumps(self.ends, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def ends(self) -> dict[str, Any]:
+        """Stop and pad tokens in the words of generation_config.json."""
+        return {"eos_token_id": list(self.stop_ids) or None, "pad_token_id": self.pad_id}
 
     @property
     def chat_template(self) -> str:
         """The model's chat template, "" when it has none."""
         return (self._chat_form.chat_template or "") if self._chat_form is not None else ""
+
+    @cached_property
+    def turn_end(self) -> int:
+        """The stop token that the chat template ends an answer with; the first one, where it ends it with none.
+
+        Raises UserError when there is no stop token.
+        """
+        if not self.stop_ids:
+            raise UserError("the model names no stop token; add eos_token_id to its generation_config.json")
+        one, other = ([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": text}] for text in "78")
+        pairs = zip(reversed(self.chat(one, False)), reversed(self.chat(other, False)), strict=False)
+        behind = [int(a) for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        return next((i for i in reversed(behind) if i in self.stop_ids), self.stop_ids[0])
+
+    def template_with(self, system: str) -> str:
+        """The chat template with `system` in it for messages that bring no system message; "" without a template."""
+        template = self.chat_template
+        if not template or any(template.startswith(with_system_prompt("", system, role)) for role in (True, False)):
+            return template  # of a model that was exported before
+        asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+        try:
+            render_chat(self._chat_form, asked, generate=True)
+        except RefusalError:
+            return with_system_prompt(template, system, has_role=False)
+        return with_system_prompt(template, system)
+
+    def _within_table(self, ids: list[int]) -> np.ndarray:
+        """Ids as an array, int32 [T]. Raises UserError for one that the model has no embedding for."""
+        if ids and max(ids) >= self._table:
+            raise UserError(
+                f"the token {self._backend.id_to_token(max(ids))!r} has the id {max(ids)}, but the model's vocabulary "
+                f"is {self._table}; leave it out of the chat template, or use a model that was trained with it"
+            )
+        return np.asarray(ids, np.int32)
 
     def _encode(self, text: str, plain: Backend) -> list[int]:
         ids = plain.encode(text, add_special_tokens=False).ids
@@ -160,9 +211,12 @@ def _read_with_transformers(directory: Path, name: str | Path) -> Any:
 
     try:
         chat_form = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name}: its tokenizer cannot be read: {reason}") from error
+    except Exception as error:  # the library raises nothing narrower for a broken file
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        file = directory / FAST
+        raise UserError(
+            f"{file if file.is_file() else name}: its tokenizer cannot be read: {reason}; fetch the model's files again"
+        ) from error
     if getattr(chat_form, "backend_tokenizer", None) is None:
         raise UserError(f"{name}: its tokenizer has no fast form; add a tokenizer.json to the directory")
     return chat_form

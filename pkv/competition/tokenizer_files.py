@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,8 +18,16 @@ if TYPE_CHECKING:
 Settings = dict[str, dict[str, Any]]  # a JSON file's name to what it holds; a missing file holds nothing
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 SPECIAL, ADDED, TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.json"
-_FAST, _MODEL, _JINJA = "tokenizer.json", "tokenizer.model", "chat_template.jinja"
+FAST, _MODEL, _JINJA = "tokenizer.json", "tokenizer.model", "chat_template.jinja"
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+TODAY = datetime.date(2024, 7, 26)  # what Llama 3's template writes where it knows no date
+_SIGNS = (*"aAbBdHIjmMpSyY", "-d", "-m")
+_CLOCK = (
+    "{% macro strftime_now(form) %}{{ form"
+    + "".join(f" | replace('%{sign}', '{TODAY.strftime('%' + sign)}')" for sign in _SIGNS)
+    + " }}{% endmacro %}"
+)
 
 
 def read_settings(directory: Path) -> Settings:
@@ -29,14 +38,14 @@ def read_settings(directory: Path) -> Settings:
 def has_only_sentencepiece(directory: Path) -> bool:
     """Whether the tokenizer is a `tokenizer.model` alone. Raises UserError where there is Mistral's own file only."""
     has = {path.name for path in directory.iterdir() if path.is_file()}
-    if has.isdisjoint({_FAST, _MODEL, "vocab.json"}):
+    if has.isdisjoint({FAST, _MODEL, "vocab.json"}):
         own = next((name for name in sorted(has) if name == "tekken.json" or name.startswith(f"{_MODEL}.v")), None)
         if own is not None:
             raise UserError(
                 f"{directory}: of a tokenizer there is only {own}, Mistral's own form; "
                 "add tokenizer.json and tokenizer_config.json from the model's Hugging Face repository"
             )
-    return _FAST not in has and _MODEL in has
+    return FAST not in has and _MODEL in has
 
 
 def read_backend(directory: Path, settings: Settings, template: str) -> Backend:
@@ -45,7 +54,7 @@ def read_backend(directory: Path, settings: Settings, template: str) -> Backend:
     template: a user's symbol that the chat template writes is a control token. Raises UserError.
     """
     if not has_only_sentencepiece(directory):
-        return _read_fast(directory / _FAST)
+        return _read_fast(directory / FAST)
     added = _added_tokens(settings)
     special, stops = set(_special_texts(settings)), set(_listed_stops(settings))
 
@@ -84,7 +93,7 @@ def stop_ids(settings: Settings, end: int | None, vocab_size: int) -> tuple[int,
     Raises UserError for one that the model's vocabulary doesn't hold.
     """
     found = tuple(dict.fromkeys(_listed_stops(settings))) or (() if end is None else (end,))
-    size = _first(settings[CONFIG], "vocab_size") or vocab_size
+    size = table_size(settings) or vocab_size
     outside = [stop for stop in found if not 0 <= stop < size]
     if outside:
         raise UserError(
@@ -92,6 +101,11 @@ def stop_ids(settings: Settings, end: int | None, vocab_size: int) -> tuple[int,
             f"correct eos_token_id in {GENERATION} or {CONFIG}"
         )
     return found
+
+
+def table_size(settings: Settings) -> int | None:
+    """How many tokens the model's embedding holds, which may be fewer or more than the tokenizer; None if not said."""
+    return _first(settings[CONFIG], "vocab_size")
 
 
 def chat_template(directory: Path, settings: Settings) -> str:
@@ -120,6 +134,13 @@ def with_bos(template: str, settings: Settings) -> str:
     wanted = settings[TOKENIZER].get("add_bos_token") is True and bos is not None
     lacks = wanted and template and "bos_token" not in template and str(bos) not in template
     return "{{ bos_token }}" + template if lacks else template
+
+
+def with_fixed_date(template: str) -> str:
+    """A chat template that writes `TODAY` for the day's date, here and in an export: no prompt changes overnight."""
+    if "strftime_now" not in template or _CLOCK in template:
+        return template
+    return _CLOCK + template
 
 
 def _listed_stops(settings: Settings) -> list[int]:

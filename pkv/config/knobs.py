@@ -119,7 +119,7 @@ class GrpoConfig:
     importance_cap: float = 2.0  # truncated importance sampling, per token, against the sampler's log-probabilities
     epochs: int = 1  # updates a rollout batch; 1 is exactly on-policy
     mask_truncated: bool = False  # rollouts that ended at their budget give no gradient
-    row_tokens: int = 1024  # T of a packed row
+    row_tokens: int = 1024  # T of a packed row; longrope has its long factors where it is above the original window
     micro_rows: int = 4  # B of one forward and backward pass
 
 

@@ -46,9 +46,10 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
 
 def _beside(config_file: Path, name: str) -> str:
-    """A relative path, looked up beside the config file first; what isn't there stays as it is (a hub id, say)."""
-    local = config_file.parent / name
-    return str(local.resolve()) if name and local.exists() else name
+    """A relative path made absolute, looked up beside the config file first, then from here; what is in neither place
+    stays as it is (a hub id, say)."""
+    places = (folder / name for folder in (config_file.parent, Path()) if name)
+    return next((str(place.resolve()) for place in places if place.exists()), name)
 
 
 def find_config(path: str | Path) -> Path:

@@ -5,9 +5,10 @@ Training and evaluation share the same sampler, prompt, parser and rewards becau
 
 from pkv.evaluate.groups import Source, collect_groups, render_prompts
 from pkv.evaluate.measures import Evaluation, evaluate, summarise
-from pkv.evaluate.policy import RUN_MODEL, SYSTEM_FILE, Policy, base_of, load_policy, load_trained
+from pkv.evaluate.policy import MADE_WITH, RUN_MODEL, SYSTEM_FILE, Policy, base_of, load_policy, load_trained
 
 __all__ = [
+    "MADE_WITH",
     "RUN_MODEL",
     "SYSTEM_FILE",
     "Evaluation",

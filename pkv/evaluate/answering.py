@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,23 @@ DEFAULT_NEW_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Responder:
-    """A model ready to be asked: its source of rollouts, its system prompt, and how long a context it holds."""
+    """A model ready to be asked: its source of rollouts, its system prompt, and how long a context it holds.
+
+    trained_rows: see `Policy`. new_engine: an engine for the architecture as another context makes it.
+    """
 
     source: Source
     arch: Arch
     system: str
+    trained_rows: int = 0
+    new_engine: Callable[[Arch], Engine] | None = None
+
+    def source_for(self, length: int) -> Source:
+        """The source for rows of up to `length` tokens, prompts included: longrope turns short ones differently."""
+        arch = self.arch.for_context(max(length, self.trained_rows))
+        if arch == self.arch or self.new_engine is None:
+            return self.source
+        return replace(self.source, engine=self.new_engine(arch))
 
     def new_tokens(self, prompt_tokens: int, asked: int | None = None) -> int:
         """How many tokens may follow a prompt: `asked`, or 1024 and what there is room for. Raises UserError."""
@@ -61,9 +74,10 @@ def open_model(model: str, sampling: SamplingConfig, system: str | None = None) 
     """Load a MODEL for sampling, in float32, its rows spread over all devices. Raises UserError."""
     mesh = make_mesh(MeshConfig())
     policy = load_policy(model, mesh, system=system)
-    engine = Engine(policy.arch, sampling, policy.tokenizer.stop_ids, mesh)
+    new_engine = functools.cache(lambda arch: Engine(arch, sampling, policy.tokenizer.stop_ids, mesh))
+    engine = new_engine(policy.arch)
     source = Source(engine, engine.load(policy.params), policy.tokenizer, policy.step)
-    return Responder(source, policy.arch, policy.system)
+    return Responder(source, policy.arch, policy.system, policy.trained_rows, new_engine)
 
 
 def read_prompts(path: str | Path) -> list[PromptLine]:
@@ -146,9 +160,9 @@ def sample(
     if not lines:
         return
     responder = open_model(model, sampling or SamplingConfig(), system)
-    source = responder.source
-    keys = row_keys(seed, "sample", source.step, [str(line.id) for line in lines], samples)
+    keys = row_keys(seed, "sample", responder.source.step, [str(line.id) for line in lines], samples)
     requests = [_request(responder, line, key, max_new_tokens) for line, key in zip(lines, keys, strict=True)]
+    source = responder.source_for(max(len(request.prompt) + request.max_new_tokens for request in requests))
     for done in source.engine.sample(source.weights, requests):
         yield {
             "id": lines[done.request].id,

@@ -30,6 +30,7 @@ from pkv.model import (
 
 RUN_MODEL = "model"  # of a run directory: config.json and tokenizer, so that the run is a MODEL by itself
 SYSTEM_FILE = "system_prompt.txt"
+MADE_WITH = "made_with"  # of a run's config.yaml: versions, revision and the model as `pkv.hub.pinned` names it
 PRETRAINED = ModelConfig()  # all weights, to be used or trained as they are
 
 
@@ -37,7 +38,8 @@ PRETRAINED = ModelConfig()  # all weights, to be used or trained as they are
 class Policy:
     """What answers: architecture, weights laid out for training, tokenizer, system prompt, policy step.
 
-    What is trained is float32; LoRA's frozen weights are kept as its `base` says.
+    What is trained is float32; LoRA's frozen weights are kept as its `base` says. arch: for the model's whole context.
+    trained_rows: of a run, the length of the rows that `Arch.for_context` was told in training.
     """
 
     arch: Arch
@@ -45,6 +47,7 @@ class Policy:
     tokenizer: Tokenizer
     system: str
     step: int = 0
+    trained_rows: int = 0
 
 
 def load_policy(
@@ -68,8 +71,11 @@ def load_policy(
         return dataclasses.replace(policy, params=join(policy.params, frozen))
     arch = read_arch(source)
     tokenizer = Tokenizer.load(source)
-    if tokenizer.vocab_size > arch.vocab_size:
-        raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}")
+    if tokenizer.text_size > arch.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer's text takes {tokenizer.text_size} ids, the model holds only {arch.vocab_size}; "
+            "use the tokenizer that the model came with"
+        )
     params = _load_weights(source, arch, mesh, model, seed)
     if model.lora.rank:
         params = join(init_adapters(arch, model.lora, fold(jax.random.key(seed), "adapters"), mesh), params)
@@ -92,17 +98,27 @@ def load_trained(run: Path, mesh: Mesh, system: str | None = None) -> Policy:
     else:
         template = init_adapters(arch, base.model.lora, jax.random.key(0), mesh)
     params, _ = checkpoint.restore(run / "checkpoints", step, template, under="params")
-    return Policy(arch, params, Tokenizer.load(str(model)), _system_of(model, system), step)
+    rows = 0 if (config := _config_of(run)) is None else config.grpo.row_tokens
+    return Policy(arch, params, Tokenizer.load(str(model)), _system_of(model, system), step, rows)
 
 
 def base_of(run: Path) -> Config | None:
     """Model and seed of a run that trains adapters, of which its checkpoints hold nothing else; None for other runs."""
+    config = _config_of(run)
+    return config if config is not None and config.model.lora.rank else None
+
+
+def _config_of(run: Path) -> Config | None:
+    """What a run's config says of its model, at the commit that it was trained on, and rows; None for no run."""
     file = run / "config.yaml"
     if not (run / "checkpoints").is_dir() or not file.is_file():
         return None
     written = yaml.safe_load(file.read_text(encoding="utf-8"))
-    config = parse_config({name: written[name] for name in ("seed", "model") if name in written})
-    return config if config.model.lora.rank else None
+    config = parse_config({name: written[name] for name in ("seed", "model", "grpo") if name in written})
+    model = written.get(MADE_WITH, {}).get("model", config.model.path)
+    if Path(config.model.path).is_dir():
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=model))
 
 
 def _load_weights(source: str, arch: Arch, mesh: Mesh, model: ModelConfig, seed: int) -> Params:

@@ -74,16 +74,16 @@ def load_params(
 
 
 def _check(files: TensorFiles, tensors: list[WholeTensor], redundant: frozenset[str]) -> None:
-    there, expected = set(files.entries), {tensor.name for tensor in tensors}
-    for name, entry in files.entries.items():
-        if entry.dtype not in DTYPES:
+    there, expected = files.entries.keys() - redundant, {tensor.name for tensor in tensors}
+    for name in sorted(there):
+        if (entry := files.entries[name]).dtype not in DTYPES:
             known = ", ".join(DTYPES)
             raise UserError(
                 f"{files.directory}: {name} is stored as {entry.dtype}; pkv reads {known}, nothing quantised"
             )
     for words, names in (
         ("the checkpoint lacks", expected - there),
-        ("the model has no place for", there - expected - redundant),
+        ("the model has no place for", there - expected),
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from pkv.config import LoraConfig, UserError
+from pkv.hub import name_and_revision
 from pkv.model.arch import Arch
 from pkv.model.families import family_of
 from pkv.model.layout import disk_tensors
@@ -30,7 +31,7 @@ def save_adapter(
 ) -> None:
     """Write adapter_model.safetensors and adapter_config.json of the adapters from `split`.
 
-    source_config: the base model's config. base_model: where others find it.
+    source_config: the base model's config. base_model: where others find it, a directory or a hub id.
     Raises UserError for a target that the family keeps in one tensor with other weights.
     """
     arrays: dict[str, np.ndarray] = {}
@@ -49,10 +50,12 @@ def save_adapter(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(arrays, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    name, revision = name_and_revision(base_model)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,

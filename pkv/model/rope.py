@@ -76,7 +76,8 @@ class LongRope:
     (arXiv 2402.13753).
 
     long_context: which of the two. transformers decides in each call, by the longest row of the batch, and so gives a
-    row other numbers for its batch-mates, and for what it will say later. Here it is decided once for a model.
+    row other numbers for its batch-mates, and for what it will say later. Here a run decides it once, by
+    grpo.row_tokens, and a command by the longest row that it may write.
     """
 
     short_factors: tuple[float, ...]

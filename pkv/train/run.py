@@ -17,11 +17,10 @@ import yaml
 
 from pkv import checkpoint
 from pkv.config import Config, UserError, as_plain
-from pkv.evaluate import RUN_MODEL, SYSTEM_FILE, Evaluation, Policy
+from pkv.evaluate import MADE_WITH, RUN_MODEL, SYSTEM_FILE, Evaluation, Policy
 from pkv.hub import pinned
 from pkv.tracking import Tracker, cut_lines
 
-MADE_WITH = "made_with"  # of config.yaml: versions and revision, not a knob
 # Knobs that change how a run goes, not what it computes: they may differ when it goes on.
 FREE = ("checkpoint.", "mesh.", "rewards.workers", "evaluate.shown")
 PACKAGES = ("pkv", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")

@@ -78,15 +78,16 @@ def build(config: Config) -> Setup:
         if needed > limit:
             raise UserError(f"{name}: {limit} tokens; prompts and max_new_tokens need {needed}: raise it or lower them")
     stops, dtype = policy.tokenizer.stop_ids, config.model.dtype
+    arch = policy.arch.for_context(config.grpo.row_tokens)  # nothing is longer
     at_test = dataclasses.replace(config.sampling, temperature=config.evaluate.temperature, top_p=1.0, top_k=0)
-    engine = Engine(policy.arch, config.sampling, stops, mesh, dtype)
+    engine = Engine(arch, config.sampling, stops, mesh, dtype)
     _, frozen = split(policy.params)
     return Setup(
         config,
         policy,
         engine,
-        Engine(policy.arch, at_test, stops, mesh, dtype),
-        Learner(policy.arch, config.model, config.optimizer, mesh, frozen),
+        Engine(arch, at_test, stops, mesh, dtype),
+        Learner(arch, config.model, config.optimizer, mesh, frozen),
         None if frozen is None else engine.load(frozen),
         problems,
         prompts,

@@ -27,7 +27,7 @@ def demonstration_batch(config: Config, step: int, problems: Sequence[Problem], 
     sequences = []
     for problem in draw.choices(solvable, k=config.warmup.demonstrations):
         response = policy.tokenizer.encode(demonstrate(problem, draw, config.warmup))
-        response = np.append(response, policy.tokenizer.stop_ids[0]).astype(np.int32)
+        response = np.append(response, policy.tokenizer.turn_end).astype(np.int32)
         prompt = render(policy.tokenizer, problem.question, policy.system)
         ones = np.ones(len(response), np.float32)
         sequences.append(TrainingSequence(prompt, response, ones, np.zeros_like(ones)))

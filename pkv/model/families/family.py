@@ -53,7 +53,7 @@ class Family:
     """One family: `read` turns a config into an Arch, `words` turns it back, `places` maps our paths to tensors.
 
     words: a config that says of an Arch what the family has words for; use `write`, which sees that it says all.
-    redundant: tensors that a checkpoint may hold and that say nothing new (a copy of a tied table).
+    redundant: tensors that a checkpoint may hold and that say nothing new (a copy of a tied table); any dtype.
     """
 
     model_type: str

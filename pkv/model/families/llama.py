@@ -14,6 +14,8 @@ def read(config: dict[str, Any]) -> Arch:
     """An Arch from a Llama config. Raises UserError for a feature that is not supported."""
     fields = ConfigReader(config)
     fields.only("hidden_act", "silu")
+    fields.only("rope_interleaved", False)  # pairs of neighbours, which weights of this format never have
+    fields.skip("is_llama_config")  # SmolLM2's; nothing reads it
     sizes = read_sizes(fields, max_positions=2048)
     return make_arch(fields, sizes | read_rope(fields, sizes["max_positions"]))
 

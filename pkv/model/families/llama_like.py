@@ -104,5 +104,7 @@ def places(arch: Arch) -> dict[str, Place]:
 
 
 def redundant(arch: Arch) -> frozenset[str]:
-    """transformers ignores an output projection that the config ties to the embedding, and so do we."""
-    return frozenset({"lm_head.weight"} if arch.tied_embeddings else ())
+    """What transformers ignores, and so do we: an output projection that the config ties to the embedding, and the
+    turns of positions, which older versions saved in every layer."""
+    turns = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(arch.layers)}
+    return frozenset(turns | ({"lm_head.weight"} if arch.tied_embeddings else set()))

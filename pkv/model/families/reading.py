@@ -12,22 +12,37 @@ from pkv.model.rope import Linear, Llama3, LongRope, Scaling, Yarn
 
 # Facts about files, tokens, generation and training: nothing of the decoder's computation.
 METADATA = (
+    "_attn_implementation",  # whose kernels another program takes
+    "_attn_implementation_autoset",
     "_name_or_path",
     "architectures",
+    "attn_implementation",
     "auto_map",  # code in the repository, which is never run
     "bos_token_id",
     "cache_implementation",
+    "do_sample",
     "dtype",
     "eos_token_id",
     "id2label",
     "label2id",
+    "length_penalty",
+    "max_length",
     "model_type",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
     "pad_token_id",
     "pretraining_tp",  # how products were split up; transformers does not read it any more
+    "repetition_penalty",
     "return_dict",
+    "temperature",
     "tokenizer_class",
+    "top_k",
+    "top_p",
     "torch_dtype",
+    "transformers.js_config",
     "transformers_version",
+    "typical_p",
     "unsloth_fixed",
     "unsloth_version",
     "use_cache",
@@ -76,8 +91,9 @@ class ConfigReader:
         return ConfigReader(self.take_or_none(name, dict) or {}, f"{self._where}: {name}")
 
     def finish(self) -> None:
-        """Raises UserError naming a key that nobody took; null, false and 0 switch nothing on."""
-        left = [name for name, value in self._config.items() if name not in self._taken and value not in (None, False)]
+        """Raises UserError naming a key that nobody took; null, false, 0 and what is empty switch nothing on."""
+        nothing = (None, False, [], {})
+        left = [name for name, value in self._config.items() if name not in self._taken and value not in nothing]
         if left:
             raise UserError(
                 f"{self._where}: unknown feature {left[0]} = {describe(self._config[left[0]])}; "
