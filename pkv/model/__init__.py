@@ -5,7 +5,7 @@ Outside, a model is an `Arch` (what it is made of) and a nested dict of arrays (
 
 from pkv.model.arch import Arch
 from pkv.model.cache import Cache, cache_axes, cache_length, grow_cache, init_cache, put_rows, take_rows
-from pkv.model.decoder import forward, logits
+from pkv.model.decoder import forward, head, logits
 from pkv.model.export import save_params
 from pkv.model.kernels import Kernel, choose_kernel
 from pkv.model.linear import cast
@@ -26,6 +26,7 @@ __all__ = [
     "forward",
     "freezer",
     "grow_cache",
+    "head",
     "init_adapters",
     "init_cache",
     "init_params",
