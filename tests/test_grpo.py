@@ -160,7 +160,9 @@ def test_every_device_projects_its_own_rows_only_and_the_values_and_gradients_st
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), spread, alone)
     assert flops(eight) < 1.1 / 8 * flops(one)
     in_loops = eight.as_text().split("ENTRY")[0]
-    assert not re.search(r"f32\[((1024|512),16|16,(1024|512))\]\S* all-reduce", in_loops), "the table's gradient, at each chunk"
+    assert not re.search(r"f32\[((1024|512),16|16,(1024|512))\]\S* all-reduce", in_loops), (
+        "the table's gradient, at each chunk"
+    )
 
 
 def flops(program) -> float:
