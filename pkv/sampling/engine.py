@@ -304,7 +304,7 @@ class Engine:
             )
         )
 
-    def _take_rows(self, rows: Rows, chosen: np.ndarray) -> Rows:
+    def _take_rows(self, rows: Rows, chosen: jax.Array) -> Rows:
         return self._spread(Rows(take_rows(rows.cache, chosen), *(x[chosen] for x in rows[1:])))
 
     def _decode_segment(
