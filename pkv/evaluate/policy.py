@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from jax.sharding import Mesh
 
 from pkv import checkpoint
 from pkv.competition import Tokenizer, system_prompt
-from pkv.config import Config, ModelConfig, UserError, parse_config
-from pkv.mesh import TRAINING_RULES, fold, shardings
+from pkv.config import Config, MeshConfig, ModelConfig, UserError, parse_config
+from pkv.mesh import TRAINING_RULES, fold, make_mesh, shardings
 from pkv.model import (
+    BLOCK,
     Arch,
     Params,
     freezer,
@@ -54,10 +56,12 @@ def load_policy(
     system: str | None = None,
     model: ModelConfig = PRETRAINED,
     seed: int = 0,
+    dtype: str = "float32",
 ) -> Policy:
     """The policy at `source`. system: a prompt's name or path; None takes the one that the source was trained with,
     or "competition". model, seed: whether weights are drawn for the source's architecture, and whether they are frozen
-    with fresh adapters beside them; a run has its own. Raises UserError.
+    with fresh adapters beside them; a run has its own. dtype: of pretrained weights that are not trained any more.
+    Raises UserError.
     """
     run = Path(source)
     if (run / "checkpoints").is_dir():
@@ -70,10 +74,28 @@ def load_policy(
     tokenizer = Tokenizer.load(source)
     if tokenizer.vocab_size > arch.vocab_size:
         raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}")
-    params = _load_weights(source, arch, mesh, model, seed)
+    params = _load_weights(source, arch, mesh, model, seed, dtype)
     if model.lora.rank:
         params = join(init_adapters(arch, model.lora, fold(jax.random.key(seed), "adapters"), mesh), params)
     return Policy(arch, params, tokenizer, _system_of(run, system))
+
+
+def sampling_mesh(source: str) -> Mesh:
+    """All devices for one model that is only sampled from: over tensor as far as its sizes allow, then over fsdp.
+
+    So a device holds no more of the weights than it must. Sizes are counted in blocks of 64 where weights may be
+    quantised.
+    """
+    run = Path(source)
+    arch = read_arch(str(run / RUN_MODEL) if (run / "checkpoints").is_dir() else source)
+    devices = len(jax.devices())
+    tensor = math.gcd(devices, arch.heads, arch.kv_heads, _blocks(arch.ffn), arch.vocab_size)
+    fsdp = math.gcd(devices // tensor, _blocks(arch.hidden))
+    return make_mesh(MeshConfig(-1, fsdp, tensor))
+
+
+def _blocks(size: int) -> int:
+    return size // math.gcd(size, BLOCK)
 
 
 def load_trained(run: Path, mesh: Mesh, system: str | None = None) -> Policy:
@@ -105,9 +127,9 @@ def base_of(run: Path) -> Config | None:
     return config if config.model.lora.rank else None
 
 
-def _load_weights(source: str, arch: Arch, mesh: Mesh, model: ModelConfig, seed: int) -> Params:
-    """Float32 to be trained, or frozen as LoRA's `base` says, one weight after the other."""
-    dtype, keep = model.dtype if model.lora.rank else "float32", freezer(arch, model.lora.base, mesh)
+def _load_weights(source: str, arch: Arch, mesh: Mesh, model: ModelConfig, seed: int, dtype: str = "float32") -> Params:
+    """In `dtype`, or frozen as LoRA's `base` says, one weight after the other."""
+    dtype, keep = model.dtype if model.lora.rank else dtype, freezer(arch, model.lora.base, mesh)
     if model.init == "pretrained":
         return load_params(source, arch, dtype, _placing(arch, mesh), keep)
     drawn = init_params(arch, fold(jax.random.key(seed), "weights"), dtype, mesh)

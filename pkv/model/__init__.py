@@ -8,13 +8,14 @@ from pkv.model.cache import Cache, cache_axes, cache_length, grow_cache, init_ca
 from pkv.model.decoder import forward, head, logits
 from pkv.model.export import save_params
 from pkv.model.kernels import Kernel, choose_kernel
-from pkv.model.linear import cast
+from pkv.model.linear import BLOCK, cast
 from pkv.model.load import load_params, read_arch, read_config
 from pkv.model.lora import freezer, init_adapters, join, split, weight_axes
 from pkv.model.peft import save_adapter
 from pkv.model.weights import Params, init_params, param_axes, param_shapes, unstack_layers
 
 __all__ = [
+    "BLOCK",
     "Arch",
     "Cache",
     "Kernel",
