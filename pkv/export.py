@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import yaml
 
 from pkv.competition import Tokenizer
@@ -38,13 +39,15 @@ def export(
     partial = out.with_name(f".{out.name}.partial")  # a stopped export leaves no directory that looks whole
     if partial.exists():
         shutil.rmtree(partial)
-    mesh = make_mesh(MeshConfig())
-    policy = load_policy(run_or_model, mesh) if base is None else load_trained(source, mesh)
     config = read_config(source / RUN_MODEL if (source / "checkpoints").is_dir() else run_or_model)
-    if base is None:
-        save_params(policy.params, policy.arch, partial, config, dtype)
-    else:
-        save_adapter(policy.params, policy.arch, partial, config, base.lora, base.path, dtype)
+    host = _host()
+    with jax.default_device(host):
+        mesh = make_mesh(MeshConfig(), [host])
+        policy = load_policy(run_or_model, mesh) if base is None else load_trained(source, mesh)
+        if base is None:
+            save_params(policy.params, policy.arch, partial, config, dtype)
+        else:
+            save_adapter(policy.params, policy.arch, partial, config, base.lora, base.path, dtype)
     policy.tokenizer.save(partial, policy.tokenizer.template_with(policy.system))
     _write(partial / "generation_config.json", json.dumps(generation_config(policy.tokenizer), indent=2) + "\n")
     _write(partial / SYSTEM_FILE, policy.system)
@@ -53,6 +56,14 @@ def export(
     )
     partial.replace(out)
     return out
+
+
+def _host() -> Any:
+    """The host as a device: an export needs memory for the model once, and not an accelerator's. Raises UserError."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise UserError("export: works in the host's memory; add cpu to JAX_PLATFORMS") from error
 
 
 def _base_apart(run_or_model: str, merge_lora: bool) -> ModelConfig | None:

@@ -73,9 +73,39 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     without a mesh, or with rows that the devices don't divide, x comes back as it is.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not set(BATCH_AXES) <= set(mesh.axis_names) or x.shape[0] % math.prod(mesh.shape[name] for name in BATCH_AXES):
+    if not set(BATCH_AXES) <= set(mesh.axis_names) or x.shape[0] % _row_ways(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function `(weights, *arrays)` that every device calls on its own rows of the arrays; its results are rows too.
+
+    The weights come whole over data and fsdp, and their gradient is added up over devices once, after the function;
+    over tensor the compiler spreads both as it does elsewhere. Inside `jax.set_mesh`; without a mesh, or with rows that
+    the devices don't divide, it is the function itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = _row_ways(mesh)
+
+    def sharded(weights: Any, *arrays: jax.Array) -> Any:
+        if arrays[0].shape[0] % ways:
+            return function(weights, *arrays)
+        rows = PartitionSpec(BATCH_AXES)
+
+        def own(weights: Any, *arrays: jax.Array) -> Any:
+            # Each device's own copy: within a loop of the function, a shared one's gradient is added up at every turn.
+            return function(jax.lax.pcast(weights, BATCH_AXES, to="varying"), *arrays)
+
+        specs = (PartitionSpec(), *(rows for _ in arrays))
+        return jax.shard_map(own, in_specs=specs, out_specs=rows, axis_names=set(BATCH_AXES))(weights, *arrays)
+
+    return function if ways == 1 else sharded
+
+
+def _row_ways(mesh: Mesh | AbstractMesh) -> int:
+    """Over how many devices rows are spread; 1 without a mesh."""
+    return math.prod(mesh.shape[name] for name in BATCH_AXES) if set(BATCH_AXES) <= set(mesh.axis_names) else 1
 
 
 def over_shards(function: Callable[..., jax.Array], axes: Sequence[tuple[str, ...]]) -> Callable[..., jax.Array]:
@@ -89,7 +119,7 @@ def over_shards(function: Callable[..., jax.Array], axes: Sequence[tuple[str, ..
         return function
 
     def sharded(*arrays: jax.Array) -> jax.Array:
-        rows_divide = arrays[0].shape[0] % math.prod(mesh.shape[name] for name in BATCH_AXES) == 0
+        rows_divide = arrays[0].shape[0] % _row_ways(mesh) == 0
         rules = TRAINING_RULES if rows_divide else {**TRAINING_RULES, "rows": None}
         specs = tuple(_spec("attention", a, x.shape, mesh, rules) for a, x in zip(axes, arrays, strict=True))
         return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

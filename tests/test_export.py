@@ -17,7 +17,7 @@ from pkv import checkpoint
 from pkv.competition import Tokenizer, render, train_tokenizer
 from pkv.config import LoraConfig, MeshConfig, SamplingConfig, UserError, as_plain
 from pkv.evaluate import RUN_MODEL, SYSTEM_FILE, load_policy
-from pkv.evaluate.answering import sample
+from pkv.evaluate.answering import open_model, sample
 from pkv.export import export
 from pkv.mesh import make_mesh
 from pkv.model import Arch, forward, init_adapters, init_params, logits, read_config, save_params, split
@@ -90,6 +90,39 @@ def lora_run(run_dir) -> Path:
 
 def load(source):
     return load_policy(str(source), make_mesh(MeshConfig()))
+
+
+def test_an_export_takes_the_hosts_memory_once_and_no_other_devices(run_dir, tmp_path, monkeypatch):
+    places = set()
+
+    def save(params, *rest):
+        places.update(device for array in jax.tree.leaves(params) for device in array.devices())
+        return save_params(params, *rest)
+
+    monkeypatch.setattr("pkv.export.save_params", save)
+    export(str(run_dir), tmp_path / "out")
+    assert len(jax.devices()) == 8 and places == {jax.local_devices(backend="cpu")[0]}
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16")])
+def test_a_model_to_be_sampled_from_is_spread_over_the_devices_in_the_dtype_of_its_machine(
+    run_dir, tmp_path, monkeypatch, backend, dtype
+):
+    arch = dataclasses.replace(ARCH, hidden=256, ffn=128)
+    save_params(init_params(arch, jax.random.key(0)), arch, tmp_path)
+    Tokenizer.load(str(run_dir / RUN_MODEL)).save(tmp_path)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    loaded = []
+    monkeypatch.setattr(
+        "pkv.evaluate.answering.load_policy", lambda *a, **k: loaded.append(load_policy(*a, **k)) or loaded[-1]
+    )
+    responder = open_model(str(tmp_path), SamplingConfig())
+    sizes = {"data": 1, "fsdp": 4, "tensor": 2}  # two key-value heads
+    (up,) = (layer["ffn"]["up"] for layer in responder.source.weights["layers"][:1])
+    assert dict(up.sharding.mesh.shape) == sizes and up.dtype == dtype
+    assert {shard.data.shape for shard in up.addressable_shards} == {(256, 64)}
+    up = loaded[0].params["layers"]["ffn"]["up"]
+    assert up.dtype == dtype and {shard.data.shape for shard in up.addressable_shards} == {(2, 64, 64)}
 
 
 def test_weights_architecture_and_prompt_come_back_to_the_bit(run_dir, exported):

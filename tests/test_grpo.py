@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +16,8 @@ from pkv.grpo import Learner, Sequence, advantages_by_reward, pack, token_advant
 from pkv.grpo.advantages import groups_with_signal
 from pkv.grpo.logprobs import CHUNK, token_logprobs
 from pkv.grpo.losses import ClippedSurrogate, Supervised, token_losses
-from pkv.mesh import make_mesh
-from pkv.model import Arch, forward, init_params, logits
+from pkv.mesh import TRAINING_RULES, batch_sharding, make_mesh, shardings
+from pkv.model import Arch, forward, init_params, logits, param_axes
 
 ARCH = Arch(
     vocab_size=48, hidden=16, layers=2, heads=4, kv_heads=2, head_size=8, ffn=32, qkv_bias=True, tied_embeddings=True
@@ -130,6 +134,41 @@ def test_chunked_logprobs_are_the_whole_ones_with_their_gradient():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     gradients = [jax.grad(lambda h, f=f: (f(h)[0] * jnp.arange(T)).sum())(hidden) for f in (chunked, whole)]
     np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_device_projects_its_own_rows_only_and_the_values_and_gradients_stay(monkeypatch, sizes, tied):
+    monkeypatch.setattr("pkv.grpo.logprobs.CHUNK", 32)
+    arch = dataclasses.replace(ARCH, vocab_size=1024, tied_embeddings=tied)
+    params = init_params(arch, jax.random.key(0))
+    hidden_BTD = jax.random.normal(jax.random.key(2), (16, 32, 16))
+    targets_BT = jax.random.randint(jax.random.key(1), (16, 32), 0, 1024)
+
+    def total(params, hidden_BTD, targets_BT):
+        logprobs_BT, entropy_BT = token_logprobs(params, arch, hidden_BTD, targets_BT)
+        return (logprobs_BT * jnp.arange(32)).sum(), (logprobs_BT, entropy_BT)
+
+    def results(mesh):
+        weights = jax.device_put(params, shardings(param_axes(arch), params, mesh, TRAINING_RULES))
+        arguments = weights, *jax.device_put((hidden_BTD, targets_BT), batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            program = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True)).lower(*arguments).compile()
+            return program(*arguments), program
+
+    (alone, one), (spread, eight) = results(one_device()), results(make_mesh(sizes))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), spread, alone)
+    assert flops(eight) < 1.1 / 8 * flops(one)
+    in_loops = eight.as_text().split("ENTRY")[0]
+    assert not re.search(r"f32\[((1024|512),16|16,(1024|512))\]\S* all-reduce", in_loops), (
+        "the table's gradient, at each chunk"
+    )
+
+
+def flops(program) -> float:
+    """Of one device; the cost analysis counts a single turn of each loop, and here all loops turn as often."""
+    (turns,) = set(re.findall(r'"known_trip_count":\{"n":"(\d+)"', program.as_text()))
+    return int(turns) * program.cost_analysis()["flops"]
 
 
 def test_clipped_surrogate_by_hand():

@@ -91,6 +91,30 @@ def test_one_and_eight_devices_say_the_same(plain, mesh):
     assert_same(plain, run(mesh=make_mesh(mesh)))
 
 
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)])
+def test_every_device_prefills_its_own_prompts_and_a_shape_has_one_layout(monkeypatch, plain, mesh):
+    engine = Engine(ARCH, CONFIG, STOPS, make_mesh(mesh))
+    asked, prefill, decode, layouts, caches = requests(), engine._prefill, engine._decode, set(), []
+
+    def seen_prefill(weights, tokens):
+        caches.append(prefill(weights, tokens))
+        return caches[-1]
+
+    def seen_decode(weights, rows, *scalars, **steps):
+        layouts.update((x.shape, str(x.sharding)) for x in jax.tree.leaves(rows))
+        return decode(weights, rows, *scalars, **steps)
+
+    monkeypatch.setattr(engine, "_prefill", seen_prefill)
+    monkeypatch.setattr(engine, "_decode", seen_decode)
+    assert_same(plain, {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), asked)})
+    ways, tensor = mesh.data * mesh.fsdp, mesh.tensor
+    for array in jax.tree.leaves(caches):
+        P, K, *_ = array.shape
+        assert {shard.data.shape[:2] for shard in array.addressable_shards} == {(P // ways, K // tensor)}
+    vectors = [place for shape, place in layouts if len(shape) == 1]
+    assert vectors and len(set(vectors)) == 1 and "PartitionSpec()" not in vectors[0]
+
+
 def test_scanned_and_unrolled_layers_say_the_same(monkeypatch, plain):
     monkeypatch.setattr("pkv.sampling.engine.UNROLL", 0)
     assert_same(plain, run())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import signal
@@ -30,7 +31,7 @@ from pkv.train.interrupts import stop_requests
 from pkv.train.loop import train
 from pkv.train.rounds import check_requirement, reward_budgets, stages
 from pkv.train.run import open_run
-from pkv.train.setup import build
+from pkv.train.setup import build, open_training
 from pkv.train.summary import closing_summary
 from pkv.train.warmup import demonstration_batch
 
@@ -154,6 +155,29 @@ def check_resumed(whole, config_file, folder, monkeypatch, killed_after, flags):
     assert lines(folder, "evaluations.jsonl") == lines(whole, "evaluations.jsonl")
     states = [final_state(run, config_file, flags) for run in (folder, whole)]
     jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_going_on_with_a_run_makes_no_fresh_state_beside_the_restored_one(whole, config_file, monkeypatch):
+    setup = build(load_config(config_file))
+    fresh = setup.learner.template(setup.policy.params)
+    before, trained = live_bytes(), sum(array.nbytes for array in jax.tree.leaves(setup.policy.params))
+    at_restore, restore = [], checkpoint.restore
+
+    def watched(folder, step, template):
+        at_restore.append(live_bytes())
+        return restore(folder, step, template)
+
+    monkeypatch.setattr(checkpoint, "restore", watched)
+    run, state = open_training(setup, whole, fresh=False)
+    run.close()
+    assert at_restore == [before - trained], "the weights that the run began with are gone, and nothing is new"
+    jax.tree.map(np.testing.assert_array_equal, state, final_state(whole, config_file))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), state, fresh))
+
+
+def live_bytes() -> int:
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from pkv.competition import Tokenizer, render
 from pkv.competition.prompt import neutralise
-from pkv.config import MeshConfig, SamplingConfig, UserError, describe
+from pkv.config import SamplingConfig, UserError, describe
 from pkv.evaluate.groups import Source
-from pkv.evaluate.policy import load_policy
-from pkv.mesh import make_mesh
+from pkv.evaluate.policy import load_policy, sampling_mesh
 from pkv.model import Arch
 from pkv.sampling import Engine, Request, row_keys
 
@@ -71,10 +71,13 @@ class PromptLine:
 
 
 def open_model(model: str, sampling: SamplingConfig, system: str | None = None) -> Responder:
-    """Load a MODEL for sampling, in float32, its rows spread over all devices. Raises UserError."""
-    mesh = make_mesh(MeshConfig())
-    policy = load_policy(model, mesh, system=system)
-    new_engine = functools.cache(lambda arch: Engine(arch, sampling, policy.tokenizer.stop_ids, mesh))
+    """Load a MODEL for sampling, weights and rows spread over all devices, in bfloat16, but float32 on a CPU.
+
+    Raises UserError.
+    """
+    mesh, dtype = sampling_mesh(model), "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    policy = load_policy(model, mesh, system=system, dtype=dtype)
+    new_engine = functools.cache(lambda arch: Engine(arch, sampling, policy.tokenizer.stop_ids, mesh, dtype))
     engine = new_engine(policy.arch)
     source = Source(engine, engine.load(policy.params), policy.tokenizer, policy.step)
     return Responder(source, policy.arch, policy.system, policy.trained_rows, new_engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from jax.sharding import Mesh
 
 from pkv import checkpoint
 from pkv.competition import Tokenizer, system_prompt
-from pkv.config import Config, ModelConfig, UserError, parse_config
-from pkv.mesh import TRAINING_RULES, fold, shardings
+from pkv.config import Config, MeshConfig, ModelConfig, UserError, parse_config
+from pkv.mesh import TRAINING_RULES, fold, make_mesh, shardings
 from pkv.model import (
+    BLOCK,
     Arch,
     Params,
     freezer,
@@ -57,10 +59,12 @@ def load_policy(
     system: str | None = None,
     model: ModelConfig = PRETRAINED,
     seed: int = 0,
+    dtype: str = "float32",
 ) -> Policy:
     """The policy at `source`. system: a prompt's name or path; None takes the one that the source was trained with,
     or "competition". model, seed: whether weights are drawn for the source's architecture, and whether they are frozen
-    with fresh adapters beside them; a run has its own. Raises UserError.
+    with fresh adapters beside them; a run has its own. dtype: of pretrained weights that are not trained any more.
+    Raises UserError.
     """
     run = Path(source)
     if (run / "checkpoints").is_dir():
@@ -76,10 +80,28 @@ def load_policy(
             f"{source}: the tokenizer's text takes {tokenizer.text_size} ids, the model holds only {arch.vocab_size}; "
             "use the tokenizer that the model came with"
         )
-    params = _load_weights(source, arch, mesh, model, seed)
+    params = _load_weights(source, arch, mesh, model, seed, dtype)
     if model.lora.rank:
         params = join(init_adapters(arch, model.lora, fold(jax.random.key(seed), "adapters"), mesh), params)
     return Policy(arch, params, tokenizer, _system_of(run, system))
+
+
+def sampling_mesh(source: str) -> Mesh:
+    """All devices for one model that is only sampled from: over tensor as far as its sizes allow, then over fsdp.
+
+    So a device holds no more of the weights than it must. Sizes are counted in blocks of 64 where weights may be
+    quantised.
+    """
+    run = Path(source)
+    arch = read_arch(str(run / RUN_MODEL) if (run / "checkpoints").is_dir() else source)
+    devices = len(jax.devices())
+    tensor = math.gcd(devices, arch.heads, arch.kv_heads, _blocks(arch.ffn), arch.vocab_size)
+    fsdp = math.gcd(devices // tensor, _blocks(arch.hidden))
+    return make_mesh(MeshConfig(-1, fsdp, tensor))
+
+
+def _blocks(size: int) -> int:
+    return size // math.gcd(size, BLOCK)
 
 
 def load_trained(run: Path, mesh: Mesh, system: str | None = None) -> Policy:
@@ -121,9 +143,9 @@ def _config_of(run: Path) -> Config | None:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=model))
 
 
-def _load_weights(source: str, arch: Arch, mesh: Mesh, model: ModelConfig, seed: int) -> Params:
-    """Float32 to be trained, or frozen as LoRA's `base` says, one weight after the other."""
-    dtype, keep = model.dtype if model.lora.rank else "float32", freezer(arch, model.lora.base, mesh)
+def _load_weights(source: str, arch: Arch, mesh: Mesh, model: ModelConfig, seed: int, dtype: str = "float32") -> Params:
+    """In `dtype`, or frozen as LoRA's `base` says, one weight after the other."""
+    dtype, keep = model.dtype if model.lora.rank else dtype, freezer(arch, model.lora.base, mesh)
     if model.init == "pretrained":
         return load_params(source, arch, dtype, _placing(arch, mesh), keep)
     drawn = init_params(arch, fold(jax.random.key(seed), "weights"), dtype, mesh)

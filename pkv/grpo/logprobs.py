@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from pkv.model import Arch, Params, logits
+from pkv.mesh import over_rows
+from pkv.model import Arch, Params, head, logits
 
-CHUNK = 512  # positions whose logits exist at the same time
+CHUNK = 512  # positions whose logits exist at the same time on a device
 
 
 def token_logprobs(
@@ -18,12 +21,20 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and entropy of each prediction, nats, float32 [B, T] both.
 
-    The backward pass computes each chunk's logits again. Entropy carries no gradient.
+    Every device goes through its own rows. The backward pass computes each chunk's logits again. Entropy carries no
+    gradient.
     """
+    return over_rows(partial(_in_chunks, arch=arch))(head(params, arch), hidden_BTD, targets_BT)
+
+
+def _in_chunks(
+    params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array, *, arch: Arch
+) -> tuple[jax.Array, jax.Array]:
     B, T, D = hidden_BTD.shape
-    pad = -(B * T) % CHUNK
-    hidden_CSD = jnp.pad(hidden_BTD.reshape(B * T, D), ((0, pad), (0, 0))).reshape(-1, CHUNK, D)
-    targets_CS = jnp.pad(targets_BT.reshape(B * T), (0, pad)).reshape(-1, CHUNK)
+    size = min(CHUNK, B * T)
+    pad = -(B * T) % size
+    hidden_CSD = jnp.pad(hidden_BTD.reshape(B * T, D), ((0, pad), (0, 0))).reshape(-1, size, D)
+    targets_CS = jnp.pad(targets_BT.reshape(B * T), (0, pad)).reshape(-1, size)
 
     @jax.checkpoint
     def chunk(carry: None, xs: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:

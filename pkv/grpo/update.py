@@ -56,6 +56,16 @@ class Learner:
         params = jax.device_put(params, placed.params)
         return TrainState(params, jax.jit(self._optimizer.init, out_shardings=placed.optimizer)(params))
 
+    def template(self, params: Params) -> TrainState:
+        """What `init` would make of weights, or of their shapes: every array's shape, dtype and place, no numbers."""
+        params, _ = split(params)
+        shapes = TrainState(params, jax.eval_shape(self._optimizer.init, params))
+
+        def describe(array: Any, place: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
+        return jax.tree.map(describe, shapes, self.state_shardings(params))
+
     def state_shardings(self, params: Params) -> TrainState:
         """Where every array of the state lies: moments beside their weights, scalars everywhere."""
         weights = shardings(weight_axes(params, self._arch), params, self.mesh, TRAINING_RULES)

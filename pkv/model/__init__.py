@@ -5,16 +5,17 @@ Outside, a model is an `Arch` (what it is made of) and a nested dict of arrays (
 
 from pkv.model.arch import Arch
 from pkv.model.cache import Cache, cache_axes, cache_length, grow_cache, init_cache, put_rows, take_rows
-from pkv.model.decoder import forward, logits
+from pkv.model.decoder import forward, head, logits
 from pkv.model.export import save_params
 from pkv.model.kernels import Kernel, choose_kernel
-from pkv.model.linear import cast
+from pkv.model.linear import BLOCK, cast
 from pkv.model.load import load_params, read_arch, read_config
 from pkv.model.lora import freezer, init_adapters, join, split, weight_axes
 from pkv.model.peft import save_adapter
 from pkv.model.weights import Params, init_params, param_axes, param_shapes, unstack_layers
 
 __all__ = [
+    "BLOCK",
     "Arch",
     "Cache",
     "Kernel",
@@ -26,6 +27,7 @@ __all__ = [
     "forward",
     "freezer",
     "grow_cache",
+    "head",
     "init_adapters",
     "init_cache",
     "init_params",

@@ -120,6 +120,12 @@ def embed(params: Params, arch: Arch, tokens_BT: jax.Array, dtype: Any) -> jax.A
     return x_BTD * jnp.asarray(arch.hidden**0.5, dtype) if arch.scaled_embedding else x_BTD
 
 
+def head(params: Params, arch: Arch) -> Params:
+    """The weights that `logits` reads, and no others."""
+    name = "embedding" if arch.tied_embeddings else "unembedding"
+    return {name: params[name]}
+
+
 def logits(params: Params, arch: Arch, hidden: jax.Array) -> jax.Array:
     """The scores of the next token, float32 [..., V], from hidden states [..., D] after the final norm."""
     if arch.tied_embeddings:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pkv.config import SamplingConfig
-from pkv.mesh import SAMPLING_RULES, replicated, shardings
+from pkv.mesh import SAMPLING_RULES, batch_sharding, shardings
 from pkv.model import (
     Arch,
     Cache,
@@ -115,7 +115,7 @@ class Engine:
         self._insert = jax.jit(self._insert_rows, donate_argnames="rows")
         self._decode = jax.jit(self._decode_segment, donate_argnames="rows", static_argnames="steps")
         self._grow = jax.jit(lambda cache, length: grow_cache(cache, length), static_argnames="length")
-        self._take = jax.jit(lambda rows, chosen: Rows(take_rows(rows.cache, chosen), *(x[chosen] for x in rows[1:])))
+        self._take = jax.jit(self._take_rows)
 
     def load(self, params: Params) -> Params:
         """Weights, or a part of them from `split`, in the layout and dtype of sampling; what `sample` takes.
@@ -180,7 +180,7 @@ class Engine:
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
         rows = rows._replace(cache=self._grow(rows.cache, length=max(self._round_length(width), self._length(rows))))
-        prefilled = self._prefill(weights, jnp.asarray(tokens))
+        prefilled = self._prefill(weights, jax.device_put(tokens, batch_sharding(self._mesh)))
         # Padded to the number of slots, so that one program serves every refill: places past the end are dropped.
         count = len(slots)
         places = np.full(count, count, np.int32)
@@ -261,16 +261,22 @@ class Engine:
             cache = init_cache(self._arch, count, length, self._dtype, stacked=self._stacked)
             return Rows(cache, whole, whole, whole, jnp.zeros(count, bool), jnp.zeros((count, 2), jnp.uint32))
 
-        shapes = jax.eval_shape(make)
+        return jax.jit(lambda: self._spread(make()))()
+
+    def _spread(self, rows: Rows) -> Rows:
+        """Every device holds its own rows, whatever made them: one layout, and so one program for each shape."""
+        vectors = jax.lax.with_sharding_constraint(rows[1:], batch_sharding(self._mesh))
+        return Rows(self._spread_cache(rows.cache), *vectors)
+
+    def _spread_cache(self, cache: Cache) -> Cache:
         axes = cache_axes(self._arch, stacked=self._stacked)
-        cache = shardings(axes, shapes.cache, self._mesh, SAMPLING_RULES)
-        whole: Any = (replicated(self._mesh),) * 5
-        return jax.jit(make, out_shardings=Rows(cache, *whole))()
+        return jax.lax.with_sharding_constraint(cache, shardings(axes, cache, self._mesh, SAMPLING_RULES))
 
     def _prefill_prompts(self, weights: Params, tokens_PT: jax.Array) -> Cache:
-        """The keys and values of whole prompts; padding on the right is overwritten before anything looks at it."""
+        """The keys and values of whole prompts, each device its own prompts; padding on the right is overwritten before
+        anything looks at it."""
         P, T = tokens_PT.shape
-        cache = init_cache(self._arch, P, T, self._dtype, stacked=self._stacked)
+        cache = self._spread_cache(init_cache(self._arch, P, T, self._dtype, stacked=self._stacked))
         positions_PT = jnp.broadcast_to(jnp.arange(T), (P, T))
         return forward(weights, self._arch, tokens_PT, positions_PT, cache=cache, dtype=self._dtype)[1]
 
@@ -287,14 +293,19 @@ class Engine:
 
         cache = put_rows(rows.cache, places, take_rows(prefilled, source))
         active = put(rows.active, True)
-        return Rows(
-            cache,
-            put(rows.token, token),
-            put(rows.position, position),
-            put(rows.last, last),
-            active,
-            put(rows.keys, keys),
+        return self._spread(
+            Rows(
+                cache,
+                put(rows.token, token),
+                put(rows.position, position),
+                put(rows.last, last),
+                active,
+                put(rows.keys, keys),
+            )
         )
+
+    def _take_rows(self, rows: Rows, chosen: jax.Array) -> Rows:
+        return self._spread(Rows(take_rows(rows.cache, chosen), *(x[chosen] for x in rows[1:])))
 
     def _decode_segment(
         self, weights: Params, rows: Rows, temperature: jax.Array, top_p: jax.Array, *, steps: int
@@ -325,4 +336,4 @@ class Engine:
             return step + 1, Rows(cache, token, position, rows.last, rows.active & ~ended, rows.keys), outputs
 
         _, rows, outputs = jax.lax.while_loop(more, advance, (jnp.int32(0), rows, outputs))
-        return rows, *outputs
+        return self._spread(rows), *outputs

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from pkv.config import Config, UserError
@@ -96,10 +97,14 @@ def build(config: Config) -> Setup:
 
 
 def open_training(setup: Setup, folder: Path, fresh: bool) -> tuple[Run, TrainState]:
-    """The run's directory and the state to go on from."""
+    """The run's directory and the state to go on from; what is trained of `setup.policy` is used up."""
     run = open_run(setup.config, folder, setup.policy, setup.model_config, fresh)
-    state = setup.learner.init(setup.policy.params)
-    return run, run.restore(state) if run.step else state
+    if not run.step:
+        return run, setup.learner.init(setup.policy.params)
+    template = setup.learner.template(setup.policy.params)
+    for array in jax.tree.leaves(split(setup.policy.params)[0]):
+        array.delete()  # or the weights would be held twice until the run ends
+    return run, run.restore(template)
 
 
 def _check_apart(train: list[Problem], heldout: list[Problem]) -> None:
