@@ -114,6 +114,28 @@ LESS = {
         knight="By my honour! I capture the portion of a single hive: 20 / 5 = 6. Next I ride forth and gather the "
         "portion of each: 4 * 8 = 24. Hence the answer is 24."
     ),
+    "a copy with bold numbers": write(
+        knight="By my honour! I capture the portion of a single hive: **20** / **5** = **4**. Next I ride forth and "
+        "gather the portion of each: **6** * **4** = **24**. Hence the answer is 24."
+    ),
+    "a copy with colons and crosses": write(
+        knight="By my honour! A lone dwelling yields, sire, 20 : 5 = 4. Gathering such yields sixfold, the sum becomes "
+        "6 x 4 = 24. Thus the answer is 24."
+    ),
+    "a copy in number words": write(
+        knight="By my honour! A lone dwelling yields twenty over five = four, sire. Gathering such yields sixfold, the "
+        "sum becomes six times four = twenty-four. Thus the answer is 24."
+    ),
+    "false steps in another notation": write(
+        viking=VIKING.replace(
+            "20 + 4 = 24.", "20 + 4 = 24. I hew more: 24 x 6 = **24**. I hew: 24 \u2022 5 comes to 24."
+        )
+    ),
+    "working that leads elsewhere": write(
+        viking="By Odin! I hew with my axe another way and count on: 5 + 7 = 12, then 6 + 2 = 8, then 4 + 4 = 8. The "
+        "runes agree with my axe. So ends the saga: the answer is 24."
+    ),
+    "names and numbers for a ruling": write(result="pirate knight viking 24, 6 * 4 = 24"),
     "an empty pirate": write(pirate=""),
     "a pirate of one word": write(pirate="Arr! 24"),
     "empty pirate and knight": write(pirate="", knight="", winner="viking"),
@@ -203,6 +225,36 @@ def test_a_mistake_that_is_mended_costs_no_length_and_one_that_stands_does(score
 
     mended = length_of("20 + 4 = 25. No, that is wrong: 20 + 4 = 24.")
     assert mended > length_of("20 + 4 = 25. I look at that for a while: 20 + 4 = 24.")
+
+
+def test_sums_that_touch_nothing_earn_no_length(scorer):
+    def length_of(viking: str) -> float:
+        return scorer.score(PROBLEM, parse(write(viking=viking))).rewards["length_viking"].value
+
+    draw = random.Random(3)
+    sums = [(draw.randint(30, 500), draw.randint(30, 500)) for _ in range(6)]
+    aside = " ".join(f"Now I strike at {a} + {b} = {a + b} there." for a, b in sums)
+    padded = VIKING.replace("The runes", aside + " The runes")
+    assert length_of(padded) < 0.8 * length_of(
+        VIKING.replace("The runes", "The long winter of my saga ends. The runes")
+    )
+
+
+HONEST_STEPS = (
+    "- 20 / 5 = 4\n- 20 + 4 = 24",
+    "**20** + **4** = **24**",
+    "$20 + \\frac{20}{5} = 24$, and 120% of 20 = 24",
+    "20 candles + 4 candles = 24 candles, and 24 / 7 \u2248 3",
+    "20 + 4 = 24, and 20 / 3 = 6 remainder 2",
+    "twenty + four = twenty-four",
+)
+
+
+@pytest.mark.parametrize("steps", HONEST_STEPS)
+def test_honest_working_is_paid_in_full_in_any_notation(scorer, honest, steps):
+    card = scorer.score(PROBLEM, parse(write(viking=VIKING.replace("20 + 4 = 24.", steps + "."))))
+    assert card.rewards["originality_viking"].value == 0.5
+    assert card.rewards["length_viking"].value >= 0.9 * honest.rewards["length_viking"].value
 
 
 LATEX = r"""We complete the square. Let $f(x) = x^2 + 6x + 5$. Then $x^2 + 6x = (x + 3)^2 - 9$, hence

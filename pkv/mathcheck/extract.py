@@ -13,7 +13,9 @@ from typing import Literal
 
 from pkv.mathcheck.numbers import read_number
 from pkv.mathcheck.prose import (
+    SIGNS_FOR_ANSWER,
     TAKEN_BACK,
+    WORDS_FOR_ANSWER,
     AmbiguousError,
     find_candidates,
     first_sentence,
@@ -27,14 +29,15 @@ Code = Literal["marker", "boxed", "phrase", "only_number", "ambiguous", "none"]
 
 _MARKER = re.compile(
     r"(?:^[ \t>#*_-]{0,12}(?:the[ \t]{1,4})?(?:(?:final|correct)[ \t]{1,4})?"
-    r"|(?P<sentence>(?<=[.!?$][ \t])[*_]{0,3}final[ \t]))answer(?:[ \t]{1,4}is)?[*_ \t]{0,6}:",
+    r"|(?P<sentence>(?<=[.!?$][ \t])[*_]{0,3}final[ \t]))"
+    rf"(?:{WORDS_FOR_ANSWER}|{SIGNS_FOR_ANSWER})(?:[ \t]{{1,4}}is)?[*_ \t]{{0,6}}[:\uff1a]",
     re.IGNORECASE | re.MULTILINE,
 )
 _BRACE = re.compile(r"(?P<box>\\boxed\s{0,4}\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
 _DISPLAY = re.compile(r"[ \t*_]{0,8}(\$\$|\\\[)")
 _DISPLAY_LENGTH = 1000  # characters of a displayed formula
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-_VERB = re.compile(r"\b(?:is|are|was|be|equals)\b", re.IGNORECASE)
+_VERB = re.compile(r"\b(?:is|are|was|be|equals)\b|^(?:they|you|we|it|there|i|he|she)\b", re.IGNORECASE)
 _PROSE_WORDS = 4  # a marked value with a verb or as many words, and not a number with its unit, is a sentence
 
 

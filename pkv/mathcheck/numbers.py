@@ -83,7 +83,8 @@ _NOT_UNITS = frozenset(
     """
     or and to not nor but than minus plus over divided by squared cubed factorial root mod modulo pi sqrt sin cos tan
     log exp inf infinity from between versus either if half halves third thirds quarter quarters fourth fourths fifth
-    fifths sixth sixths eighth eighths tenth tenths hundredth hundredths
+    fifths sixth sixths eighth eighths tenth tenths hundredth hundredths lakh lakhs crore crores score scores gross
+    hundreds thousands millions billions too because since which
     """.split()  # noqa: SIM905 - fifty words read better as text
 )
 _WORD = re.compile(r"(?P<name>[A-Za-z][A-Za-z'-]*)(?:\s?\^\s?\{?(?P<power>[23])\}?)?\.?")

@@ -34,13 +34,15 @@ _CANDIDATE = re.compile(
     """,
     re.VERBOSE | re.DOTALL | re.ASCII,
 )
-_ANSWER = re.compile(r"\banswer\b", re.IGNORECASE)
+WORDS_FOR_ANSWER = r"answer|respuesta|r[e\u00e9]ponse|antwort|risposta|resposta|\u043e\u0442\u0432\u0435\u0442"
+SIGNS_FOR_ANSWER = r"\u7b54\u6848|\u7b54\u3048"  # Chinese, Japanese
+_ANSWER = re.compile(rf"\b(?:{WORDS_FOR_ANSWER})\b|{SIGNS_FOR_ANSWER}", re.IGNORECASE)
 _WINDOW = 200  # characters after the word "answer" in which its value is looked for
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*\"')]|$)|(?<!:)\n[ \t]{0,8}\n")
 _OPENING = r"[\s*_,:(\[{\\\"'$=~\u2248-]{0,12}"
 # A verb that states, and at most five words of filling: "the answer is that the farmer needs 24". Or nothing at all.
 _STATES = re.compile(
-    rf"(?:\b(?:is|was|be|of|equals|being|becomes)\b[^\w]{{0,6}}(?:[A-Za-z']{{1,20}}[^\w]{{1,6}}){{0,5}}|[:=]){_OPENING}$",
+    rf"(?:(?:\b(?:is|was|be|of|equals|being|becomes|es|ist|est|\u00e8|\u00e9)\b|[\u662f\u306f])[^\w]{{0,6}}(?:[A-Za-z']{{1,20}}[^\w]{{1,6}}){{0,5}}|[:=\uff1a]){_OPENING}$",
     re.IGNORECASE,
 )
 _TOUCHES = re.compile(_OPENING)
@@ -54,7 +56,8 @@ _CHANGES = re.compile(
     re.IGNORECASE,
 )
 _CHANGED = re.compile(
-    r"[*_$)\s]{0,4}\b(?:squared|cubed|factorial|dozens"
+    r"\s?\^\s?\{?[\d-]|[eE]\d|\s?\\(?:pi|sqrt|ln|log)(?![A-Za-z])"
+    r"|[*_$)\s]{0,4}\b(?:squared|cubed|factorial|dozens|lakhs?|crores?|scores?|gross|hundreds|thousands|millions|billions"
     r"|(?:times|minus|plus|divided by|(?:less|more|fewer) than)\s{1,3}\$?\d)|[xyznk]\b",
     re.IGNORECASE,
 )
@@ -71,26 +74,31 @@ TAKEN_BACK = re.compile(
     r"(?:not|wrong|incorrect|false)\b",
     re.IGNORECASE,
 )
+# A value that is denied behind it, in the same sentence: "the answer is 30, which is wrong".
+_DENIED_BEHIND = re.compile(
+    r"[^.!?\n\d]{0,30}\b(?:which|that) (?:is|was) (?:wrong|incorrect|false|not)\b", re.IGNORECASE
+)
 _DISOWNED = re.compile(
     r"\b(?:wrong|incorrect|mistaken|false|flawed|first|initial|earlier|previous|original|naive|tempting)\s{1,3}$",
     re.IGNORECASE,
 )
 # What makes a list, a range or a formula of a stated value: "24 or 25", "24 hives or 25", "41 = 42", "3, 5", "8 * 3".
 _GOES_ON = re.compile(
-    r"(?:\s[A-Za-z]{1,20}){0,3}\s?,?\s{1,3}\(?or\s{1,3}(?:[A-Za-z]{1,20}\s){0,2}|\s{0,3}(?:[=/+*\u2248\u00b1\u00d7\u00f7\u00b7\u22c5\u2212\u2192|<>~^&-]|\\times|\\pm)\s{0,3}"
+    r"(?:\s[A-Za-z]{1,20}){0,3}\s?,?\s{1,3}\(?(?:or|ou|oder)\s{1,3}(?:[A-Za-z]{1,20}\s){0,2}|\s{0,3}(?:[=/+*\u2248\u00b1\u00d7\u00f7\u00b7\u22c5\u2212\u2192|<>~^&-]|\\times|\\cdot|\\div|\\pm)\s{0,3}"
     r"|\s?[,;]\s{0,3}(?:and\s)?|\s{1,3}(?:and|to)\s{1,3}|\s?\u2013\s?"
 )
+_DELIMITER = re.compile(r"\\[()]|\$|\*\*|(?<! )\*|\*(?! )")  # of formulas and emphasis; ` * ` multiplies
 _ALTERNATIVE = re.compile(r"\bor\b|\\pm(?![A-Za-z])|\u00b1", re.IGNORECASE)
 _ENDING = re.compile(
     r"(?<![!<>=])=(?P<value>[^=]{1,64})$",
 )
 _CLOSING = " \t\n.!*$"
 # A formula that is an equation in unknowns states no value: "$2x + 3y = 7$", "$x^2 = 16$". Nor is the last of two
-# values of one name the answer: "x = 2, x = 3".
+# values side by side the answer: "x = 2, x = 3", "x = 3, y = 5".
 _UNKNOWN = re.compile(r"(?<![A-Za-z\\])(?:\d[A-Za-z](?![A-Za-z])|[A-Za-z]\s?\^)")
 _OPENS = re.compile(r"\$|\\[(\[]")
-_NAMED_TWICE = re.compile(
-    r"(?<![A-Za-z\\])(?P<name>[A-Za-z](?:_?\w)?)\s?=[^=]{1,64}(?:[,;]|\band\b)[^=A-Za-z]{0,6}(?P=name)\s?$"
+_NAMED_BESIDE = re.compile(
+    r"(?<![A-Za-z\\])[A-Za-z](?:_?\w)?\s?=[^=]{1,64}(?:[,;]|\band\b)[^=A-Za-z]{0,6}[A-Za-z](?:_?\w)?\s?$"
 )
 _FORMULA_VALUE = re.compile(
     r"(?:\b(?:is|was|be)\b|:)\s{0,3}[*_]{0,3}(?P<value>\$[^$\n]{1,100}\$|\\\((?:(?!\\[()])[^\n]){1,100}\\\))[*_\s]{0,3}$",
@@ -205,7 +213,7 @@ def _stated(text: str, sentence: Span, candidates: Sequence[Span], index: int) -
         value, gap = candidates[index], text[before : candidates[index].start]
         touches = before == sentence.start and _TOUCHES.fullmatch(gap)
         states = touches or _STATES.search(gap)
-        denies = _DENIES.search(_BUT.split(gap)[-1])
+        denies = _DENIES.search(_BUT.split(gap)[-1]) or _DENIED_BEHIND.match(text, value.stop)
         denied |= bool(states and denies)
         if states and not denies:
             if _CHANGES.search(gap) or _CHANGED.match(text, value.stop):
@@ -232,9 +240,9 @@ def _whole_value(text: str, value: Span, following: Sequence[Span]) -> Span:
         between = text[value.stop : other.start]
         if len(between) > 120:
             break
-        for delimiter in ("\\(", "\\)", "$", "*"):
-            between = between.replace(delimiter, "")
-        if not _GOES_ON.fullmatch(between) and not _HEDGES.search(between):
+        between = _DELIMITER.sub("", between)
+        bracketed = between.strip() == "(" and text.startswith(")", other.stop)  # 24 (25)
+        if not _GOES_ON.fullmatch(between) and not _HEDGES.search(between) and not bracketed:
             break
         value = Span(value.start, other.stop)
     return value
@@ -252,6 +260,6 @@ def _closing_value(text: str, span: Span) -> Span | None:
         return None
     left = line[: match.start()]
     _, *formulas = _OPENS.split(left)
-    if (formulas and "=" not in formulas[-1] and _UNKNOWN.search(formulas[-1])) or _NAMED_TWICE.search(left):
+    if (formulas and "=" not in formulas[-1] and _UNKNOWN.search(formulas[-1])) or _NAMED_BESIDE.search(left):
         return None
     return Span(stop - len(match["value"]), stop)

@@ -1,6 +1,7 @@
 """Whether an answer is right: exact rationals first, then text, and math-verify only for what these cannot decide.
 
-An equation chain (`41=42`) is wrong, which math-verify would let pass as 42, and so is a list of answers (`3 or 5`)
+An equation chain (`41=42`) is wrong, which math-verify would let pass as 42, unless it is working that holds
+(`6 * 4 = 24`), and so is a list of answers (`3 or 5`)
 where the gold answer is none.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 
 from pkv.mathcheck.latex import flatten, spell_signs, split_assignment, unwrap
-from pkv.mathcheck.numbers import read_number, same_number
+from pkv.mathcheck.numbers import Number, read_number, same_number
 from pkv.mathcheck.pool import VerifyError, VerifyPool
 
 # A longer text than this is not an answer, unless the gold one is long itself (a matrix).
@@ -28,8 +29,28 @@ _SPLIT_BARE = re.compile(r"\s*(?:,\s*)?\b(?:and|or)\b\s*|;\s*|,\s+|,(?!\d{3}(?!\
 # Something left to be worked out: `17 \times 23`, `4!`, `24 + 0x`, `\sqrt{576}` are no answers where 391 or 24 is one.
 _UNFINISHED = re.compile(
     r"[+*!^|]|(?<=\d)_|(?<=[\w)}\]])\s?[-/]"
-    r"|\\(?:times|div|sqrt|int|sum|prod|lim|binom|log|ln|exp|sin|cos|tan|max|min|gcd)(?![A-Za-z])"
+    r"|\\(?:times|div|sqrt|int|sum|prod|lim|binom|log|ln|exp|sin|cos|tan|max|min|gcd|[bp]?mod|Gamma)(?![A-Za-z])"
+    r"|\\[lr](?:floor|ceil)|[\u2217\u2219\u2022]"
 )
+# What a number is stated in, and is none of it: `= 24`, `exactly 24`, `(B) 24`, `24 (four a hive)`, `24 because ...`,
+# a sign for the unit, a minus as a dash, 4,5 and 1 234 as they are written outside English.
+_DRESS = tuple(
+    (re.compile(pattern, re.IGNORECASE), replacement)
+    for pattern, replacement in (
+        (r"^(?:=|\\approx(?![A-Za-z])|\u2248)\s*(?=[\d$.-])", ""),
+        (r"^(?:about|exactly|precisely|approximately|roughly|around|only|just|a total of)\s+(?=[\d$.-])", ""),
+        (r"^(?:\([A-Z]\)|[A-Z]\))\s*(?=[\d$.-])", ""),
+        (r"(?<=\w)\s?\((?=[^()]*[A-Za-z])[^()]{1,60}\)$", ""),
+        (r"(?<=\w),?\s(?:because|since)\s.*$", ""),
+        (r"^\u2013\s?(?=\d)", "-"),
+        (r"(?<=\d)\s?[\u3041-\u30ff\u3400-\u9fff]{1,4}$", ""),
+        (r"^(-?\d{1,12}),(\d{1,2})$", r"\1.\2"),
+        (r"^(-?\d{1,3}) (\d{3})(?: (\d{3}))?$", r"\1\2\3"),
+    )
+)
+_OTHER_NUMBERS = re.compile(r"[\u5341\u767e\u5343\u4e07\u842c\u5104\u4ebf]")  # ten to a hundred million in Chinese
+_UNDECIDED = re.compile(r"\b(?:or|ou|oder|not|maybe|perhaps|possibly|wrong|incorrect)\b", re.IGNORECASE)
+_WORKING = re.compile(r"(?:[\d\s+*/().-]|\\(?:times|div)(?![A-Za-z]))*\d\s*(?:[-+*/]|\\(?:times|div))[^=]*")
 _PLAIN = re.compile(r"[^\W\d_](?:[^\W\d_]|[ .'-])*")
 _CHOICE = re.compile(r"\([A-Z]\)")
 _CHOSEN = re.compile(r"\(?([A-Z])[).:](?!.*\b[A-Z][).:])(?:\s.*)?")  # `C) 24`, with what the choice says
@@ -47,6 +68,9 @@ def is_right(answer: str, gold: str, pool: VerifyPool | None = None) -> bool:
     if not answer or not gold or len(answer) > max(MAX_CHARACTERS, 4 * len(gold)):
         return False
     answer_number, gold_number = read_number(answer), read_number(gold)
+    if gold_number and not answer_number:
+        answer = _undress(answer)
+        answer_number = read_number(answer)
     if answer_number and gold_number:
         return same_number(answer_number, gold_number)
     if _normal(answer) == _normal(gold):
@@ -59,12 +83,15 @@ def is_right(answer: str, gold: str, pool: VerifyPool | None = None) -> bool:
     if answer_items and gold_items and answer_items[0] == gold_items[0]:
         names = {split_assignment(flat)[0] for flat in (answer_flat, gold_flat)} - {""}
         return answer_items[1] == gold_items[1] and len(names) < 2
+    worked, _, result = answer_flat.rpartition("=")
+    if gold_number and _WORKING.fullmatch(worked) and (number := read_number(result)):
+        return same_number(number, gold_number) and pool is not None and _check(worked, result, pool)
     if _chained(answer_flat, gold_flat) or _lists_more(answer_flat, gold_flat):
         return False
     answer_plain, gold_plain = _is_plain(answer_flat), _is_plain(gold_flat)
     if (answer_plain and (gold_plain or gold_number)) or (gold_plain and answer_number):
         return False
-    if gold_number and _UNFINISHED.search(answer_flat):
+    if gold_number and _is_unfinished(answer_flat, gold_number):
         return False
     if pool is None:
         raise VerifyError(
@@ -72,6 +99,21 @@ def is_right(answer: str, gold: str, pool: VerifyPool | None = None) -> bool:
         )
     answer, gold = (_UPRIGHT.sub(r" \1", unwrap(spell_signs(text))) for text in (answer, gold))
     return _check(answer if "=" in gold_flat else split_assignment(answer)[1], gold, pool)
+
+
+def _undress(answer: str) -> str:
+    """The number in an answer that says no more than it, as `_DRESS` has it; any other answer as it is."""
+    if _UNDECIDED.search(answer) or _OTHER_NUMBERS.search(answer):
+        return answer
+    bare = flatten(answer)
+    for pattern, replacement in _DRESS:
+        bare = pattern.sub(replacement, bare)
+    return bare if read_number(bare) else answer
+
+
+def _is_unfinished(answer: str, gold: Number) -> bool:
+    """Whether an answer that isn't read as a number leaves something to be worked out, where the gold one is one."""
+    return bool(_UNFINISHED.search(answer)) or (gold.exact.denominator == 1 and "\\frac" in answer)
 
 
 def _check(answer: str, gold: str, pool: VerifyPool) -> bool:
