@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from pkv.config import UserError
 from pkv.hub import fetch, find_checkpoint
 from pkv.model.arch import Arch
-from pkv.model.families import family_of
+from pkv.model.families import family_of, gemma3
 from pkv.model.layout import DiskTensor, WholeTensor, by_path, disk_tensors, whole_tensors
 from pkv.model.tensorfiles import DTYPES, TensorFiles, read_json, weight_files
 from pkv.model.weights import Params
@@ -27,8 +27,9 @@ from pkv.tracking import Progress
 
 
 def read_config(source: str | Path) -> dict[str, Any]:
-    """A checkpoint's config.json as it stands. Raises UserError."""
-    return read_json(find_checkpoint(source) / "config.json")
+    """A checkpoint's config.json as it stands; of a Gemma 3 with vision, its text model's. Raises UserError."""
+    config = read_json(find_checkpoint(source) / "config.json")
+    return gemma3.text_config(config) if config.get("model_type") == "gemma3" else config
 
 
 def read_arch(source: str | Path) -> Arch:
@@ -62,7 +63,7 @@ def load_params(
     placed = dict.fromkeys(weights) if shardings is None else by_path(shardings)
     directory = find_checkpoint(source)
     fetch(source, weight_files(directory))
-    files = TensorFiles(directory)
+    files = TensorFiles(directory, family.rename)
     _check(files, whole_tensors(weights), family.redundant(arch))
     params: Params = {}
     with Progress(sum(map(len, weights.values())), f"loading {source}", delay_s=2.0) as progress:

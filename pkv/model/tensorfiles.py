@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,17 +36,18 @@ class Entry:
 class TensorFiles:
     """All tensors of a directory by name, in one file or in shards with an index. Headers are read, numbers mapped."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, rename: Callable[[str], str | None] = lambda name: name) -> None:
+        """rename: the name that a tensor is known by here; None leaves it out."""
         self.directory = directory
         headers = {file: _read_header(directory / file) for file in weight_files(directory)}
         where = _read_index(directory)
         if where is None:
-            self.entries = headers[SINGLE_FILE]
-            return
+            where = dict.fromkeys(headers[SINGLE_FILE], SINGLE_FILE)
         for name, file in where.items():
             if name not in headers[file]:
                 raise UserError(f"{directory / file}: no {name} in it, though the index says so")
-        self.entries = {name: headers[file][name] for name, file in where.items()}
+        named = ((rename(name), headers[file][name]) for name, file in where.items())
+        self.entries = {name: entry for name, entry in named if name is not None}
 
     def view(self, name: str) -> np.ndarray:
         """A tensor as it stands on disk, read-only: its numbers are read where and when they are touched.

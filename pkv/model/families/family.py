@@ -54,6 +54,7 @@ class Family:
 
     words: a config that says of an Arch what the family has words for; use `write`, which sees that it says all.
     redundant: tensors that a checkpoint may hold and that say nothing new (a copy of a tied table); any dtype.
+    rename: a tensor's name in a larger model as the family has it; None for one that is not of its text.
     """
 
     model_type: str
@@ -61,6 +62,7 @@ class Family:
     words: Callable[[Arch], dict[str, Any]]
     places: Callable[[Arch], dict[str, Place]]
     redundant: Callable[[Arch], frozenset[str]]
+    rename: Callable[[str], str | None] = lambda name: name
 
     def write(self, arch: Arch) -> dict[str, Any]:
         """The config that reads back as `arch`. Raises UserError naming a feature that this family has no words for."""

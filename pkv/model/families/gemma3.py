@@ -10,7 +10,7 @@ from pkv.model.arch import Arch
 from pkv.model.families.family import Family
 from pkv.model.families.gemma2 import read_gemma, write_gemma
 from pkv.model.families.llama_like import make_arch, places, redundant
-from pkv.model.families.reading import FULL, SLIDING, ConfigReader, read_rope_block, write_rope
+from pkv.model.families.reading import FULL, METADATA, SLIDING, ConfigReader, read_rope_block, write_rope
 
 
 def read(config: dict[str, Any]) -> Arch:
@@ -52,4 +52,49 @@ def words(arch: Arch) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("gemma3_text", read, words, places, redundant)
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The text model's config inside that of a Gemma 3 with vision. Raises UserError for a feature beside it."""
+    fields = ConfigReader(config)
+    fields.skip(*METADATA, *CARRIED, *VISION)
+    inner = fields.take("text_config", dict)
+    fields.finish()
+    carried = {name: config[name] for name in CARRIED if name in config}
+    kind = {"model_type": FAMILY.model_type, "architectures": ["Gemma3ForCausalLM"]}
+    return {**UNSAID, **inner, **carried, **kind}
+
+
+def text_tensor(name: str) -> str | None:
+    """A tensor's name without what a Gemma 3 with vision puts before it; None for those of the vision."""
+    if name.removeprefix("model.").startswith(("vision_tower.", "multi_modal_projector.")):
+        return None
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    return name.removeprefix("language_model.")
+
+
+# What the config of a Gemma 3 with vision says outside of its text_config: of the text too, and of the vision only.
+CARRIED = (
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "quantization_config",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+)
+VISION = (
+    "boi_token_index",
+    "eoi_token_index",
+    "image_token_index",
+    "initializer_range",
+    "mm_tokens_per_image",
+    "vision_config",
+)
+UNSAID = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+}  # 4B leaves it out
+FAMILY = Family("gemma3_text", read, words, places, redundant, text_tensor)
