@@ -145,7 +145,7 @@ def flat(params):
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def test_loading_quantises_weight_by_weight_and_lets_each_go(tmp_path):
+def test_loading_quantises_layer_by_layer_and_lets_each_go(tmp_path):
     arch = dataclasses.replace(ARCH, layers=4, ffn=1024, vocab_size=48)
     save_params(init_params(arch, KEY), arch, tmp_path)
     before = sum(array.nbytes for array in jax.live_arrays())
@@ -158,11 +158,12 @@ def test_loading_quantises_weight_by_weight_and_lets_each_go(tmp_path):
         return keep(path, weight)
 
     loaded = load_params(tmp_path, arch, "bfloat16", keep=watched)
-    assert sorted(seen) == sorted(by_path(param_shapes(arch)))
+    assert set(seen) == set(by_path(param_shapes(arch)))
+    assert seen.count("layers.ffn.up") == arch.layers and seen.count("embedding") == 1
     biggest, whole = (2 * f([s.size for s in jax.tree.leaves(param_shapes(arch))]) for f in (max, sum))
     left = sum(array.nbytes for array in jax.tree.leaves(loaded))
     assert left < 0.4 * whole
-    assert max(peaks) < left + 1.3 * biggest < 0.9 * whole
+    assert max(peaks) < left + 1.3 * biggest / arch.layers, "beside what is kept, one layer of one weight"
     whole = init_params(arch, KEY, "bfloat16")
     equal(loaded["layers"]["ffn"]["up"], keep("layers.ffn.up", whole["layers"]["ffn"]["up"]))
     equal(loaded["embedding"], whole["embedding"])

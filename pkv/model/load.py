@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,8 @@ def load_params(
 
     shardings: a tree like `param_axes`, from `pkv.mesh.shardings`; None puts all on the default device. Names, shapes
     and dtypes are checked before the first number is read; then it is tensor by tensor, with progress on stderr.
-    keep: what becomes of each weight as soon as it is loaded, such as `freezer` says, given its path and array.
+    keep: what becomes of each weight as soon as it is loaded, such as `freezer` says, given its path and array; of a
+    stacked one each layer by itself, as a stack of one, so that a stack is never there before it is kept.
     Raises UserError naming a tensor that is missing, has no place in the model, or another shape or dtype.
     """
     family = family_of(read_config(source))
@@ -70,7 +72,7 @@ def load_params(
         for path, tensors in weights.items():
             *parents, name = path.split(".")
             node = functools.reduce(lambda inner, parent: inner.setdefault(parent, {}), parents, params)
-            node[name] = keep(path, _load_weight(files, tensors, jnp.dtype(dtype), placed[path], progress))
+            node[name] = _load_weight(files, tensors, jnp.dtype(dtype), placed[path], partial(keep, path), progress)
     return params
 
 
@@ -95,32 +97,53 @@ def _check(files: TensorFiles, tensors: list[WholeTensor], redundant: frozenset[
 
 
 def _load_weight(
-    files: TensorFiles, tensors: list[DiskTensor], dtype: jnp.dtype, sharding: NamedSharding | None, progress: Progress
-) -> jax.Array:
+    files: TensorFiles,
+    tensors: list[DiskTensor],
+    dtype: jnp.dtype,
+    sharding: NamedSharding | None,
+    keep: Callable[[jax.Array], Any],
+    progress: Progress,
+) -> Any:
     """One weight on its devices. Numbers travel as they stand on disk; the device converts them."""
     if tensors[0].layer is None:
         whole = _put(tensors[0].view(files.view(tensors[0].name)), sharding)
         progress.advance()
-        return jax.device_put(whole.astype(dtype), sharding)
-    # Layer after layer into the stacked array, in place: a stack is never there twice, nor in another dtype.
+        return keep(jax.device_put(whole.astype(dtype), sharding))
+    # Layer after layer into the stacked arrays, in place: a stack is never there twice, nor in another dtype.
     inner = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    empty, fill = _stackers(sharding)
-    stack = empty((len(tensors), *(tensors[0].sizes[axis] for axis in tensors[0].axes)), dtype)
+    stack = None
     for tensor in tensors:
-        stack = fill(stack, _put(tensor.view(files.view(tensor.name)), inner), tensor.layer)
+        layer = keep(_stacking(sharding).lift(_put(tensor.view(files.view(tensor.name)), inner), dtype))
+        if stack is None:
+            stack = jax.tree.map(lambda part: _stacking(part.sharding).empty(len(tensors), part), layer)
+        stack = jax.tree.map(
+            lambda whole, part, at=tensor.layer: _stacking(whole.sharding).fill(whole, part, at), stack, layer
+        )
         progress.advance()
     return stack
 
 
+class Stacking(NamedTuple):
+    """Jitted functions: a layer as a stack of one, an empty stack of such layers, and a stack with one put in."""
+
+    lift: Callable[[jax.Array, jnp.dtype], jax.Array]
+    empty: Callable[[int, jax.Array], jax.Array]
+    fill: Callable[[jax.Array, jax.Array, Any], jax.Array]
+
+
 @functools.lru_cache(maxsize=32)
-def _stackers(sharding: NamedSharding | None) -> tuple[Any, Any]:
-    """Two jitted functions: an empty stack of a shape and dtype, and a stack with one layer put in."""
-    empty = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
+def _stacking(sharding: Sharding | None) -> Stacking:
+    def lift(layer: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return layer.astype(dtype)[None]
 
-    def put_in(stack: jax.Array, layer: jax.Array, at: int) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), at, axis=0)
+    def empty(layers: int, one: jax.Array) -> jax.Array:
+        return jnp.zeros((layers, *one.shape[1:]), one.dtype)
 
-    return empty, jax.jit(put_in, donate_argnums=0, out_shardings=sharding)
+    def fill(stack: jax.Array, one: jax.Array, at: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(stack, one, at, axis=0)
+
+    jit = partial(jax.jit, out_shardings=sharding)
+    return Stacking(jit(lift, static_argnums=1), jit(empty, static_argnums=0), jit(fill, donate_argnums=0))
 
 
 def _put(view: np.ndarray, sharding: Sharding | None) -> jax.Array:
