@@ -13,6 +13,49 @@ import pytest
 
 from pkv.mathcheck import VerifyError, VerifyPool, extract_answer, is_right
 
+STATES_GOLD = [
+    *(
+        (f"Answer: {said}", "24")
+        for said in (
+            *("24 (4 per hive)", "24 (twenty-four)", "about 24", "exactly 24", "= 24", "6 * 4 = 24", "6 \u00d7 4 = 24"),
+            *("$6 \\times 4 = 24$", "24 because 4 * 6 = 24", "They make 24 candles", "You need 24", "24\u4e2a"),
+            *("(B) 24", "\\textbf{(B)}\\ 24"),
+        )
+    ),
+    ("\\boxed{\\textbf{(B)}\\ 24}", "24"),
+    ("So the answer is 20 / 5 * 6 = 24.", "24"),
+    ("The answer is 24 (4 per hive).", "24"),
+    ("Antwort: 24", "24"),
+    ("Die Antwort ist 4,5", "4.5"),
+    ("La respuesta es 53.", "53"),
+    ("\u041e\u0442\u0432\u0435\u0442: 53", "53"),
+    ("\u7b54\u6848\u662f53", "53"),
+    ("\u7b54\u6848\uff1a53", "53"),
+    ("Answer: \u20135", "-5"),
+    ("Answer: 1 234", "1234"),
+]
+STATES_ANOTHER = [
+    *(
+        (f"Answer: {said}", "24")
+        for said in (
+            *("$\\frac{20}{\\frac{5}{6}}$", "20 \u2217 \\frac{6}{5}", "6\u22174", "6 \u2219 4", "6 \u2022 4"),
+            *("\\lfloor 24.5 \\rfloor", "\\lceil 23.5 \\rceil", "\\Gamma(5)", "124 \\mod 100", "24 lakh", "24 score"),
+            *("24 too low", "24 (or 25)", "24 (25)", "41 = 24", "5 * 5 = 24", "24 ou 25", "24\u4e07", "x = 3, y = 24"),
+            *("24 because I say so or 25", "about 24 or 25", "48 / 2", "= 48 / 2"),
+        )
+    ),
+    *(
+        (f"The answer is {said}.", "24")
+        for said in (
+            *("24 \\cdot 10", "24e3", "24 lakh", "24 score", "24 gross", "24 thousands", "24 (25)"),
+            *("24 ou 25", "24^{2}", "24\\pi", "5 * 5 = 24"),
+        )
+    ),
+    ("the answer is 2^{10}", "2"),
+    ("The pirate's answer is 30, which is wrong. I say 24", "30"),
+    ("x = 3, y = 24", "24"),
+]
+
 # (answer, gold, right) that exact rationals and text decide, without math-verify
 DECIDED = [
     ("24", "24", True),
@@ -158,50 +201,6 @@ SYMBOLIC = [
 
 HOSTILE = """
 import os, time
-STATES_GOLD = [
-    *(
-        (f"Answer: {said}", "24")
-        for said in (
-            *("24 (4 per hive)", "24 (twenty-four)", "about 24", "exactly 24", "= 24", "6 * 4 = 24", "6 \u00d7 4 = 24"),
-            *("$6 \\times 4 = 24$", "24 because 4 * 6 = 24", "They make 24 candles", "You need 24", "24\u4e2a"),
-            *("(B) 24", "\\textbf{(B)}\\ 24"),
-        )
-    ),
-    ("\\boxed{\\textbf{(B)}\\ 24}", "24"),
-    ("So the answer is 20 / 5 * 6 = 24.", "24"),
-    ("The answer is 24 (4 per hive).", "24"),
-    ("Antwort: 24", "24"),
-    ("Die Antwort ist 4,5", "4.5"),
-    ("La respuesta es 53.", "53"),
-    ("\u041e\u0442\u0432\u0435\u0442: 53", "53"),
-    ("\u7b54\u6848\u662f53", "53"),
-    ("\u7b54\u6848\uff1a53", "53"),
-    ("Answer: \u20135", "-5"),
-    ("Answer: 1 234", "1234"),
-]
-STATES_ANOTHER = [
-    *(
-        (f"Answer: {said}", "24")
-        for said in (
-            *("$\\frac{20}{\\frac{5}{6}}$", "20 \u2217 \\frac{6}{5}", "6\u22174", "6 \u2219 4", "6 \u2022 4"),
-            *("\\lfloor 24.5 \\rfloor", "\\lceil 23.5 \\rceil", "\\Gamma(5)", "124 \\mod 100", "24 lakh", "24 score"),
-            *("24 too low", "24 (or 25)", "24 (25)", "41 = 24", "5 * 5 = 24", "24 ou 25", "24\u4e07", "x = 3, y = 24"),
-            *("24 because I say so or 25", "about 24 or 25", "48 / 2", "= 48 / 2"),
-        )
-    ),
-    *(
-        (f"The answer is {said}.", "24")
-        for said in (
-            *("24 \\cdot 10", "24e3", "24 lakh", "24 score", "24 gross", "24 thousands", "24 (25)", "24 ou 25", "24^{2}"),
-            *("24\\pi", "5 * 5 = 24"),
-        )
-    ),
-    ("the answer is 2^{10}", "2"),
-    ("The pirate's answer is 30, which is wrong. I say 24", "30"),
-    ("x = 3, y = 24", "24"),
-]
-
-
 def task(gold, answer):
     if answer == "hang":
         while True: pass

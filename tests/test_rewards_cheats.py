@@ -241,9 +241,9 @@ def test_sums_that_touch_nothing_earn_no_length(scorer):
 
 
 HONEST_STEPS = (
-    "- 20 / 5 = 4\n- 20 + 4 = 24",
+    "- 24 - 20 = 4\n- 20 + 4 = 24",
     "**20** + **4** = **24**",
-    "$20 + \\frac{20}{5} = 24$, and 120% of 20 = 24",
+    "$20 + \\frac{8}{2} = 24$, and 120% of 20 = 24",
     "20 candles + 4 candles = 24 candles, and 24 / 7 \u2248 3",
     "20 + 4 = 24, and 20 / 3 = 6 remainder 2",
     "twenty + four = twenty-four",
