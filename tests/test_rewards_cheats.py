@@ -11,7 +11,9 @@ from pkv.competition.construct import compose
 from pkv.competition.parser import parse, split_tokens
 from pkv.records import Problem, Scorecard
 from pkv.rewards import Scorer
+from pkv.rewards.context import Context
 from pkv.rewards.length import spoken_tokens
+from pkv.rewards.soundness import sound_share
 
 ALL = {
     **dict.fromkeys(("format", "length", "reflection", "originality", "outcome", "fighter_correctness", "judge"), 1.0),
@@ -241,9 +243,9 @@ def test_sums_that_touch_nothing_earn_no_length(scorer):
 
 
 HONEST_STEPS = (
-    "- 24 - 20 = 4\n- 20 + 4 = 24",
+    "\n- 24 - 20 = 4\n- 20 + 4 = 24",
     "**20** + **4** = **24**",
-    "$20 + \\frac{8}{2} = 24$, and 120% of 20 = 24",
+    "$20 + \\frac{8}{2} = 24$, and 150% of 16 = 24",
     "20 candles + 4 candles = 24 candles, and 24 / 7 \u2248 3",
     "20 + 4 = 24, and 20 / 3 = 6 remainder 2",
     "twenty + four = twenty-four",
@@ -251,10 +253,10 @@ HONEST_STEPS = (
 
 
 @pytest.mark.parametrize("steps", HONEST_STEPS)
-def test_honest_working_is_paid_in_full_in_any_notation(scorer, honest, steps):
-    card = scorer.score(PROBLEM, parse(write(viking=VIKING.replace("20 + 4 = 24.", steps + "."))))
-    assert card.rewards["originality_viking"].value == 0.5
-    assert card.rewards["length_viking"].value >= 0.9 * honest.rewards["length_viking"].value
+def test_honest_working_is_paid_in_full_in_any_notation(scorer, steps):
+    trace = parse(write(viking=VIKING.replace("20 + 4 = 24.", steps + ".")))
+    assert scorer.score(PROBLEM, trace).rewards["originality_viking"].value == 0.5
+    assert sound_share("viking", Context(PROBLEM, trace, 48, verify=str.__eq__)) == 1
 
 
 LATEX = r"""We complete the square. Let $f(x) = x^2 + 6x + 5$. Then $x^2 + 6x = (x + 3)^2 - 9$, hence

@@ -67,10 +67,15 @@ def build(config: Config) -> Setup:
     problems = open_source(config.data.train)
     heldout = open_source(config.data.heldout, config.evaluate.problems)
     _check_apart(problems, heldout)
+    longest = max(stage.max_new_tokens for stage in stages(config))
+    if longest >= config.grpo.row_tokens:  # said before a large model is fetched
+        raise UserError(
+            f"grpo.row_tokens: {config.grpo.row_tokens} tokens hold no prompt and {longest} tokens of max_new_tokens: "
+            "raise it or lower them"
+        )
     mesh = make_mesh(config.mesh)
     policy = load_policy(config.model.path, mesh, system=config.prompt.system, model=config.model, seed=config.seed)
     prompts = render_prompts(policy.tokenizer, heldout, policy.system)
-    longest = max(stage.max_new_tokens for stage in stages(config))
     needed = max(len(prompt.tokens) for prompt in prompts) + longest
     for name, limit in (
         ("grpo.row_tokens", config.grpo.row_tokens),
