@@ -170,13 +170,17 @@ def test_the_ends_of_the_unit_interval_never_draw_what_has_no_probability(unifor
     assert int(invert(probabilities, jnp.full(1, uniform))[0]) in (7, 250)
 
 
-def test_top_k_and_top_p_keep_what_they_say():
+def test_top_k_top_p_and_min_p_keep_what_they_say():
+    off = jnp.float32(0)
     table = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]])).repeat(4000, 0)
     keys = jnp.asarray(row_keys(0, "draw", 0, [f"{i}" for i in range(40)], 100).reshape(-1, 2))
     args = (table, keys, jnp.zeros(4000, jnp.int32), jnp.float32(1))
-    by_k = draw(Nucleus(True, 3), *args, jnp.float32(1))
+    by_k = draw(Nucleus(True, 3), *args, jnp.float32(1), off)
     assert set(np.unique(by_k.tokens)) == {0, 1, 2}
-    by_p = draw(Nucleus(True, 0), *args, jnp.float32(0.7))
+    by_p = draw(Nucleus(True, 0), *args, jnp.float32(0.7), off)
     assert set(np.unique(by_p.tokens)) == {0, 1}, "the token that crosses 0.7 is kept"
     np.testing.assert_allclose(by_p.logprobs, np.log(np.array([2 / 3, 1 / 3]))[np.asarray(by_p.tokens)], rtol=1e-5)
     np.testing.assert_allclose(by_p.policy_logprobs, np.log(np.array([0.5, 0.25]))[np.asarray(by_p.tokens)], rtol=1e-5)
+    by_m = draw(Nucleus(True, 0), *args, jnp.float32(1), jnp.float32(0.25))
+    assert set(np.unique(by_m.tokens)) == {0, 1, 2}, "0.15 is more than a quarter of 0.5, 0.1 is less"
+    np.testing.assert_allclose(by_m.logprobs, np.log(np.array([50, 25, 15]) / 90)[np.asarray(by_m.tokens)], rtol=1e-5)

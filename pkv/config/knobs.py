@@ -74,6 +74,7 @@ class SamplingConfig:
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: off
+    min_p: float = 0.0  # 0: off; tokens less likely than this share of the likeliest one are not drawn
     slots: int = 64  # rows that decode at the same time
     segment: int = 32  # decode steps on the device between two visits of the host
     cache_block: int = 128  # the KV cache grows in steps of this many positions
@@ -198,6 +199,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "sampling.temperature": (0.0, 100.0),
     "sampling.top_p": (1e-6, 1.0),
     "sampling.top_k": (0, math.inf),
+    "sampling.min_p": (0.0, 1.0),
     "sampling.slots": (1, math.inf),
     "sampling.segment": (1, math.inf),
     "sampling.cache_block": (1, math.inf),

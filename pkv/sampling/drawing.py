@@ -18,7 +18,9 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Nucleus:
-    """A draw at some temperature; filtered: keep top_k tokens (0: all), of these the smallest set holding top_p."""
+    """A draw at some temperature. filtered: keep top_k tokens (0: all), of these the smallest set holding top_p, and of
+    these the ones that have at least min_p of the likeliest one's probability.
+    """
 
     filtered: bool
     top_k: int = 0
@@ -42,6 +44,7 @@ def draw(
     positions_B: jax.Array,
     temperature: jax.Array,
     top_p: jax.Array,
+    min_p: jax.Array,
 ) -> Drawn:
     """Draw the token that will stand at `positions_B` in each row; the row's key is folded with that position.
 
@@ -53,7 +56,7 @@ def draw(
         return Drawn(tokens, jnp.zeros(tokens.shape, jnp.float32), _pick(policy_BV, tokens))
     tempered_BV = policy_BV / temperature
     if drawing.filtered:
-        tempered_BV = _truncate(tempered_BV, drawing.top_k, top_p)
+        tempered_BV = _truncate(tempered_BV, drawing.top_k, top_p, min_p)
     sampled_BV = jax.nn.log_softmax(tempered_BV)
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), positions_B)
     uniform_B = jax.vmap(jax.random.uniform)(keys)
@@ -85,13 +88,14 @@ def _search(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array
     return index, jnp.maximum(target - before, 0.0)
 
 
-def _truncate(logprobs_BV: jax.Array, top_k: int, top_p: jax.Array) -> jax.Array:
+def _truncate(logprobs_BV: jax.Array, top_k: int, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
     ordered = jnp.sort(logprobs_BV, axis=-1, descending=True)
     if top_k:
         ordered = jnp.where(jnp.arange(ordered.shape[-1]) < top_k, ordered, -jnp.inf)
     shares = jax.nn.softmax(ordered, axis=-1)
     kept = jnp.cumsum(shares, axis=-1) - shares < top_p  # the token that crosses top_p is kept
     least = jnp.min(jnp.where(kept & jnp.isfinite(ordered), ordered, jnp.inf), axis=-1, keepdims=True)
+    least = jnp.maximum(least, ordered[:, :1] + jnp.log(min_p))
     return jnp.where(logprobs_BV >= least, logprobs_BV, -jnp.inf)
 
 

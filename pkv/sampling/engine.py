@@ -108,8 +108,8 @@ class Engine:
         self._row_multiple = mesh.shape["data"] * mesh.shape["fsdp"]
         self._drawing: Drawing = Greedy()
         if config.temperature > 0:
-            self._drawing = Nucleus(config.top_p < 1 or config.top_k > 0, config.top_k)
-        self._scalars = (jnp.float32(config.temperature or 1.0), jnp.float32(config.top_p))
+            self._drawing = Nucleus(config.top_p < 1 or config.top_k > 0 or config.min_p > 0, config.top_k)
+        self._scalars = (jnp.float32(config.temperature or 1.0), jnp.float32(config.top_p), jnp.float32(config.min_p))
         self._place = jax.jit(self._place_weights)
         self._prefill = jax.jit(self._prefill_prompts)
         self._insert = jax.jit(self._insert_rows, donate_argnames="rows")
@@ -308,7 +308,7 @@ class Engine:
         return self._spread(Rows(take_rows(rows.cache, chosen), *(x[chosen] for x in rows[1:])))
 
     def _decode_segment(
-        self, weights: Params, rows: Rows, temperature: jax.Array, top_p: jax.Array, *, steps: int
+        self, weights: Params, rows: Rows, temperature: jax.Array, top_p: jax.Array, min_p: jax.Array, *, steps: int
     ) -> tuple[Rows, jax.Array, jax.Array, jax.Array, jax.Array]:
         """Up to `steps` tokens for every active row; ends early when none is left."""
         B = rows.token.shape[0]
@@ -328,7 +328,7 @@ class Engine:
                 weights, self._arch, rows.token[:, None], rows.position[:, None], cache=rows.cache, dtype=self._dtype
             )
             logits_BV = logits(weights, self._arch, hidden_B1D[:, 0])
-            drawn = draw(self._drawing, logits_BV, rows.keys, rows.position + 1, temperature, top_p)
+            drawn = draw(self._drawing, logits_BV, rows.keys, rows.position + 1, temperature, top_p, min_p)
             outputs = tuple(out.at[step].set(new) for out, new in zip(outputs, (*drawn, rows.active), strict=True))
             position = jnp.where(rows.active, rows.position + 1, rows.position)
             token = jnp.where(rows.active, drawn.tokens, rows.token)

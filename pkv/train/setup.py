@@ -85,7 +85,9 @@ def build(config: Config) -> Setup:
             raise UserError(f"{name}: {limit} tokens; prompts and max_new_tokens need {needed}: raise it or lower them")
     stops, dtype = policy.tokenizer.stop_ids, config.model.dtype
     arch = policy.arch.for_context(config.grpo.row_tokens)  # nothing is longer
-    at_test = dataclasses.replace(config.sampling, temperature=config.evaluate.temperature, top_p=1.0, top_k=0)
+    at_test = dataclasses.replace(
+        config.sampling, temperature=config.evaluate.temperature, top_p=1.0, top_k=0, min_p=0.0
+    )
     engine = Engine(arch, config.sampling, stops, mesh, dtype)
     _, frozen = split(policy.params)
     return Setup(
