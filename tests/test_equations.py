@@ -76,7 +76,7 @@ twenty-four / six = 4
 2e3 * 2 = 4000
 \\text{share} = 20 / 5 = 4
 $\\frac{20}{5} = 4$ $6 \\times 4 = 24$
-20 / 5 &= 4 \\\\ 6 * 4 &= 24
+20 / 5 &= 4 \\ 6 * 4 &= 24
 20 / 5 = 4 → 6 * 4 = 24
 20 / 5 = 4 => 6 * 4 = 24
 20 / 5 -> 4
@@ -92,6 +92,26 @@ $\\frac{20}{5} = 4$ $6 \\times 4 = 24$
 -5 + 3 = -2
 5 - -3 = 8
 x = 24 / 6 = 4
+3×10⁴ = 30000
+2⁵ × 2 = 64
+$0.\\overline{3} \\times 3 = 1$
+$0.1\\overline{6} \\times 6 = 1$
+100 / 3 = 33.\\overline{3}
+18 + 6 gives us 24
+18 + 6 will be 24
+18 + 6 results in 24
+18 + 6 equals exactly 24
+18 + 6 = exactly 24
+18 + 6, which is 24
+18 + 6 gives: 24
+18 + 6 = "24"
+6 hives * 4 candles/hive = 24 candles
+6(4) = 24
+$2(3)^2 + 4 = 22$
+200 + 15% = 230
+200 - 10% = 180
+20 / 5 = 4 and 6 * 4 = 24
+(1,000 + 200) = 1,200
 """.strip().splitlines()
 
 UNKNOWN = """
@@ -112,7 +132,6 @@ floor(7 / 2) = 3
 5! / 4! = 5
 a_1 + 3 = 7
 x + 3 = 7
-200 + 15% = 230
 price * 3 + 2 = 62
 total - 12 = 33
 half of 20 + 4 = 14
@@ -125,11 +144,49 @@ gcd(12, 18) + 1 = 7
 max(3, 5) + 1 = 6
 20 / 5 = 4 candles per hive * 6
 20 / 5 = 4 - 6 * 4
+17 / 5 = 3 (remainder 2)
+17/5 = 3 remainder: 2
+17 / 5 = 3 (with a remainder of 2)
+17 / 5 = 3 boxes, remainder 2
+$17 \\div 5 = 3 \\text{ remainder } 2$
+23 / 4 = 5 groups with 3 left over
+23 / 4 = 5 full boxes, with 3 candles left over
+23/4 = 5 (rounded down)
+23/4 = 6 rounded up
+2 hours 30 minutes = 2 * 60 + 30
+5 feet 6 inches = 5*12 + 6
+1 hour and 20 minutes = 60 + 20
+2 dozen and 3 = 2*12 + 3
+75 / 60 = 1 hour 15 minutes
+17 / 5 = 3 weeks and 2 days
+4 boxes of 6 eggs + 3 = 27
+2 apples at 3 dollars + 1 = 7
+2 pairs of $10 + $5 = $25
+5 less than 3 * 4 = 7
+2 more than 3 * 4 is 14
+3 times as many = 3 * 4
+$\\binom{4}{2} \\cdot 2 = 12$
+$\\sqrt[3]{27} + 1 = 4$
+∛8 + 1 = 3
+$123_4 + 1 = 27$
+9 am - 5 pm = 8 hours
+Day 2 - 8 + 3 = 11
+4 quarters = 4 * $0.25
+1 gallon - 1 quart = 3 quarts
+2 years + 3 months = 27 months
+$(1,2) + (3,4) = 11$
+lcm(4,6) * 1 = 12
+0.333 * 3 = 1
+0.67 * 3 = 2
+2π(3) + 1 = 19.85
+4 (20 / 5) = 9
 """.strip().splitlines()
 
 NONE = """
 5 hives make 20 candles, and 6 hives make 24
 24 = 24
+2^10 ≡ 24 (mod 1000)
+3 * 7 ≡ 1 mod 5
 The answer is 24.
 20 / 5 ≠ 5
 x > 5
@@ -183,6 +240,29 @@ __18__ * 6 = 18
 20 / 5 -> 5
 2 * 3 = 7!
 six times four is twenty
+18 * 6 gives us 18
+18 * 6 gives me 18
+18 * 6 gives a total of 18
+18 * 6 will be 18
+18 * 6 must be 18
+18 * 6 results in 18
+18 * 6 equals to 18
+18 * 6 is exactly 18
+18 * 6 = exactly 18
+18 * 6 = a total of 18
+18 * 6, which is 18
+18 * 6 gives: 18
+18 * 6 := 18
+18 * 6 = "18"
+6 hives * 4 candles/hive = 18 candles
+6(4) = 18
+(6)(4) = 18
+2(3 + 4) = 18
+3(4) + 2(5) = 99
+100 + 10% = 500
+17 / 5 = 9
+17 / 5 = 9 boxes and 2 more
+3×10⁴ = 31
 """.strip().splitlines()
 
 

@@ -33,6 +33,10 @@ STATES_GOLD = [
     ("\u7b54\u6848\uff1a53", "53"),
     ("Answer: \u20135", "-5"),
     ("Answer: 1 234", "1234"),
+    ("Answer: 24 candles (4 per hive \u00d7 6 hives)", "24"),
+    ("Answer: **24 candles** \U0001f56f", "24"),
+    ("Therefore, the number of candles that 6 hives make is **24**.", "24"),
+    ("So 6 hives make **24** candles in total.", "24"),
 ]
 STATES_ANOTHER = [
     *(
@@ -54,6 +58,9 @@ STATES_ANOTHER = [
     ("the answer is 2^{10}", "2"),
     ("The pirate's answer is 30, which is wrong. I say 24", "30"),
     ("x = 3, y = 24", "24"),
+    ("The answer is 24. No wait, it is 25.", "24"),
+    ("\\boxed{60 \\text{ radians}}", "60^\\circ"),
+    ("6 hives make **24** candles, and 7 hives make **28**.", "28"),
 ]
 
 # (answer, gold, right) that exact rationals and text decide, without math-verify

@@ -242,6 +242,20 @@ def test_sums_that_touch_nothing_earn_no_length(scorer):
     )
 
 
+ROUNDABOUT = (
+    ("23 / 4 = 5.75, so by Odin's beard I round it up for the cars that we need.", "6"),
+    ("7 ^ 2 = 49, and its last rune is what the saga asks of us here.", "9"),
+    ("5 / 20 = 0.25, and the runes want it said as a percent, so I turn it.", "25"),
+)
+
+
+@pytest.mark.parametrize(("steps", "answer"), ROUNDABOUT)
+def test_an_answer_that_is_rounded_or_read_off_a_step_is_worked_for(scorer, steps, answer):
+    viking = f"By Odin! I hew with my axe: {steps} So ends the saga: the answer is {answer}."
+    problem = Problem("p2", "What do 23, 4, 7, 5 and 20 make, my lords?", answer)
+    assert scorer.score(problem, parse(write(viking=viking))).rewards["originality_viking"].value == 0.5
+
+
 HONEST_STEPS = (
     "\n- 24 - 20 = 4\n- 20 + 4 = 24",
     "**20** + **4** = **24**",

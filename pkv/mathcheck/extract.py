@@ -38,6 +38,8 @@ _DISPLAY = re.compile(r"[ \t*_]{0,8}(\$\$|\\\[)")
 _DISPLAY_LENGTH = 1000  # characters of a displayed formula
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _VERB = re.compile(r"\b(?:is|are|was|be|equals)\b|^(?:they|you|we|it|there|i|he|she)\b", re.IGNORECASE)
+# Said beside the value, but no other one: "24 candles (4 per hive)".
+_REMARK = re.compile(r"\s?\((?![^()]*\b(?:or|not|maybe|perhaps)\b)(?=[^()]*[A-Za-z])[^()]{1,60}\)$", re.IGNORECASE)
 _PROSE_WORDS = 4  # a marked value with a verb or as many words, and not a number with its unit, is a sentence
 
 
@@ -114,6 +116,10 @@ def _read_marked(text: str, span: Span) -> Extraction:
     But what is marked and closes with `= 24` is an equation chain, in a sentence as without one.
     """
     value = text[span.start : span.stop]
+    remark = _REMARK.search(value)
+    if remark and not read_number(value) and read_number(value[: remark.start()]):
+        span = Span(span.start, span.start + remark.start())
+        return Extraction(value[: remark.start()], "marker", span)
     is_formula = text.endswith(("$", "\\(", "\\["), 0, span.start)  # all of it, or `trim` would have left them there
     is_sentence = bool(_VERB.search(value)) or len(_WORD.findall(value)) >= _PROSE_WORDS
     if TAKEN_BACK.search(value):

@@ -71,6 +71,7 @@ _UNITS: dict[str, tuple[str, Fraction]] = {
             "l liter liters litre litres": "1",
         },
         "angle": {"deg degree degrees": "1"},
+        "radian": {"rad radian radians": "1"},
     }.items()
     for names, size in units.items()
     for name in names.split()

@@ -78,6 +78,12 @@ TAKEN_BACK = re.compile(
 _DENIED_BEHIND = re.compile(
     r"[^.!?\n\d]{0,30}\b(?:which|that) (?:is|was) (?:wrong|incorrect|false|not)\b", re.IGNORECASE
 )
+_RECANTS = re.compile(r"\b(?:no,? wait|wait,? no|correction|scratch that)\b[^.!?\n]{0,60}\d", re.IGNORECASE)
+# "6 hives make **24** candles.": the only bold number, in the last sentence, behind its verb.
+_BOLD = re.compile(r"\*\*(?P<value>[^*\n]{1,60})\*\*")
+_BOLD_END = re.compile(
+    r"\b(?:is|are|be|makes?|gives?|equals)\s{1,3}\*\*(?P<value>[^*\n]{1,60})\*\*[^*\d\n]{0,80}$", re.IGNORECASE
+)
 _DISOWNED = re.compile(
     r"\b(?:wrong|incorrect|mistaken|false|flawed|first|initial|earlier|previous|original|naive|tempting)\s{1,3}$",
     re.IGNORECASE,
@@ -147,10 +153,11 @@ def read_phrase(text: str, span: Span, candidates: Sequence[Span], closing: bool
     if stated:
         sentence_end, value = stated[-1]
         rivals = [other for end, other in stated[-8:] if end == sentence_end]
-        if None in rivals or len({_key(text, rival) for rival in rivals if rival}) > 1:
+        recanted = _RECANTS.search(text, sentence_end, min(span.stop, sentence_end + _WINDOW))
+        if recanted or None in rivals or len({_key(text, rival) for rival in rivals if rival}) > 1:
             raise AmbiguousError
         return value
-    if closing and (value := _closing_value(text, span)):
+    if closing and (value := _closing_value(text, span) or _bold_value(text, span)):
         return value
     if not candidates and words_end:  # an answer in words: "the answer is Tuesday"
         match = _TEXT_VALUE.search(text[words_end.start : words_end.stop])
@@ -263,3 +270,12 @@ def _closing_value(text: str, span: Span) -> Span | None:
     if (formulas and "=" not in formulas[-1] and _UNKNOWN.search(formulas[-1])) or _NAMED_BESIDE.search(left):
         return None
     return Span(stop - len(match["value"]), stop)
+
+
+def _bold_value(text: str, span: Span) -> Span | None:
+    """The only bold number, where the text ends with it as what something is or makes."""
+    match = _BOLD_END.search(text, max(span.start, span.stop - _WINDOW), span.stop)
+    if match is None or parse_number(match["value"]) is None:
+        return None
+    bold = [found for found in _BOLD.finditer(text, span.start, span.stop) if parse_number(found["value"]) is not None]
+    return Span(*match.span("value")) if len(bold) == 1 else None

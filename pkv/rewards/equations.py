@@ -40,7 +40,22 @@ _EQUALS = frozenset("is are equals gives totals leaves yields".split())  # noqa:
 _EQUALS_BARE = _EQUALS | frozenset("be make makes become becomes get gets give have".split())  # noqa: SIM905
 _OPERATES = {"times": "*", "plus": "+", "minus": "-"}
 # "Half of 20 + 4", "5 + 1 is 2 more than 4": they change the number behind or before them.
-_CHANGES_NEXT = frozenset("half twice double triple thrice third quarter fifth tenth root negative".split())  # noqa: SIM905
+_CHANGES_NEXT = frozenset("half twice double triple thrice third quarter fifth tenth root negative than".split())  # noqa: SIM905
+# "4 boxes of 6 + 3", "2 apples at 3 + 1": the first number belongs to the second.
+_SHARES = frozenset({"of", "at", "by"})
+# "Day 2 - 8 + 3 = 11", "pages 10 - 20": the number behind is a name, or a range's end.
+_LABELS = frozenset("step day week year month hour chapter part page pages ages from room case question".split())  # noqa: SIM905
+# What mathcheck has no sizes for: the units of a line are of different sizes.
+_SIZES = {
+    unit: group
+    for group, units in {
+        "weight": "pound lb ounce oz",
+        "volume": "gallon quart pint cup",
+        "span": "year month",
+        "coin": "cent quarter dime nickel penny pennie",
+    }.items()
+    for unit in units.split()
+}
 _COMPARES = frozenset("more less fewer times greater smaller larger bigger older longer short".split())  # noqa: SIM905
 _GROUPED = re.compile(r"\d{1,3}(?:\.\d{3})+")  # 5.000 for five thousand
 
@@ -75,7 +90,13 @@ class Equation:
             return False if not self.doubtful and _is_arithmetic(self.right) else None
         if any(_agree(left, right, self.right, self.near) for left, right in self._readings()):
             return True
-        return None if self.doubtful or ("%" in self.left and {"+", "-"} & {*self.left}) else False
+        return None if self.doubtful or self._is_rounded() else False
+
+    def _is_rounded(self) -> bool:
+        """Whether rounded numbers on the left may be why the sides differ: 0.333 * 3 = 1."""
+        assert self.left_value is not None and self.right_value is not None
+        rounded = any(len(token.partition(".")[2]) > 1 for token in self.left)
+        return rounded and abs(self.left_value - self.right_value) <= abs(self.left_value) / 100
 
     def _readings(self) -> list[tuple[Fraction, Fraction]]:
         """What the sides may say: 25% is 1/4, and the 25 of `1 / 4 * 100 = 25%`; 5.000 may be five thousand."""
@@ -91,6 +112,10 @@ class Equation:
                     for right in (self.right_value, values[1])
                     if left is not None and right is not None
                 ]
+        if len(self.left) == 4 and self.left[1] in "+-" and self.left[3] == "%":  # 200 + 15% = 230
+            whole, part = read_number(self.left[0]), read_number(self.left[2])
+            if whole is not None and part is not None:
+                readings.append((whole * (1 + (part if self.left[1] == "+" else -part) / 100), self.right_value))
         return readings
 
     @property
@@ -138,6 +163,7 @@ class _Run:
     """A stretch of mathematics. headless: what its first side starts with can't be read."""
 
     headless: bool
+    joined: bool = False  # a number with a unit stands right before it: "2 hours 30 minutes"
     tokens: list[Token] = field(default_factory=list)
     units: set[str] = field(default_factory=set)
     doubtful: bool = False
@@ -155,7 +181,7 @@ def _runs(text: str) -> list[_Run]:
     """The runs that hold a relation; units after a number ("20 candles / 5") are passed over."""
     runs = [_Run(headless=False)]
     unit = 0  # words since the last number
-    word = ""  # the last one, as long as only blanks and "of" follow
+    word = before = ""  # the last one, as long as only blanks and "of" follow; the last one of all
     spoken = False  # the last relation is a word
     for match in _TOKEN.finditer(text):
         kind, token, run = match.lastgroup, match[0], runs[-1]
@@ -165,10 +191,12 @@ def _runs(text: str) -> list[_Run]:
         elif kind in ("number", "sign", "letter", "call"):
             goes_on = (kind == "sign" and token != "(") if unit else not (kind == "number" and run.ends_a_value)
             if run.tokens and not goes_on:
-                run = _Run(headless=False)
+                joined = kind == "number" and unit > 0
+                run.doubtful |= joined and bool(_sized(run.units))
+                run = _Run(headless=joined and before in _SHARES, joined=joined)
                 runs.append(run)
             if not run.tokens:
-                run.headless = word in _CHANGES_NEXT or (bool(word) and token in _OPERATORS)
+                run.headless |= word in _CHANGES_NEXT or word in _LABELS or (bool(word) and token in _OPERATORS)
             spoken = spoken and token not in _RELATIONS
             unit, word = 0, ""
             run.tokens.append((UNREAD if kind == "call" else token, match.start(), match.end()))
@@ -177,18 +205,16 @@ def _runs(text: str) -> list[_Run]:
             unit, word = 0, ""
             run.tokens.append((sign, match.start(), match.end()))
         elif kind == "word" and unit < MAX_UNIT_WORDS and run.ends_a_value:
-            run.doubtful |= spoken and unit == 0 and low in _COMPARES
+            run.doubtful |= (spoken and unit == 0 and low in _COMPARES) or low in ("times", "am", "pm")
             run.units.add(low)
-            unit, word = unit + 1, low
+            unit, word, before = unit + 1, low, low
         else:
             unit = 0
             if run.tokens:
                 runs.append(_Run(headless=False))
             word = (word if low == "of" else low) if kind == "word" else ""
+            before = low
     return [run for run in runs if any(token in _RELATIONS for token, _, _ in run.tokens)]
-
-
-_VALUE = re.compile(r"\s+-?[\d(]")
 
 
 def _sign_of(word: str, unit: int) -> str | None:
@@ -196,6 +222,9 @@ def _sign_of(word: str, unit: int) -> str | None:
     if word in (_EQUALS if unit else _EQUALS_BARE):
         return "="
     return _OPERATES.get(word)
+
+
+_VALUE = re.compile(r"\s+-?[\d(]")
 
 
 def _value_at(text: str, at: int) -> bool:
@@ -212,13 +241,15 @@ def _equations_of(run: _Run) -> list[Equation]:
         if not left or not right:
             continue
         first, second = tuple([token for token, _, _ in left]), tuple([token for token, _, _ in right])
+        is_part = run.joined and index == 0 and len(first) == 1
         if len(first) == 1 and "".join(first)[0].isdigit() and len(second) > 1 and "%" not in second[1]:
             first, second = second, first
         worked = len(first) > 1 or "".join(first)[0].isalpha()
         if not worked or len(first) > MAX_SIDE_TOKENS or len(second) > MAX_SIDE_TOKENS:
             continue
         runs_on = _runs_on(first, second)
-        doubt = doubtful or runs_on or ran_on or (run.headless and index == 0) or _multiplies_silently(first + second)
+        doubt = doubtful or runs_on or ran_on or is_part or (run.headless and index == 0)
+        doubt = doubt or _holds_a_remark(left) or _holds_a_remark(right)
         ran_on = runs_on
         values = evaluate(first), evaluate(second)
         found.append(Equation(first, second, *values, nears[index], doubt, left[0][1], right[-1][2]))
@@ -270,9 +301,21 @@ def _trim_right(side: list[Token]) -> list[Token]:
 
 
 def _mixes_units(words: set[str]) -> bool:
-    """Whether units of one kind and different sizes were passed over: 3 hours + 30 minutes."""
-    known = {unit for word in words if (unit := unit_of(word))}
-    return len(known) > len({kind for kind, _ in known}) or not words.isdisjoint({"cent", "cents"})  # $ is a sign
+    """Whether units of one kind and different sizes were passed over: 3 hours + 30 minutes; coins beside $, a sign."""
+    known = _sized(words)
+    return len(known) > len({kind for kind, _ in known}) or any(kind == "coin" for kind, _ in known)
+
+
+def _sized(words: set[str]) -> set[tuple[str, object]]:
+    """The units among some words, by what they measure and their size."""
+    found: set[tuple[str, object]] = set()
+    for word in words:
+        one = word.removesuffix("s")
+        if one in _SIZES:
+            found.add((_SIZES[one], one))
+        elif unit := unit_of(word):
+            found.add(unit)
+    return found
 
 
 def _runs_on(left: tuple[str, ...], right: tuple[str, ...]) -> bool:
@@ -283,9 +326,12 @@ def _runs_on(left: tuple[str, ...], right: tuple[str, ...]) -> bool:
     return value is not None and value == first
 
 
-def _multiplies_silently(tokens: tuple[str, ...]) -> bool:
-    """Whether a bracket stands straight behind a value: 4 (20 / 5) may be a product or a remark."""
-    return any(token == "(" and (before == ")" or before[0].isdigit()) for before, token in itertools.pairwise(tokens))
+def _holds_a_remark(side: list[Token]) -> bool:
+    """Whether a bracket stands behind a value and a blank: 4 (20 / 5) may be one; 4(5) is a product."""
+    return any(
+        token == "(" and start > stop and (before == ")" or before[0].isdigit())
+        for (before, _, stop), (token, start, _) in itertools.pairwise(side)
+    )
 
 
 def _is_arithmetic(tokens: Sequence[str]) -> bool:

@@ -26,20 +26,27 @@ _TRANSLATION = str.maketrans(
     | dict.fromkeys(map(ord, "∼～≃≒"), "≈")
     | dict.fromkeys(map(ord, "\u00a0\u2009\u202f\t"), " ")
     | {0x00B2: "^2", 0x00B3: "^3", 0x00BD: " 1/2", 0x00BC: " 1/4", 0x00BE: " 3/4", 0x221A: "\\sqrt "}
-    | dict.fromkeys(map(ord, "∑∏∫"), UNREAD)
+    | dict.fromkeys(map(ord, "∑∏∫π"), UNREAD)
 )
 _UNITS: dict[str, int] = dict(zip("one two three four five six seven eight nine".split(), range(1, 10), strict=True))  # noqa: SIM905
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
+_PLAIN = r"\d{1,12}(?:\.\d{1,12})?"
 _NUMBER = r"\d[\d,]*(?:\.\d+)?"
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_SUPERSCRIPT = re.compile(r"(?<=[\d)])[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]{1,6}")
 _FRACTION_PART = r"(?:\{([^{}]{1,60})\}|(\d))"
 
 
 def normalise(text: str) -> str:
     """The text with LaTeX's, Markdown's and English's mathematics written as signs."""
-    text = text.translate(_TRANSLATION)
+    text = _SUPERSCRIPT.sub(_raise, text).translate(_TRANSLATION)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     return text
+
+
+def _raise(match: re.Match[str]) -> str:
+    return f"^({match[0].translate(_SUPERSCRIPTS)})"
 
 
 def _say_number(match: re.Match[str]) -> str:
@@ -61,6 +68,13 @@ def _mixed(match: re.Match[str]) -> str:
     """A mixed number as a sum in brackets; what is none stays."""
     whole, top, bottom = match.groups()
     return f"({whole}+{top}/{bottom})" if int(top[:12]) < int(bottom[:12]) else match[0]
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """A repeating decimal as an exact fraction in brackets."""
+    whole, head, period = match.groups()
+    top = int(whole + head + period) - int(whole + head)
+    return f"({top}/{(10 ** len(period) - 1) * 10 ** len(head)})"
 
 
 def _fraction(match: re.Match[str]) -> str:
@@ -86,7 +100,10 @@ _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
         (r"\\\\", BREAK),
         (r"\\(?:left|right|[bB]igg?[lr]?|quad|qquad|boxed|displaystyle|limits)(?![A-Za-z])|\\[,;:! ]", " "),
         (r"\\[()\[\]]", " "),
-        (r"(?<!\d)(\d{1,12}\.\d{0,12})\\overline\s?\{(\d{1,12})\}", r"\1\2\2\2"),
+        (r"(?<!\d)(\d{1,6})\.(\d{0,6})\\overline\s?\{(\d{1,6})\}", _repeating),
+        (r"\\[dt]?binom\s?\{[^{}]{0,40}\}\s?\{[^{}]{0,40}\}", UNREAD),
+        (r"\\sqrt\s?\[[^\]\n]{1,8}\]\s?(?:\{[^{}]{0,60}\}|\d)|[∛∜]\s?(?:\d{1,12}|\([^()\n]{1,40}\))?", UNREAD),
+        (r"=(?=\s*-?\d{1,12}\s*\(?\s*mod\b)", UNREAD),
         (r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3})", ","),
         (r"(?<=\d)\s*\\l?dots|(?<=\d)\s*\\cdots", " … "),
         _FRAC,
@@ -119,6 +136,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
             _say_number,
         ),
         (r"(?i)(?<![\d.,])(\d[\d,]{0,11}(?:\.\d{1,6})?)\s(dozen|hundred|thousand|million)\b", _multiply),
+        (rf"[(\[]\s?(?!\d{{1,3}}(?:,\d{{3}})+\s?[)\]])-?{_PLAIN}(?:,\s?-?{_PLAIN}){{1,5}}\s?[)\]]", UNREAD),  # a pair
         (r"(?<![\d,.])(\d{1,12}),(\d{1,2})(?![\d,])", r"\1.\2"),  # 1,5 as written outside English
         (r"(?<![\d.,/])(\d{1,12}) (\d{1,12})/(\d{1,12})(?![\d/.])", _mixed),
         (r"(\d{1,12})\s?\(\((\d{1,12})\)/\((\d{1,12})\)\)", _mixed),
@@ -126,8 +144,19 @@ _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
         (r"(?<!\d)\d{1,2}:\d\d(?!\d)", UNREAD),  # a time of day
         (r"(?<=\d)\s?!(?=\s?[-+*/^=)])", UNREAD),  # a factorial
         (r"(?<=[A-Za-z][A-Za-z])\s?\^\s?\(?[23]\)?", ""),  # cm^2
-        (r"(?i)(?<=\d)[ ,]{1,2}(?:with )?(?:a )?(?:remainder(?: of)?|rem\.?|r)\s?(?=\d)", UNREAD),
-        (r"(?i)(?<=\d)[ ,]{1,2}(?:with|and|leaving) \d{1,12} (?:left over|leftover|remaining|left)\b", UNREAD),
+        (r"(?<=\d)_\(?\w{1,8}\)?", UNREAD),  # the base of a number
+        (
+            r"(?i)(?<=\d)[ ,(]{1,4}(?:[a-z]{2,20}[ ,(]{1,3}){0,2}(?:with |leaving |and )?(?:an? )?(?:remainder|rem\.?)"
+            r"[ :]{0,3}(?:of |is )?(?=\d)",
+            UNREAD,
+        ),
+        (r"(?i)(?<=\d) r\s?(?=\d)", UNREAD),
+        (
+            r"(?i)(?<=\d)[ ,(]{1,4}(?:[a-z]{2,20}[ ,(]{1,3}){0,2}(?:with|and|leaving) \d{1,12} (?:[a-z]{2,20} )?"
+            r"(?:left over|leftover|remaining|remains?|left)\b",
+            UNREAD,
+        ),
+        (r"(?i)(?<![\d.])(\d{1,12})\s*\(?(?:rounded|rounding)\b", rf"\1 {UNREAD} "),
         # Operators and relations in words, between numbers.
         (r"[\[\]]", lambda match: "(" if match[0] == "[" else ")"),
         (r"(?<=[\d)]) [xX] (?=[\d(])|(?<=\d)[xX](?=\d)", " * "),
@@ -143,6 +172,15 @@ _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
             r"(?:(?<=[\d)%])\s+(?:is|are|equals|gives|makes|leaves)|=)\s*(?:about|approximately|approx\.?|roughly|nearly|almost|around)\s+(?=[\d(-])",
             " ≈ ",
         ),
-        (r"\b(?:comes? to|adds? up to|amounts? to|(?:is |are )?equal to)\b", "equals"),
+        (
+            r"\b(?:comes? to|adds? up to|amounts? to|results? in|(?:will|must|should|would) be|gives? (?:us|me|you)"
+            r"|(?:is |are )?equals? to)\b",
+            "equals",
+        ),
+        (r"(?<=[\d)]),?\s+which\s+(?:is|equals|gives|makes)\s+(?=[\d(-])", " equals "),
+        (r"(\b(?:equals|is|are|gives|makes|leaves)|=):?\s+(?:(?:exactly|only|just|a total of)\s+)?(?=[\d(-])", r"\1 "),
+        (r":=", "="),
+        (r"[\"“”](\d[\d,.]{0,12})[\"“”]", r"\1"),
+        (r"(?<=[A-Za-z])\s?/\s?(?=[A-Za-z]{2})", " per "),
     )
 )

@@ -12,6 +12,7 @@ The same working in the same order is copying even when every word is the fighte
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence, Set
 
@@ -27,6 +28,7 @@ from pkv.rewards.soundness import sound_share
 OWN, COPY = 0.3, 0.7
 NGRAM = 5
 MIN_WORDS = 8  # masked words below which words are no evidence
+MOST_COUNTED = 12  # an answer up to this may be a count or a digit
 TRIVIAL_WORDS = 8  # different words below which a block is no attempt
 
 _COMMAND = re.compile(r"\\[A-Za-z]+")
@@ -35,27 +37,38 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")
 def originality(name: str, earlier: Sequence[str], context: Context) -> float:
     """From +0.5, its own approach, linearly to -0.5, a copy of one of the earlier fighters or no attempt at all.
 
-    Where an earlier fighter made no attempt there was nothing to copy: then nothing above 0 can be earned, nor by
-    working that doesn't come to the block's answer. What is above 0 is earned by the share of its working that holds:
-    a copy with other numbers is no approach.
+    Where an earlier fighter made no attempt there was nothing to copy: then nothing above 0 can be earned. What is
+    above 0 is earned by the share of its working that holds, for a copy with other numbers is no approach, and half
+    of it where that working doesn't come to the block's answer.
     """
     if not is_attempt(name, context):
         return -0.5
     most = max(overlap(name, other, context) for other in earlier)
     value = 0.5 - min(1.0, max(0.0, (most - OWN) / (COPY - OWN)))
-    if value <= 0.0 or not all(is_attempt(other, context) for other in earlier) or _works_elsewhere(name, context):
+    if value <= 0.0 or not all(is_attempt(other, context) for other in earlier):
         return min(0.0, value)
-    return value * sound_share(name, context)
+    return value * sound_share(name, context) * (0.5 if _works_elsewhere(name, context) else 1.0)
 
 
 def _works_elsewhere(name: str, context: Context) -> bool:
-    """Whether a block works out numbers, but its answer, a number too, is in no step that may hold."""
+    """Whether a block works out numbers, but its answer, a number too, comes from no step that may hold.
+
+    It may be a step's result or operand, that result rounded or its last digit, or a count that no step says.
+    """
     answer = parse_number(context.answer(name).value or "")
-    steps = context.equations(name)
-    if answer is None or not any(step.holds is not None for step in steps):
+    steps = [step for step in context.equations(name) if step.holds is not False]
+    if answer is None or not any(step.holds is not None for step in context.equations(name)):
         return False
-    said = {answer, answer * 100}  # 0.25 is said as 25%
-    return not any(e.holds is not False and (e.right_value in said or said & e.operands) for e in steps)
+    if steps and answer.denominator == 1 and 0 <= answer <= MOST_COUNTED:
+        return False
+    said = {answer, answer * 100, answer / 100}  # 0.25 is said as 25%
+    for step in steps:
+        value = step.right_value
+        if value in said or said & step.operands:
+            return False
+        if value is not None and answer in (math.floor(value), math.ceil(value)):
+            return False
+    return True
 
 
 def is_attempt(name: str, context: Context) -> bool:
