@@ -256,6 +256,12 @@ def test_an_answer_that_is_rounded_or_read_off_a_step_is_worked_for(scorer, step
     assert scorer.score(problem, parse(write(viking=viking))).rewards["originality_viking"].value == 0.5
 
 
+def test_a_small_answer_beside_working_on_other_numbers_earns_half(scorer):
+    viking = "By Odin! I hew with my axe on five of 31 + 62 = 93 and 15 + 33 = 48. So ends the saga: the answer is 6."
+    problem = Problem("p3", "What do 23, 4, 7, 5 and 20 make, my lords?", "6")
+    assert scorer.score(problem, parse(write(viking=viking))).rewards["originality_viking"].value == 0.25
+
+
 HONEST_STEPS = (
     "\n- 24 - 20 = 4\n- 20 + 4 = 24",
     "**20** + **4** = **24**",

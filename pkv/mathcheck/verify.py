@@ -32,7 +32,7 @@ _UNFINISHED = re.compile(
     r"|\\(?:times|div|sqrt|int|sum|prod|lim|binom|log|ln|exp|sin|cos|tan|max|min|gcd|[bp]?mod|Gamma)(?![A-Za-z])"
     r"|\\[lr](?:floor|ceil)|[\u2217\u2219\u2022]"
 )
-# What a number is stated in, and is none of it: `= 24`, `exactly 24`, `(B) 24`, `24 (four a hive)`, `24 because ...`,
+# What a number is stated in, and is none of it: `= 24`, `exactly 24`, `(B) 24`, `24 because ...`,
 # a sign for the unit, a minus as a dash, 4,5 and 1 234 as they are written outside English.
 _DRESS = tuple(
     (re.compile(pattern, re.IGNORECASE), replacement)
@@ -40,7 +40,6 @@ _DRESS = tuple(
         (r"^(?:=|\\approx(?![A-Za-z])|\u2248)\s*(?=[\d$.-])", ""),
         (r"^(?:about|exactly|precisely|approximately|roughly|around|only|just|a total of)\s+(?=[\d$.-])", ""),
         (r"^(?:\([A-Z]\)|[A-Z]\))\s*(?=[\d$.-])", ""),
-        (r"(?<=\w)\s?\((?=[^()]*[A-Za-z])[^()]{1,60}\)$", ""),
         (r"(?<=\w),?\s(?:because|since)\s.*$", ""),
         (r"^\u2013\s?(?=\d)", "-"),
         (r"(?<=[\w*])[*_]*\s*[^\x00-\x7f\w]+$", ""),

@@ -12,14 +12,14 @@ from fractions import Fraction
 
 from pkv.rewards.lexicon import lexicon
 
-UNREAD = "\ue000"  # a character of the private use area, in no text
+UNREAD = "\ue000"  # of the private use area; one that stands in a text is dropped first
 BREAK = " ; "  # ends a stretch of mathematics
 MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6}
 
 _TRANSLATION = str.maketrans(
     {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full width
-    | dict.fromkeys(map(ord, "\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff\u00ad\ufe0f"))
-    | dict.fromkeys(map(ord, "×·⋅∗∙•⨯✕✖⋆＊"), "*")
+    | dict.fromkeys(map(ord, "\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff\u00ad\ufe0f\ue000"))
+    | dict.fromkeys(map(ord, "×·⋅∗∙•⨯✕✖⋆"), "*")
     | dict.fromkeys(map(ord, "÷∕⁄"), "/")
     | dict.fromkeys(map(ord, "−–‐‑‒"), "-")
     | dict.fromkeys(map(ord, "≡≅﹦"), "=")
@@ -85,7 +85,7 @@ def _fraction(match: re.Match[str]) -> str:
 _SMALL_NUMBERS = "|".join(sorted((w for w in lexicon().numbers if w not in MULTIPLIERS), key=len, reverse=True))
 _FRAC = (rf"\\[dtc]?frac\s*{_FRACTION_PART}\s*{_FRACTION_PART}", _fraction)
 _REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
-    (re.compile(pattern, re.IGNORECASE if "(?i)" in pattern else 0), replacement)
+    (re.compile(pattern), replacement)
     for pattern, replacement in (
         # Markdown: bullets, emphasis around what starts with a number or holds one.
         (r"(?:^|\n)[ ]{0,8}(?:[-*+]|\d{1,3}[.)])[ ]+", "\n" + BREAK),

@@ -28,7 +28,7 @@ from pkv.rewards.soundness import sound_share
 OWN, COPY = 0.3, 0.7
 NGRAM = 5
 MIN_WORDS = 8  # masked words below which words are no evidence
-MOST_COUNTED = 12  # an answer up to this may be a count or a digit
+MOST_COUNTED = 12  # an answer up to this may be counted or read off working with the question's numbers
 TRIVIAL_WORDS = 8  # different words below which a block is no attempt
 
 _COMMAND = re.compile(r"\\[A-Za-z]+")
@@ -59,7 +59,7 @@ def _works_elsewhere(name: str, context: Context) -> bool:
     steps = [step for step in context.equations(name) if step.holds is not False]
     if answer is None or not any(step.holds is not None for step in context.equations(name)):
         return False
-    if steps and answer.denominator == 1 and 0 <= answer <= MOST_COUNTED:
+    if 0 <= answer <= MOST_COUNTED and any(step.holds and step.operands & context.givens for step in steps):
         return False
     said = {answer, answer * 100, answer / 100}  # 0.25 is said as 25%
     for step in steps:

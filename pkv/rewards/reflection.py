@@ -14,8 +14,9 @@ from collections.abc import Set
 from dataclasses import dataclass
 from fractions import Fraction
 
+from pkv.rewards.arithmetic import evaluate, read_number
 from pkv.rewards.context import Context
-from pkv.rewards.equations import Equation, evaluate, numbers, read_number
+from pkv.rewards.equations import Equation, numbers
 from pkv.rewards.lexicon import lexicon, words
 
 VOICE = 0.2  # the most that a character's words earn
