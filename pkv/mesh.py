@@ -16,8 +16,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from pkv.config import MeshConfig, UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp")  # rows of a batch are spread over both
+PAGE_AXES = (*BATCH_AXES, "sequence")  # the KV pages of a row lie on the row's devices, in turn over sequence
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -34,13 +35,14 @@ TRAINING_RULES: Rules = {
     "block": None,  # numbers that share a scale
     "rows": BATCH_AXES,
     "time": None,
+    "pages": PAGE_AXES,
 }
 # Decoding reads every weight for every token: gathering them over fsdp at each step costs more than holding a copy.
 SAMPLING_RULES: Rules = {**TRAINING_RULES, "embed": None}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor; one size may be -1 and takes what is left. Raises UserError."""
+    """A mesh with the axes data, fsdp, sequence and tensor; one size may be -1 and takes what is left. Raises UserError."""
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in AXES}
     free = [name for name, size in sizes.items() if size == -1]
@@ -70,10 +72,11 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     """Inside `jax.set_mesh`: the compiler keeps the leading axis over data and fsdp and the others whole.
 
     Without this hint it may follow the weights instead and spread an activation's last axis over fsdp. It is a hint:
-    without a mesh, or with rows that the devices don't divide, x comes back as it is.
+    without a mesh, where x is one device's own rows, or with rows that the devices don't divide, x comes back as it is.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not set(BATCH_AXES) <= set(mesh.axis_names) or x.shape[0] % _row_ways(mesh):
+    own = set(BATCH_AXES) & set(mesh.manual_axes)
+    if own or not set(BATCH_AXES) <= set(mesh.axis_names) or x.shape[0] % _row_ways(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
@@ -101,6 +104,12 @@ def over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.shard_map(own, in_specs=specs, out_specs=rows, axis_names=set(BATCH_AXES))(weights, *arrays)
 
     return function if ways == 1 else sharded
+
+
+def merging_axis() -> str | None:
+    """The mesh axis over which devices hold parts of the same rows, where each sees its own only; None elsewhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return "sequence" if "sequence" in mesh.manual_axes and mesh.shape["sequence"] > 1 else None
 
 
 def _row_ways(mesh: Mesh | AbstractMesh) -> int:

@@ -318,7 +318,7 @@ def test_the_backward_pass_keeps_neither_the_decoded_base_nor_a_copy_of_its_code
 @pytest.mark.parametrize("layers", [pytest.param(2, marks=pytest.mark.slow), 10])  # unrolled, and scanned
 def test_the_sampler_says_what_the_trainer_computes(base, layers):
     arch = dataclasses.replace(ARCH, layers=layers, init_std=0.1)
-    engine = Engine(arch, SamplingConfig(slots=8, segment=4, cache_block=16), (3,), one_device())
+    engine = Engine(arch, SamplingConfig(slots=8, segment=4, page_tokens=16), (3,), one_device())
     weights, trained = frozen(base, arch), adapters(arch)
     prompt = np.array([5, 9, 11], np.int32)
     asked = [Request(prompt, row_keys(0, "test", 0, ["p"], 2)[0], 6)]

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pkv.config import MeshConfig, SamplingConfig
+from pkv.config import MeshConfig, SamplingConfig, UserError
 from pkv.mesh import make_mesh
 from pkv.model import Arch, forward, init_params, logits
+from pkv.records import Verdict
 from pkv.sampling import Engine, Request, row_keys
 from pkv.sampling.drawing import Nucleus, draw, invert
 
@@ -20,7 +21,7 @@ ARCH = Arch(
 )
 PARAMS = init_params(ARCH, jax.random.key(0))
 STOPS = (3, 4, 5, 6, 7, 8)
-CONFIG = SamplingConfig(slots=8, segment=4, cache_block=16)
+CONFIG = SamplingConfig(slots=8, segment=4, page_tokens=16)
 
 
 def one_device():
@@ -32,6 +33,9 @@ def requests(limits=(20, 3, 11), samples: int = 4) -> list[Request]:
     keys = row_keys(0, "test", 7, [f"problem {i}" for i in range(len(limits))], samples)
     prompts = [draw.integers(10, 200, size).astype(np.int32) for size in (5, 33, 2)]
     return [Request(p, k, limit) for p, k, limit in zip(prompts, keys, limits, strict=True)]
+
+
+PARAMS_PLACED = Engine(ARCH, CONFIG, STOPS, one_device()).load(PARAMS)
 
 
 def run(config=CONFIG, asked=None, mesh=None, arch=ARCH, params=PARAMS, **kwargs):
@@ -76,9 +80,9 @@ def test_samples_of_a_group_differ(plain):
     assert len({plain[0, s].tokens.tobytes() for s in range(4)}) > 1
 
 
-@pytest.mark.parametrize("slots, segment, block", [(1, 1, 8), (2, 5, 64), (64, 32, 128)])
-def test_slots_segments_and_cache_blocks_change_nothing(plain, slots, segment, block):
-    assert_same(plain, run(dataclasses.replace(CONFIG, slots=slots, segment=segment, cache_block=block)))
+@pytest.mark.parametrize("slots, segment, page", [(1, 1, 8), (2, 5, 64), (64, 32, 128)])
+def test_slots_segments_and_pages_change_nothing(plain, slots, segment, page):
+    assert_same(plain, run(dataclasses.replace(CONFIG, slots=slots, segment=segment, page_tokens=page)))
 
 
 def test_batch_mates_change_nothing(plain):
@@ -86,37 +90,168 @@ def test_batch_mates_change_nothing(plain):
     assert_same({key: done for key, done in plain.items() if key[0] == 0}, alone)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)])
-def test_one_and_eight_devices_say_the_same(plain, mesh):
+MESHES = {
+    "data": MeshConfig(data=8),
+    "all but sequence": MeshConfig(data=2, fsdp=2, tensor=2),
+    "sequence": MeshConfig(data=1, sequence=8),
+    "all": MeshConfig(data=2, sequence=2, tensor=2),
+    "more devices than key-value heads": MeshConfig(data=1, sequence=2, tensor=4),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_one_and_eight_devices_say_the_same(monkeypatch, plain, mesh, stacked):
+    if stacked:
+        monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
     assert_same(plain, run(mesh=make_mesh(mesh)))
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)])
-def test_every_device_prefills_its_own_prompts_and_a_shape_has_one_layout(monkeypatch, plain, mesh):
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_every_device_holds_its_own_pages_and_heads(monkeypatch, plain, mesh):
     engine = Engine(ARCH, CONFIG, STOPS, make_mesh(mesh))
-    asked, prefill, decode, layouts, caches = requests(), engine._prefill, engine._decode, set(), []
+    programs, layouts = engine._programs, set()
+    decode = programs.decode
 
-    def seen_prefill(weights, tokens):
-        caches.append(prefill(weights, tokens))
-        return caches[-1]
+    def seen_decode(weights, shared, own, table, rows):
+        stocks = [own, *(level.stock for level in shared)]
+        for array in jax.tree.leaves(stocks):
+            P, K, *_ = array.shape
+            shards = {shard.data.shape[:2] for shard in array.addressable_shards}
+            assert shards == {(P // (8 // mesh.tensor), max(1, K // mesh.tensor))}
+        layouts.update((x.shape, str(x.sharding)) for x in jax.tree.leaves(stocks))
+        return decode(weights, shared, own, table, rows)
 
-    def seen_decode(weights, rows, *scalars, **steps):
-        layouts.update((x.shape, str(x.sharding)) for x in jax.tree.leaves(rows))
-        return decode(weights, rows, *scalars, **steps)
+    monkeypatch.setattr(programs, "decode", seen_decode)
+    assert_same(plain, {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), requests())})
+    assert len(layouts) == len({shape for shape, _ in layouts}), "one layout, and so one program, for each shape"
 
-    monkeypatch.setattr(engine, "_prefill", seen_prefill)
-    monkeypatch.setattr(engine, "_decode", seen_decode)
-    assert_same(plain, {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), asked)})
-    ways, tensor = mesh.data * mesh.fsdp, mesh.tensor
-    for array in jax.tree.leaves(caches):
-        P, K, *_ = array.shape
-        assert {shard.data.shape[:2] for shard in array.addressable_shards} == {(P // ways, K // tensor)}
-    vectors = [place for shape, place in layouts if len(shape) == 1]
-    assert vectors and len(set(vectors)) == 1 and "PartitionSpec()" not in vectors[0]
+
+def memory_of(pages: int, page: int = 8) -> dict[str, float]:
+    """A limit that so many pages of ARCH fit into."""
+    return {"page_tokens": page, "kv_memory_gb": (pages + 0.5) * 2 * ARCH.layers * 2 * 8 * page * 4 / 1e9}
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, sequence=2, tensor=2)])
+def test_when_the_memory_ends_rows_wait_and_say_the_same(plain, mesh):
+    limit = memory_of(9) if mesh is None else memory_of(4)
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, **limit), STOPS, one_device() if mesh is None else make_mesh(mesh))
+    found = {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), requests())}
+    assert_same(plain, found)
+    assert engine.usage.peak_bytes <= limit["kv_memory_gb"] * 1e9
+    if mesh is None:
+        assert engine.usage.evicted, "the case must show it"
+
+
+def test_a_request_that_the_memory_cannot_hold_is_refused_before_anything_is_sampled():
+    with pytest.raises(UserError, match="holds 3"):
+        run(dataclasses.replace(CONFIG, **memory_of(3)))
+
+
+def test_memory_follows_the_lengths():
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, page_tokens=4, segment=4, slots=32), (), one_device())
+    draw, lengths = np.random.default_rng(0), (200, 20, 30, 40, 25, 100)
+    keys = row_keys(0, "long", 0, [str(n) for n in lengths], 8)
+    asked = [Request(draw.integers(10, 200, 30).astype(np.int32), k, n) for k, n in zip(keys, lengths, strict=True)]
+    list(engine.sample(engine.load(PARAMS), asked))
+    assert engine.usage.ratio < 1.3
+
+
+def test_what_all_prompts_begin_with_is_prefilled_once(monkeypatch):
+    head = np.random.default_rng(1).integers(10, 200, 40).astype(np.int32)
+    asked = [dataclasses.replace(one, prompt=np.concatenate([head, one.prompt])) for one in requests()]
+    alone = {}
+    for number, one in enumerate(asked):
+        alone |= {(number, s): c for (_, s), c in run(asked=[one]).items()}
+    for mesh in (one_device(), make_mesh(MESHES["all"])):
+        engine = Engine(ARCH, CONFIG, STOPS, mesh)
+        lengths, prefix, prefill = [], engine._programs.prefix, engine._programs.prefill
+        monkeypatch.setattr(engine._programs, "prefix", lambda w, t, f=prefix: lengths.append(len(t)) or f(w, t))
+        monkeypatch.setattr(
+            engine._programs, "prefill", lambda w, p, s, t, a, f=prefill: lengths.append(t.shape[1]) or f(w, p, s, t, a)
+        )
+        assert_same(alone, {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), asked)})
+        assert lengths[0] == 32 and lengths[1:] and set(lengths[1:]) == {64}, "whole pages of 16, then the rest, padded"
+
+
+@pytest.mark.parametrize("chunk", [16, 48])
+def test_prefill_in_chunks_changes_nothing(monkeypatch, chunk):
+    asked = [dataclasses.replace(one, prompt=np.tile(one.prompt, 9)) for one in requests()]
+    whole = run(asked=asked)
+    monkeypatch.setattr("pkv.sampling.programs.PREFILL_CHUNK", chunk)
+    monkeypatch.setattr("pkv.sampling.engine.PREFILL_CHUNK", chunk)
+    monkeypatch.setattr("pkv.sampling.engine.PREFILL_TOKENS", 100)
+    assert_same(whole, run(asked=asked))
+
+
+def test_eight_bit_keys_and_values_stay_near():
+    asked = requests(samples=8)
+    for (r, _), done in run(dataclasses.replace(CONFIG, kv_cache="int8"), asked).items():
+        exact = logprobs_by_forward(asked[r].prompt, done.tokens)
+        off = np.abs(done.policy_logprobs - exact)  # nats, of random weights whose logits have a deviation of 3
+        assert off.mean() < 0.05 and off.max() < 0.5
+
+
+def test_eight_bit_keys_and_values_are_the_same_on_every_mesh():
+    config = dataclasses.replace(CONFIG, kv_cache="int8")
+    assert_same(run(config), run(config, mesh=make_mesh(MESHES["all"])))
+
+
+class Script:
+    """A watch that cuts after its third token, forces two, and ends the row at ten."""
+
+    def __init__(self) -> None:
+        self.said, self.cut = 0, False
+
+    def __call__(self, tokens: np.ndarray) -> Verdict:
+        self.said += len(tokens)
+        if not self.cut and self.said >= 3:
+            keep, self.said, self.cut = len(tokens) - (self.said - 3), 3, True
+            return Verdict(keep, np.array([150, STOPS[0]], np.int32), False)
+        if self.said >= 10:
+            return Verdict(len(tokens) - (self.said - 10), np.zeros(0, np.int32), True)
+        return Verdict(len(tokens), np.zeros(0, np.int32), False)
+
+
+@pytest.mark.parametrize("segment, mesh", [(1, None), (4, None), (32, None), (4, MESHES["all"])])
+def test_a_watch_cuts_forces_and_ends(segment, mesh):
+    asked = [dataclasses.replace(one, watch=Script, max_new_tokens=20) for one in requests()]
+    mesh = one_device() if mesh is None else make_mesh(mesh)
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, segment=segment), (), mesh)
+    heard: dict[tuple[int, int], list[int]] = {}
+    found = list(
+        engine.sample(engine.load(PARAMS), asked, lambda r, s, new: heard.setdefault((r, s), []).extend(new.tolist()))
+    )
+    free = {(c.request, c.sample): c for c in Engine(ARCH, CONFIG, (), one_device()).sample(PARAMS_PLACED, requests())}
+    assert len(found) == 12
+    for done in found:
+        assert done.finish == "stop" and len(done.tokens) == 10 and done.tokens[3:5].tolist() == [150, STOPS[0]]
+        np.testing.assert_array_equal(done.forced, np.isin(np.arange(10), [3, 4]))
+        np.testing.assert_array_equal(done.tokens[:3], free[done.request, done.sample].tokens[:3])
+        assert heard[done.request, done.sample] == done.tokens.tolist()
+        exact = logprobs_by_forward(asked[done.request].prompt, done.tokens)
+        np.testing.assert_allclose(done.policy_logprobs, exact, atol=1e-4)
+
+
+def test_a_long_run_compiles_few_programs():
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=32, page_tokens=16), STOPS[:1], one_device())
+    draw, weights = np.random.default_rng(0), engine.load(PARAMS)
+    for step in range(12):
+        lengths = draw.integers(1, 300, 6)
+        keys = row_keys(0, "long", step, [str(n) for n in range(6)], 8)
+        asked = [
+            Request(draw.integers(10, 200, draw.integers(1, 200)).astype(np.int32), k, int(n))
+            for k, n in zip(keys, lengths, strict=True)
+        ]
+        list(engine.sample(weights, asked))
+        if step == 7:
+            before = engine.compilations
+    assert engine.compilations - before <= 6, "what a run needs is compiled in its first steps"
+    assert engine.compilations <= 80
 
 
 def test_scanned_and_unrolled_layers_say_the_same(monkeypatch, plain):
-    monkeypatch.setattr("pkv.sampling.engine.UNROLL", 0)
+    monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
     assert_same(plain, run())
 
 

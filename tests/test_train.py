@@ -60,7 +60,7 @@ def config_file(tmp_path_factory) -> Path:
         "model": {"path": "model", "init": "random"},
         "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
         "prompt": {"system": "brief"},
-        "sampling": {"slots": 8, "segment": 8, "cache_block": 64},
+        "sampling": {"slots": 8, "segment": 8, "page_tokens": 64},
         "rewards": {"workers": 0},
         "grpo": {"prompts": 2, "samples": 4, "row_tokens": 512, "micro_rows": 4},
         "warmup": {"steps": 2, "demonstrations": 4, "learning_rate": 1e-2},

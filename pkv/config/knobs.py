@@ -49,6 +49,7 @@ class MeshConfig:
 
     data: int = -1
     fsdp: int = 1
+    sequence: int = 1  # of sampling: a row's KV pages lie on so many devices
     tensor: int = 1
 
 
@@ -77,7 +78,9 @@ class SamplingConfig:
     min_p: float = 0.0  # 0: off; tokens less likely than this share of the likeliest one are not drawn
     slots: int = 64  # rows that decode at the same time
     segment: int = 32  # decode steps on the device between two visits of the host
-    cache_block: int = 128  # the KV cache grows in steps of this many positions
+    page_tokens: int = 0  # positions a page of the KV cache; 0: 128, but 64 on a CPU
+    kv_cache: Literal["plain", "int8"] = "plain"  # in model.dtype, or in 8 bits with a scale a position and head
+    kv_memory_gb: float = 0.0  # of each device, for the KV cache; 0: most of what is free when sampling starts
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "sampling.min_p": (0.0, 1.0),
     "sampling.slots": (1, math.inf),
     "sampling.segment": (1, math.inf),
-    "sampling.cache_block": (1, math.inf),
+    "sampling.page_tokens": (0, math.inf),
+    "sampling.kv_memory_gb": (0.0, math.inf),
     "rewards.timeout_s": (1e-3, math.inf),
     "rewards.max_unscored_share": (0.0, 1.0),
     "rewards.workers": (0, 1024),

@@ -4,29 +4,46 @@ Outside, a model is an `Arch` (what it is made of) and a nested dict of arrays (
 """
 
 from pkv.model.arch import Arch
-from pkv.model.cache import Cache, cache_axes, cache_length, grow_cache, init_cache, put_rows, take_rows
+from pkv.model.cache import Cache, init_cache
 from pkv.model.decoder import forward, head, logits
 from pkv.model.export import save_params
 from pkv.model.kernels import Kernel, choose_kernel
 from pkv.model.linear import BLOCK, cast
 from pkv.model.load import load_params, read_arch, read_config
 from pkv.model.lora import freezer, init_adapters, join, split, weight_axes
+from pkv.model.pages import (
+    Level,
+    Paged,
+    Stock,
+    add_pages,
+    cut_into_pages,
+    init_stock,
+    put_pages,
+    stock_axes,
+    take_pages,
+)
 from pkv.model.peft import save_adapter
 from pkv.model.weights import Params, init_params, param_axes, param_shapes, unstack_layers
 
 __all__ = [
+    "take_pages",
+    "stock_axes",
+    "put_pages",
+    "init_stock",
+    "cut_into_pages",
+    "add_pages",
+    "Stock",
+    "Paged",
+    "Level",
     "BLOCK",
     "Arch",
     "Cache",
     "Kernel",
     "Params",
-    "cache_axes",
-    "cache_length",
     "cast",
     "choose_kernel",
     "forward",
     "freezer",
-    "grow_cache",
     "head",
     "init_adapters",
     "init_cache",
@@ -36,13 +53,11 @@ __all__ = [
     "logits",
     "param_axes",
     "param_shapes",
-    "put_rows",
     "read_arch",
     "read_config",
     "save_adapter",
     "save_params",
     "split",
-    "take_rows",
     "unstack_layers",
     "weight_axes",
 ]

@@ -19,15 +19,15 @@ from pkv.model.attention import attend
 from pkv.model.cache import Cache
 from pkv.model.kernels import MIXED, Kernel
 from pkv.model.linear import cast, dense
+from pkv.model.pages import Paged, Stock, meet_pages
 from pkv.model.rope import Scaling, turns
 from pkv.model.weights import Params
 
 Remat = Literal["none", "cheap", "all", "offload"]
 STREAM = "stream"  # a layer's input, by the name under which it may be offloaded
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin, float32 [B, T, 1, R/2] for the R dimensions that turn
-Look = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # `attend` with everything but queries, keys and values
-# Takes a layer's new keys and values [B, T, K, H]; gives those to look at, and the cache that holds them.
-Remember = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, Cache]]
+# Takes a layer's queries [B, T, N, H] and new keys and values [B, T, K, H]; gives what the queries see, and the cache.
+Meet = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Cache]]
 
 
 def forward(
@@ -37,18 +37,19 @@ def forward(
     positions_BT: jax.Array,
     *,
     segments_BT: jax.Array | None = None,
-    cache: Cache | None = None,
+    cache: Cache | Paged | None = None,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
     kernel: Kernel = "xla",
-) -> tuple[jax.Array, Cache | None]:
+) -> tuple[jax.Array, Cache | Stock | None]:
     """Hidden states after the final norm, [B, T, D] in `dtype`, and the cache with these tokens written into it.
 
     Without a cache a token sees the earlier tokens of its row, and with `segments_BT` (0 is padding) only those of its
     own segment. With a cache, keys and values at position p are written into slot p of their row, and a query at p
     sees the slots up to p: a prefill that is padded on the right needs no mask, because decoding overwrites the
-    padding's slots before it reaches them. What would be written beyond the cache's end is dropped. In a local layer
-    either sees no further back than the window.
+    padding's slots before it reaches them. What would be written beyond the cache's end is dropped. With a cache of
+    pages T is 1, and the stock of its last level comes back. In a local layer a query sees no further back than the
+    window.
 
     `params["layers"]` is stacked (scanned: compiles once for all layers) or a tuple (unrolled); the cache alike.
     remat: what the backward pass finds kept (see `rematerialised`). kernel: of attention over whole rows.
@@ -58,37 +59,43 @@ def forward(
     stacked = not isinstance(layers, (tuple, list))
     if cache is not None and segments_BT is not None:
         raise ValueError("forward: segments are for packed rows without a cache")
-    if cache is not None and stacked == isinstance(cache, (tuple, list)):
+    if cache is not None and stacked != isinstance(cache.levels[-1].stock if isinstance(cache, Paged) else cache, dict):
         raise ValueError("forward: weights and cache differ in form; pass both stacked or both as a tuple of layers")
     local_layers = arch.local_layers or (False,) * arch.layers
     told = stacked and len(set(local_layers)) > 1  # layers of both kinds in one scan hear at run time what they are
     rotations = rotary_tables(positions_BT, arch)
-    slots_BT = None if cache is None else positions_BT
-    sight = {"positions_BT": slots_BT, "segments_BT": segments_BT, "window": arch.window}
-    look = partial(attend, scale=arch.query_scale, cap=arch.attention_cap, kernel=kernel, **sight)
+    sight = {"window": arch.window, "scale": arch.query_scale, "cap": arch.attention_cap}
+    memory = cache.levels[-1].stock if isinstance(cache, Paged) else cache
 
-    def layer(x_BTD: jax.Array, weights: Params, cache: Cache, index: Any, local: Any) -> tuple[jax.Array, Cache]:
+    def meet(memory: Cache, index: Any, local: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Any, Cache]:
+        if isinstance(cache, Paged):
+            return meet_pages(cache, memory, index, q, k, v, positions_BT=positions_BT, local=local, **sight)
+        if memory is None:
+            keys, values = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
+            return attend(q, keys, values, segments_BT=segments_BT, local=local, kernel=kernel, **sight), None
+        keys, values, memory = _write(memory, index, positions_BT, k, v)
+        return attend(q, keys, values, positions_BT=positions_BT, local=local, **sight), memory
+
+    def layer(x_BTD: jax.Array, weights: Params, memory: Cache, index: Any, local: Any) -> tuple[jax.Array, Cache]:
         x_BTD = checkpoint_name(x_BTD, STREAM)
-        remember = _recall_row if cache is None else partial(_write, cache, index, positions_BT)
-        return decoder_layer(x_BTD, weights, arch, _of_layer(rotations, local), partial(look, local=local), remember)
+        meeting = partial(meet, memory, index, local)
+        return decoder_layer(x_BTD, weights, arch, _of_layer(rotations, local), meeting)
 
-    layer = rematerialised(layer, remat, static_argnums=() if told else (4,))
+    # Where the layers are not scanned, a layer's number is known when compiling, as `local` then is.
+    layer = rematerialised(layer, remat, static_argnums=() if told else (4,) if stacked else (3, 4))
     x_BTD = constrain_rows(embed(params, arch, tokens_BT, dtype))
     if stacked:
         # The stacked cache is carried and written in place; as scanned inputs and outputs it would be copied whole.
         def scanned(carry: tuple[jax.Array, Cache], step: tuple[Params, jax.Array, jax.Array]) -> tuple[Any, None]:
-            (x_BTD, cache), (weights, index, local) = carry, step
-            return layer(x_BTD, weights, cache, index, local if told else local_layers[0]), None
+            (x_BTD, memory), (weights, index, local) = carry, step
+            return layer(x_BTD, weights, memory, index, local if told else local_layers[0]), None
 
         steps = (layers, jnp.arange(arch.layers), jnp.array(local_layers))
-        (x_BTD, cache), _ = jax.lax.scan(scanned, (x_BTD, cache), steps)
+        (x_BTD, memory), _ = jax.lax.scan(scanned, (x_BTD, memory), steps)
     else:
-        caches = []
-        for weights, layer_cache, local in zip(layers, cache or [None] * len(layers), local_layers, strict=True):
-            x_BTD, layer_cache = layer(x_BTD, weights, layer_cache, None, local)
-            caches.append(layer_cache)
-        cache = tuple(caches) if cache is not None else None
-    return _norm(x_BTD, params["final_norm"], arch), cache
+        for number, (weights, local) in enumerate(zip(layers, local_layers, strict=True)):
+            x_BTD, memory = layer(x_BTD, weights, memory, number, local)
+    return _norm(x_BTD, params["final_norm"], arch), memory
 
 
 def rematerialised(layer: Callable[..., Any], remat: Remat, static_argnums: tuple[int, ...]) -> Callable[..., Any]:
@@ -138,14 +145,13 @@ def logits(params: Params, arch: Arch, hidden: jax.Array) -> jax.Array:
 
 
 def decoder_layer(
-    x_BTD: jax.Array, weights: Params, arch: Arch, rotation: Rotation, look: Look, remember: Remember
+    x_BTD: jax.Array, weights: Params, arch: Arch, rotation: Rotation, meet: Meet
 ) -> tuple[jax.Array, Cache]:
     """One layer: attention and the gated feed-forward, each on a normed copy, each added to the stream."""
     w = cast(weights, x_BTD.dtype)
     q_BTNH, k_BTKH, v_BTKH = _project(_norm(x_BTD, w["attention_norm"], arch), w["attention"], arch)
-    keys_BKHS, values_BKSH, cache = remember(rotate(k_BTKH, rotation), v_BTKH)
-    mixed_BTNH = checkpoint_name(look(rotate(q_BTNH, rotation), keys_BKHS, values_BKSH), MIXED)
-    mixed_BTD = dense(mixed_BTNH, w["attention"]["o"], inputs=2)
+    mixed_BTNH, cache = meet(rotate(q_BTNH, rotation), rotate(k_BTKH, rotation), v_BTKH)
+    mixed_BTD = dense(checkpoint_name(mixed_BTNH, MIXED), w["attention"]["o"], inputs=2)
     x_BTD = x_BTD + (_norm(mixed_BTD, w["attention_post_norm"], arch) if arch.post_norms else mixed_BTD)
 
     normed_BTD = _norm(x_BTD, w["ffn_norm"], arch)
@@ -209,20 +215,19 @@ def rotate(x_BTNH: jax.Array, rotation: Rotation) -> jax.Array:
     return jnp.concatenate([turned, x_BTNH[..., size:]], axis=-1) if size < x_BTNH.shape[-1] else turned
 
 
-def _recall_row(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    return jnp.moveaxis(k_BTKH, 1, 3), jnp.moveaxis(v_BTKH, 1, 2), None
-
-
 def _write(
-    cache: Cache, layer: jax.Array | None, positions_BT: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
+    cache: Cache, layer: Any, positions_BT: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array
 ) -> tuple[jax.Array, jax.Array, Cache]:
-    """Write into slots `positions_BT` of every row (of one layer, if the cache is stacked); in place when donated."""
+    """Write into slots `positions_BT` of every row of one layer; in place when donated."""
     rows, every = jnp.arange(positions_BT.shape[0])[:, None], slice(None)
     # Slices between the index arrays: the shape of both updates is [B, T, ...].
     places = {"k": (rows, every, every, positions_BT), "v": (rows, every, positions_BT)}
     fresh = {"k": k_BTKH, "v": v_BTKH}
-    if layer is not None:
+    stacked = isinstance(cache, dict)
+    if stacked:
         places = {name: (layer, *place) for name, place in places.items()}
-    cache = {n: cache[n].at[places[n]].set(fresh[n].astype(cache[n].dtype), mode="drop") for n in ("k", "v")}
-    seen = cache if layer is None else {name: array[layer] for name, array in cache.items()}
+    kinds = cache if stacked else cache[layer]
+    written = {n: kinds[n].at[places[n]].set(fresh[n].astype(kinds[n].dtype), mode="drop") for n in ("k", "v")}
+    seen = {name: array[layer] for name, array in written.items()} if stacked else written
+    cache = written if stacked else tuple(written if n == layer else one for n, one in enumerate(cache))
     return seen["k"].astype(k_BTKH.dtype), seen["v"].astype(v_BTKH.dtype), cache

@@ -1,6 +1,7 @@
 """The rollout engine: token ids in, token ids and log-probabilities out. No text here."""
 
-from pkv.sampling.engine import Completion, Engine, Request
+from pkv.sampling.engine import Engine
 from pkv.sampling.keys import row_keys
+from pkv.sampling.schedule import Completion, Request
 
 __all__ = ["Completion", "Engine", "Request", "row_keys"]

@@ -45,14 +45,17 @@ def draw(
     temperature: jax.Array,
     top_p: jax.Array,
     min_p: jax.Array,
+    forced_B: jax.Array | None = None,
 ) -> Drawn:
     """Draw the token that will stand at `positions_B` in each row; the row's key is folded with that position.
+
+    forced_B: tokens that stand there whatever is drawn, with the log-probabilities of such a draw; -1 where none.
 
     A draw needs one uniform number a row (inverse of the distribution function), not one for each vocabulary entry.
     """
     policy_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))
     if isinstance(drawing, Greedy):
-        tokens = jnp.argmax(policy_BV, axis=-1)
+        tokens = _unless_forced(jnp.argmax(policy_BV, axis=-1).astype(jnp.int32), forced_B)
         return Drawn(tokens, jnp.zeros(tokens.shape, jnp.float32), _pick(policy_BV, tokens))
     tempered_BV = policy_BV / temperature
     if drawing.filtered:
@@ -60,8 +63,12 @@ def draw(
     sampled_BV = jax.nn.log_softmax(tempered_BV)
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), positions_B)
     uniform_B = jax.vmap(jax.random.uniform)(keys)
-    tokens = invert(jnp.exp(sampled_BV), uniform_B)
+    tokens = _unless_forced(invert(jnp.exp(sampled_BV), uniform_B), forced_B)
     return Drawn(tokens, _pick(sampled_BV, tokens), _pick(policy_BV, tokens))
+
+
+def _unless_forced(tokens_B: jax.Array, forced_B: jax.Array | None) -> jax.Array:
+    return tokens_B if forced_B is None else jnp.where(forced_B < 0, tokens_B, forced_B)
 
 
 def invert(probabilities_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:

@@ -1,0 +1,272 @@
+"""Keys and values in pages: memory follows the sum of the lengths, and every page is read where it lies.
+
+A page holds the same few positions of every layer, for one row, or for several rows that share what it says (a prompt's
+samples, a common prefix). A token's attention is a flash-decoding merge (arXiv 2205.14135, section 3.1) of the pages
+that its row reads: nothing is gathered, and a page that many rows read is read once for all of them. Everything here
+sees one device's pages and rows; over the mesh axis "sequence" the pages of a row lie on several devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pkv.mesh import merging_axis
+from pkv.model.arch import Arch
+
+# {"k": [L, P, K, H, S], "v": [L, P, K, S, H]}, and in 8 bits their scales [L, P, K, 1, S] and [L, P, K, S, 1]; or a
+# tuple of L such dicts without the axis L. S: positions a page.
+Stock = Any
+LEAST = jnp.finfo(jnp.float32).min
+FEW_QUERIES = 16  # so many queries a page at most meet it on a CPU as broadcast products (see `attention`)
+
+
+class Level(NamedTuple):
+    """Pages and who reads them. A reader that is no row (B or above) reads nothing."""
+
+    stock: Stock
+    readers: jax.Array  # int32 [P, R], rows
+    first: jax.Array  # int32 [P], the position in a page's first slot
+    stop: jax.Array  # int32 [P], slots that stand for positions from here on hold nothing
+
+
+class Paged(NamedTuple):
+    """What `forward` takes as a cache of pages: the new token of each row is written into the last level."""
+
+    levels: tuple[Level, ...]
+    page: jax.Array  # int32 [B], where the new token goes; beyond the last page: nowhere
+    slot: jax.Array  # int32 [B]
+
+
+def init_stock(
+    arch: Arch, pages: int, size: int, dtype: Any = jnp.float32, *, stacked: bool = True, eight_bit: bool = False
+) -> Stock:
+    """Empty pages of `size` positions; `stacked` must match the layers of the weights."""
+    K, H = arch.kv_heads, arch.head_size
+    shapes = {"k": (pages, K, H, size), "v": (pages, K, size, H)}
+    dtypes = dict.fromkeys(shapes, jnp.int8 if eight_bit else dtype)
+    if eight_bit:
+        shapes |= {"k_scale": (pages, K, 1, size), "v_scale": (pages, K, size, 1)}
+        dtypes |= dict.fromkeys(("k_scale", "v_scale"), jnp.float32)
+    if stacked:
+        return {name: jnp.zeros((arch.layers, *shape), dtypes[name]) for name, shape in shapes.items()}
+    return tuple({name: jnp.zeros(shape, dtypes[name]) for name, shape in shapes.items()} for _ in range(arch.layers))
+
+
+def stock_axes(stock: Stock) -> Any:
+    """The logical axes of every array of a stock."""
+    names = {"k": ("pages", "kv_heads", "head", "time"), "v": ("pages", "kv_heads", "time", "head")}
+    names |= {"k_scale": names["k"], "v_scale": names["v"]}
+
+    def axes(path: tuple[Any, ...], array: Any) -> tuple[str, ...]:
+        found = names[path[-1].key]
+        return found if len(array.shape) == len(found) else ("layers", *found)
+
+    return jax.tree_util.tree_map_with_path(axes, stock)
+
+
+def stock_pages(stock: Stock) -> int:
+    """P, the pages of a stock on all devices."""
+    return jax.tree.leaves(stock)[0].shape[-4]
+
+
+def take_pages(stock: Stock, pages: jax.Array) -> Stock:
+    """The chosen pages, in the order of `pages`; repeats are allowed."""
+    return jax.tree.map(lambda array: jnp.take(array, pages, axis=array.ndim - 4, mode="clip"), stock)
+
+
+def put_pages(stock: Stock, pages: jax.Array, fresh: Stock) -> Stock:
+    """The stock with the pages `fresh` written over its pages `pages`; those beyond its end are dropped."""
+
+    def put(array: jax.Array, new: jax.Array) -> jax.Array:
+        layers = (slice(None),) * (array.ndim - 4)
+        return array.at[(*layers, pages)].set(new, mode="drop")
+
+    return jax.tree.map(put, stock, fresh)
+
+
+def add_pages(stock: Stock, more: int) -> Stock:
+    """The stock with so many empty pages behind it."""
+    return jax.tree.map(lambda a: jnp.pad(a, [(0, more if axis == a.ndim - 4 else 0) for axis in range(a.ndim)]), stock)
+
+
+def cut_into_pages(cache: Any, size: int, *, eight_bit: bool = False) -> Stock:
+    """The rows of a cache (see `cache`), whose length `size` divides, as pages: row after row, [..., B·S/size, ...]."""
+
+    def cut(path: tuple[Any, ...], array: jax.Array) -> jax.Array:
+        *lead, K, a, b = array.shape
+        if path[-1].key == "k":
+            pages = jnp.moveaxis(array.reshape(*lead, K, a, b // size, size), -2, -4)
+        else:
+            pages = jnp.moveaxis(array.reshape(*lead, K, a // size, size, b), -3, -4)
+        return pages.reshape(*lead[:-1], -1, *pages.shape[-3:])
+
+    stock = jax.tree_util.tree_map_with_path(cut, cache)
+    if not eight_bit:
+        return stock
+    return jax.tree.map(quantised, stock, is_leaf=lambda node: isinstance(node, dict))
+
+
+def quantised(pages: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """One layer's keys and values in 8 bits: whole numbers from -127 to 127 and a scale for each position and head."""
+    found = {}
+    for name, axis in (("k", -2), ("v", -1)):
+        array = pages[name].astype(jnp.float32)
+        scale = jnp.maximum(jnp.abs(array).max(axis=axis, keepdims=True), 1e-20) / 127
+        found |= {name: jnp.round(array / scale).astype(jnp.int8), f"{name}_scale": scale}
+    return found
+
+
+def meet_pages(
+    paged: Paged,
+    own: Stock,
+    layer: Any,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    *,
+    positions_BT: jax.Array,
+    scale: float,
+    window: int | None = None,
+    local: bool | jax.Array = True,
+    cap: float | None = None,
+) -> tuple[jax.Array, Stock]:
+    """Write one new token a row into a layer of `own`, the last level's stock, and attend: [B, 1, N, H] and the stock.
+
+    A query at position p sees what its row reads at positions up to p, within the window in a local layer.
+    """
+    own = _write(own, layer, paged.page, paged.slot, k_BTKH[:, 0], v_BTKH[:, 0])
+    B, _, N, H = q_BTNH.shape
+    q_BKGH = q_BTNH[:, 0].reshape(B, k_BTKH.shape[2], -1, H)
+    stocks = [*(level.stock for level in paged.levels[:-1]), own]
+    window = None if local is False else window
+    parts = []
+    for level, stock in zip(paged.levels, stocks, strict=True):
+        seen_PRS = _seen(level, stock, positions_BT[:, 0], window, local)
+        parts.append(_partial(q_BKGH, _of_layer(stock, layer), level.readers, seen_PRS, scale=scale, cap=cap))
+    mixed_BKGH = _merge(parts, [level.readers for level in paged.levels], B)
+    return mixed_BKGH.reshape(B, 1, N, H).astype(q_BTNH.dtype), own
+
+
+def _of_layer(stock: Stock, layer: Any) -> dict[str, jax.Array]:
+    if isinstance(stock, dict):
+        return {name: array[layer] for name, array in stock.items()}
+    return stock[layer]
+
+
+def _write(
+    stock: Stock, layer: Any, page_B: jax.Array, slot_B: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array
+) -> Stock:
+    """In place when donated. Slices between the index arrays: the shape of the updates is [B, ...]."""
+    kinds = stock if isinstance(stock, dict) else stock[layer]
+    fresh = {"k": k_BKH, "v": v_BKH}
+    if "k_scale" in kinds:
+        pages = quantised({"k": k_BKH[..., None], "v": v_BKH[:, :, None]})  # as pages of one position
+        fresh = {name: array.reshape(array.shape[0], array.shape[1], -1) for name, array in pages.items()}
+    every = slice(None)
+    places = {"k": (page_B, every, every, slot_B), "v": (page_B, every, slot_B)}
+    if isinstance(stock, dict):
+        places = {name: (layer, *place) for name, place in places.items()}
+    written = {
+        name: array.at[places[name[0]]].set(fresh[name].astype(array.dtype), mode="drop")
+        for name, array in kinds.items()
+    }
+    if isinstance(stock, dict):
+        return written
+    return tuple(written if number == layer else one for number, one in enumerate(stock))
+
+
+def _seen(
+    level: Level, stock: Stock, positions_B: jax.Array, window: int | None, local: bool | jax.Array
+) -> jax.Array:
+    """bool [P, R, S]: which slots of a page its readers see."""
+    size = (stock if isinstance(stock, dict) else stock[0])["k"].shape[-1]
+    at_PS = level.first[:, None] + jnp.arange(size)
+    back_PRS = positions_B.at[level.readers].get(mode="clip")[:, :, None] - at_PS[:, None]
+    seen_PRS = (back_PRS >= 0) & (at_PS < level.stop[:, None])[:, None]
+    if window is not None:
+        seen_PRS &= (back_PRS < window) | jnp.logical_not(local)
+    return seen_PRS
+
+
+class Part(NamedTuple):
+    """What each reader has of each page, float32: the greatest score, and sums of the shares and of what they mix."""
+
+    most: jax.Array  # [P, R, K, G]
+    whole: jax.Array  # [P, R, K, G]
+    mixed: jax.Array  # [P, R, K, G, H]
+
+
+def _partial(
+    q_BKGH: jax.Array,
+    pages: dict[str, jax.Array],
+    readers_PR: jax.Array,
+    seen_PRS: jax.Array,
+    *,
+    scale: float,
+    cap: float | None,
+) -> Part:
+    P, R = readers_PR.shape
+    _, K, G, H = q_BKGH.shape
+    S = seen_PRS.shape[-1]
+    q_PRKGH = (q_BKGH * scale).at[readers_PR].get(mode="clip")
+    q_PKQH = q_PRKGH.swapaxes(1, 2).reshape(P, K, R * G, H)
+    score, mix = partial(_score, few=R * G <= FEW_QUERIES), partial(_mix, few=R * G <= FEW_QUERIES)
+    scores_PKQS = score(q_PKQH, pages["k"])
+    if "k_scale" in pages:
+        scores_PKQS = scores_PKQS * pages["k_scale"]
+    if cap is not None:
+        scores_PKQS = cap * jnp.tanh(scores_PKQS / cap)
+    scores_PKRGS = jnp.where(seen_PRS[:, None, :, None], scores_PKQS.reshape(P, K, R, G, S), LEAST)
+    most_PKRG = scores_PKRGS.max(axis=-1)
+    shares_PKQS = jnp.exp(scores_PKRGS - most_PKRG[..., None]).reshape(P, K, R * G, S)
+    whole_PKRG = shares_PKQS.sum(axis=-1).reshape(P, K, R, G)
+    if "v_scale" in pages:
+        shares_PKQS = shares_PKQS * pages["v_scale"].swapaxes(-1, -2)
+    mixed_PKRGH = mix(shares_PKQS, pages["v"], q_BKGH.dtype).reshape(P, K, R, G, H)
+    return Part(*(array.swapaxes(1, 2) for array in (most_PKRG, whole_PKRG, mixed_PKRGH)))
+
+
+def _score(q_PKQH: jax.Array, k_PKHS: jax.Array, *, few: bool) -> jax.Array:
+    def product(q: jax.Array, k: jax.Array) -> jax.Array:
+        return jnp.matmul(q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+
+    def loops(q: jax.Array, k: jax.Array) -> jax.Array:
+        return jnp.sum(q.astype(jnp.float32)[..., None] * k[:, :, None].astype(jnp.float32), axis=-2)
+
+    return jax.lax.platform_dependent(q_PKQH, k_PKHS, cpu=loops if few else product, default=product)
+
+
+def _mix(shares_PKQS: jax.Array, v_PKSH: jax.Array, dtype: Any, *, few: bool) -> jax.Array:
+    def product(shares: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.matmul(shares.astype(dtype), v.astype(dtype), preferred_element_type=jnp.float32)
+
+    def loops(shares: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(shares[..., None] * v[:, :, None].astype(jnp.float32), axis=-2)
+
+    return jax.lax.platform_dependent(shares_PKQS, v_PKSH, cpu=loops if few else product, default=product)
+
+
+def _merge(parts: Sequence[Part], readers: Sequence[jax.Array], rows: int) -> jax.Array:
+    """The pages' parts by row: the softmax over all that a row reads, float32 [B, K, G, H]."""
+    flat = [jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), part) for part in parts]
+    ids = [part.reshape(-1) for part in readers]
+
+    def every(kind: Any, arrays: list[jax.Array]) -> jax.Array:
+        found = [kind(array, at, rows) for array, at in zip(arrays, ids, strict=True)]
+        return jax.tree.reduce(jnp.maximum if kind is jax.ops.segment_max else jnp.add, found)
+
+    axis = merging_axis()
+    most_BKG = jnp.maximum(every(jax.ops.segment_max, [part.most for part in flat]), LEAST)
+    if axis is not None:
+        most_BKG = jax.lax.pmax(most_BKG, axis)
+    weights = [jnp.exp(part.most - most_BKG.at[at].get(mode="clip")) for part, at in zip(flat, ids, strict=True)]
+    whole_BKG = every(jax.ops.segment_sum, [part.whole * w for part, w in zip(flat, weights, strict=True)])
+    mixed_BKGH = every(jax.ops.segment_sum, [part.mixed * w[..., None] for part, w in zip(flat, weights, strict=True)])
+    if axis is not None:
+        whole_BKG, mixed_BKGH = jax.lax.psum((whole_BKG, mixed_BKGH), axis)
+    return mixed_BKGH / jnp.maximum(whole_BKG, jnp.finfo(jnp.float32).tiny)[..., None]

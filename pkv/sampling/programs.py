@@ -1,0 +1,325 @@
+"""What runs on the devices: prefill, decode, and moving pages. Each program sees one shard's rows and pages.
+
+Compiled anew for each shape of its arrays, and for nothing else; the shapes come from `pool.round_up`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pkv.config import SamplingConfig
+from pkv.mesh import BATCH_AXES, PAGE_AXES, SAMPLING_RULES, shardings
+from pkv.model import (
+    Arch,
+    Cache,
+    Level,
+    Paged,
+    Params,
+    Stock,
+    add_pages,
+    cast,
+    cut_into_pages,
+    forward,
+    init_cache,
+    init_stock,
+    logits,
+    put_pages,
+    stock_axes,
+    take_pages,
+    unstack_layers,
+    weight_axes,
+)
+from pkv.sampling.drawing import Drawing, Greedy, Nucleus, draw
+
+UNROLL = 8  # models of at most so many layers run with their layers unrolled: no slicing of stacked weights and pages
+STEPS_BETWEEN = 8  # two looks at whether any shard has a row left
+PREFILL_CHUNK = 512  # prompt tokens of a row that meet their keys at the same time, at most
+
+ROWS, PAGES, WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec(PAGE_AXES), PartitionSpec()
+
+
+class Table(NamedTuple):
+    """Who reads the pages of one level: see `model.pages.Level`, of which it is all but the stock."""
+
+    readers: Any
+    first: Any
+    stop: Any
+
+
+class Rows(NamedTuple):
+    """All slots at the start of a segment. `position` is that of `token`, whose key and value are not written yet.
+
+    int32 [B]: token, position, last (the last position that may be generated), origin (the first position of
+    `ahead`'s first page). active: bool [B]. keys: uint32 [B, 2]. forced: int32 [B, steps], tokens that come whatever is
+    drawn, -1 where none. ahead: int32 [B, sequence, W], the pages that the segment is written into, on each of the
+    row's devices.
+    """
+
+    token: Any
+    position: Any
+    last: Any
+    origin: Any
+    active: Any
+    keys: Any
+    forced: Any
+    ahead: Any
+
+
+class Segment(NamedTuple):
+    """What a segment brought: [steps, B] tokens, both log-probabilities, and which of them count; active: bool [B]."""
+
+    tokens: Any
+    logprobs: Any
+    policy_logprobs: Any
+    counted: Any
+    active: Any
+
+
+class Programs:
+    """The compiled programs of one architecture on one mesh."""
+
+    def __init__(self, arch: Arch, config: SamplingConfig, stop_ids: Sequence[int], mesh: Mesh, dtype: Any) -> None:
+        self.arch, self.repeats = _spread_kv_heads(arch, mesh.shape["tensor"])
+        self.stacked = arch.layers > UNROLL
+        self.page = config.page_tokens or (64 if jax.default_backend() == "cpu" else 128)
+        self._mesh, self._dtype = mesh, jnp.dtype(dtype)
+        self._eight_bit = config.kv_cache == "int8"
+        self._steps = config.segment
+        self._stops = jnp.asarray(list(stop_ids), jnp.int32)
+        self._drawing: Drawing = Greedy()
+        if config.temperature > 0:
+            self._drawing = Nucleus(config.top_p < 1 or config.top_k > 0 or config.min_p > 0, config.top_k)
+        self._scalars = (jnp.float32(config.temperature or 1.0), jnp.float32(config.top_p), jnp.float32(config.min_p))
+        self.place = jax.jit(self._place)
+        self.prefix = jax.jit(self._prefix)
+        self.prefill = jax.jit(self._prefill, donate_argnames="stock")
+        self.decode = jax.jit(self._decode, donate_argnames="own")
+        self.empty = jax.jit(self._empty, static_argnames="pages")
+        self.grow = jax.jit(self._grow, static_argnames="more")
+        self.move = jax.jit(self._move)
+        self.fetch = jax.jit(take_pages)
+        self.restore = jax.jit(self._restore, donate_argnames="stock")
+
+    @property
+    def compilations(self) -> int:
+        """How many programs have been compiled."""
+        return sum(program._cache_size() for program in vars(self).values() if hasattr(program, "_cache_size"))
+
+    def page_bytes(self) -> int:
+        """Bytes of one page on a device that holds it."""
+        stock = jax.eval_shape(partial(self._stock, self._ways(PAGE_AXES)))
+        place = self._placing(stock)
+        sizes = jax.tree.map(lambda a, s: math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize, stock, place)
+        return sum(jax.tree.leaves(sizes))
+
+    def placing(self, params: Params) -> Any:
+        """Where weights lie while sampling."""
+        shapes = jax.eval_shape(self._repeated, params)
+        return shardings(weight_axes(params, self.arch), shapes, self._mesh, SAMPLING_RULES)
+
+    def _place(self, params: Params) -> Params:
+        """Weights in the layout, dtype and key-value heads of sampling."""
+        placing = self.placing(params)
+        params = jax.lax.with_sharding_constraint(cast(self._repeated(params), self._dtype), placing)
+        return params if self.stacked else unstack_layers(params, self.arch)
+
+    def _repeated(self, params: Params) -> Params:
+        """Weights whose key-value heads stand as often as `arch` says, each copy beside its head."""
+
+        def repeat(axes: tuple[str, ...], array: jax.Array) -> jax.Array:
+            return jnp.repeat(array, self.repeats, axes.index("kv_heads")) if "kv_heads" in axes else array
+
+        if self.repeats == 1:
+            return params
+        return jax.tree.map(repeat, weight_axes(params, self.arch), params, is_leaf=_is_axes)
+
+    def _prefix(self, weights: Params, tokens_C: jax.Array) -> tuple[Cache, Stock]:
+        """The keys and values of what all prompts begin with: as a cache of one row, and as a level's stock."""
+
+        def own(weights: Params, tokens_C: jax.Array) -> tuple[Cache, Stock]:
+            cache = self._fill(weights, self._cache(1, len(tokens_C)), tokens_C[None], 0)
+            ways = self._mesh.shape["sequence"]
+            mine = jax.lax.axis_index("sequence") + ways * jnp.arange(-(-len(tokens_C) // (self.page * ways)))
+            return cache, take_pages(self._cut(cache), mine)
+
+        cache, stock = self._by_shard(own, (WHOLE, WHOLE), (WHOLE, PAGES))(weights, tokens_C)
+        return cache, self._spread(stock)
+
+    def _prefill(self, weights: Params, prefix: Cache | None, stock: Stock, tokens_PT: Any, places: Any) -> Stock:
+        """The keys and values of whole prompts, each shard its own, written into the pages `places` of `stock`.
+
+        prefix: what comes before tokens_PT in every row. places: int32 [shards, P · T/page]; beyond the stock's end:
+        nowhere. Padding on the right is written too, where nothing looks at it.
+        """
+
+        def own(weights: Params, prefix: Any, stock: Stock, tokens_PT: Any, places: Any) -> Stock:
+            P, T = tokens_PT.shape
+            C = 0 if prefix is None else (prefix if self.stacked else prefix[0])["k"].shape[-1]
+            cache = self._cache(P, C + T)
+            if prefix is not None:
+                cache = jax.tree.map(_put_first, cache, prefix)
+            cache = jax.tree_util.tree_map_with_path(
+                partial(_after, C), self._fill(weights, cache, tokens_PT, C)
+            )
+            return put_pages(stock, places[0], self._cut(cache))
+
+        mapped = self._by_shard(own, (WHOLE, WHOLE, self._specs(stock), ROWS, PAGES), self._specs(stock))
+        return self._spread(mapped(weights, prefix, stock, tokens_PT, places))
+
+    def _fill(self, weights: Params, cache: Cache, tokens_PT: jax.Array, before: int) -> Cache:
+        """The cache with tokens_PT in it, from position `before` on, chunk by chunk."""
+        P, T = tokens_PT.shape
+        size = PREFILL_CHUNK if T % PREFILL_CHUNK == 0 else T
+
+        def chunk(cache: Cache, at: jax.Array) -> tuple[Cache, None]:
+            tokens = jax.lax.dynamic_slice_in_dim(tokens_PT, at, size, axis=1)
+            positions = jnp.broadcast_to(before + at + jnp.arange(size), (P, size))
+            return forward(weights, self.arch, tokens, positions, cache=cache, dtype=self._dtype)[1], None
+
+        if size == T:
+            return chunk(cache, jnp.int32(0))[0]
+        return jax.lax.scan(chunk, cache, jnp.arange(0, T, size))[0]
+
+    def _decode(
+        self, weights: Params, shared: tuple[Level, ...], own: Stock, table: Table, rows: Rows
+    ) -> tuple[Stock, Segment]:
+        """Up to `steps` tokens for every active row; ends early when none is left."""
+        level = Table(PAGES, PAGES, PAGES)
+        specs = (
+            WHOLE,
+            tuple(Level(self._specs(one.stock), *level) for one in shared),
+            self._specs(own),
+            level,
+            Rows(*(ROWS,) * 7, PartitionSpec(BATCH_AXES, "sequence")),
+        )
+        columns = PartitionSpec(None, BATCH_AXES)
+        out_specs = (self._specs(own), Segment(*(columns,) * 4, ROWS))
+        own, segment = self._by_shard(self._decode_own, specs, out_specs)(weights, shared, own, table, rows)
+        return self._spread(own), segment
+
+    def _decode_own(
+        self, weights: Params, shared: tuple[Level, ...], own: Stock, table: Table, rows: Rows
+    ) -> tuple[Stock, Segment]:
+        B, steps = rows.forced.shape
+        outputs = (
+            jnp.zeros((steps, B), jnp.int32),
+            *(jnp.zeros((steps, B)) for _ in range(2)),
+            jnp.zeros((steps, B), bool),
+        )
+        keys = rows.keys
+
+        def more(loop: Any) -> jax.Array:
+            step, going, *_ = loop
+            return (step < steps) & going
+
+        def advance(loop: Any) -> Any:
+            step, _, own, token, position, active, outputs = loop
+            page, slot = jnp.divmod(position - rows.origin, self.page)
+            page = jnp.take_along_axis(rows.ahead[:, 0], page[:, None], axis=1, mode="clip")[:, 0]
+            page = jnp.where(active, page, jnp.iinfo(jnp.int32).max)
+            cache = Paged((*shared, Level(own, *table)), page, slot)
+            hidden_B1D, own = forward(
+                weights, self.arch, token[:, None], position[:, None], cache=cache, dtype=self._dtype
+            )
+            logits_BV = logits(weights, self.arch, hidden_B1D[:, 0])
+            forced = jax.lax.dynamic_index_in_dim(rows.forced, step, axis=1, keepdims=False)
+            drawn = draw(self._drawing, logits_BV, keys, position + 1, *self._scalars, forced_B=forced)
+            outputs = tuple(out.at[step].set(new) for out, new in zip(outputs, (*drawn, active), strict=True))
+            position = jnp.where(active, position + 1, position)
+            token = jnp.where(active, drawn.tokens, token)
+            ended = (jnp.isin(token, self._stops) & (forced < 0)) | (position >= rows.last)
+            active &= ~ended
+            return step + 1, self._any_left(step + 1, active), own, token, position, active, outputs
+
+        start = (jnp.int32(0), jnp.bool_(True), own, rows.token, rows.position, rows.active, outputs)
+        _, _, own, _, _, active, outputs = jax.lax.while_loop(more, advance, start)
+        return own, Segment(*outputs, active)
+
+    def _any_left(self, step: jax.Array, active: jax.Array) -> jax.Array:
+        """Whether a segment goes on. Shards whose steps hold collectives agree on it, every few steps."""
+        shape = self._mesh.shape
+        if self._ways(BATCH_AXES) == 1 or shape["sequence"] * shape["tensor"] == 1:
+            return active.any()
+        agree = lambda active: jax.lax.pmax(active.any().astype(jnp.int32), BATCH_AXES) > 0  # noqa: E731
+        return jax.lax.cond(step % STEPS_BETWEEN == 0, agree, lambda active: jnp.bool_(True), active)
+
+    def _empty(self, *, pages: int) -> Stock:
+        """So many empty pages on each shard."""
+        return self._spread(self._stock(pages * self._ways(PAGE_AXES)))
+
+    def _grow(self, stock: Stock, *, more: int) -> Stock:
+        specs = self._specs(stock)
+        return self._spread(self._by_shard(partial(add_pages, more=more), (specs,), specs)(stock))
+
+    def _move(self, stock: Stock, pages: Any) -> Stock:
+        """The chosen pages of every shard, int32 [shards, P], as its whole stock."""
+        specs = self._specs(stock)
+        moved = self._by_shard(lambda stock, pages: take_pages(stock, pages[0]), (specs, PAGES), specs)
+        return self._spread(moved(stock, pages))
+
+    def _restore(self, stock: Stock, pages: Any, fresh: Stock) -> Stock:
+        return self._spread(put_pages(stock, pages, fresh))
+
+    def _by_shard(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """A function that every shard calls on its own rows and pages; over tensor the compiler spreads it."""
+        return jax.shard_map(
+            function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(PAGE_AXES), check_vma=False
+        )
+
+    def _specs(self, stock: Stock) -> Any:
+        return jax.tree.map(lambda a: PartitionSpec(*(None,) * (len(a.shape) - 4), PAGE_AXES), stock)
+
+    def _ways(self, axes: tuple[str, ...]) -> int:
+        return math.prod(self._mesh.shape[name] for name in axes)
+
+    def _stock(self, pages: int) -> Stock:
+        kind = {"stacked": self.stacked, "eight_bit": self._eight_bit}
+        return init_stock(self.arch, pages, self.page, self._dtype, **kind)
+
+    def _cache(self, rows: int, length: int) -> Cache:
+        return init_cache(self.arch, rows, length, self._dtype, stacked=self.stacked)
+
+    def _cut(self, cache: Cache) -> Stock:
+        return cut_into_pages(cache, self.page, eight_bit=self._eight_bit)
+
+    def _placing(self, stock: Stock) -> Any:
+        return shardings(stock_axes(stock), stock, self._mesh, SAMPLING_RULES)
+
+    def _spread(self, stock: Stock) -> Stock:
+        """Every device holds its own pages and heads, whatever made them: one layout, one program for each shape."""
+        return jax.lax.with_sharding_constraint(stock, self._placing(stock))
+
+    def replicated(self) -> NamedSharding:
+        """A full copy on every device."""
+        return NamedSharding(self._mesh, WHOLE)
+
+
+def _spread_kv_heads(arch: Arch, tensor: int) -> tuple[Arch, int]:
+    """The architecture with its key-value heads repeated so often that `tensor` devices divide them, and how often."""
+    repeats = tensor // math.gcd(arch.kv_heads, tensor)
+    if repeats == 1 or arch.heads % (arch.kv_heads * repeats):
+        return arch, 1
+    return dataclasses.replace(arch, kv_heads=arch.kv_heads * repeats), repeats
+
+
+def _put_first(array: jax.Array, row: jax.Array) -> jax.Array:
+    """One row's cache, in front of every row of a longer cache."""
+    first = jnp.broadcast_to(row, (*row.shape[:-4], array.shape[-4], *row.shape[-3:]))
+    return array.at[..., : row.shape[-2], : row.shape[-1]].set(first)
+
+
+def _after(length: int, path: tuple[Any, ...], array: jax.Array) -> jax.Array:
+    """A cache without its first positions."""
+    return array[..., length:] if path[-1].key == "k" else array[..., length:, :]
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(name, str) for name in node)
