@@ -6,7 +6,6 @@ The engine knows tokens only; here they become text as they come, and no piece c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +33,8 @@ def stop_strings(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[], W
 def block_budget(tokenizer: Tokenizer, tokens: int) -> Callable[[], Watch]:
     """Watches that close a fighter's block behind its last token within the budget, if it has not closed by then.
 
-    tokens: how many a block may hold, counted as the parser counts them; what is forced comes on top of them.
+    tokens: how many a block may hold, counted as the parser counts what stands so far: those of a closing tag count
+    until it is whole. What is forced comes on top of them.
     Raises UserError for a budget below 1.
     """
     if tokens < 1:
@@ -47,19 +47,28 @@ def together(*makers: Callable[[], Watch]) -> Callable[[], Watch]:
 
     def make() -> Watch:
         watches = [maker() for maker in makers]
-        return watches[0] if len(watches) == 1 else partial(_ask_all, watches)
+        return watches[0] if len(watches) == 1 else _Together(watches)
 
     return make
 
 
-def _ask_all(watches: Sequence[Watch], tokens: np.ndarray) -> Verdict:
-    """Token by token, so that no watch is told what another one cuts off."""
-    for t in range(len(tokens)):
-        verdicts = [watch(tokens[t : t + 1]) for watch in watches]
-        strongest = max(verdicts, key=lambda verdict: (verdict.done, len(verdict.forced) > 0))
-        if strongest.done or len(strongest.forced):
-            return strongest._replace(keep=t + 1)
-    return Verdict(len(tokens), _NONE, False)
+class _Together:
+    """One row's watch of `together`."""
+
+    def __init__(self, watches: Sequence[Watch]) -> None:
+        self._watches = watches
+        self._due = 0  # tokens that were forced and have not come back yet
+
+    def __call__(self, tokens: np.ndarray) -> Verdict:
+        for t in range(len(tokens)):  # one by one, so that no watch is told what another one cuts off
+            verdicts = [watch(tokens[t : t + 1]) for watch in self._watches]
+            self._due = max(0, self._due - 1)
+            end = next((verdict for verdict in verdicts if verdict.done), None)
+            force = next((verdict for verdict in verdicts if len(verdict.forced) and not self._due), None)
+            if verdict := end or force:  # nothing is forced into a forced text
+                self._due = len(verdict.forced)
+                return verdict._replace(keep=t + 1)
+        return Verdict(len(tokens), _NONE, False)
 
 
 class _StopStrings:
@@ -85,8 +94,8 @@ class _BlockBudget:
     """One row's watch of `block_budget`.
 
     It forces the closing tag only: to open the next block, in its place and by its name, is the policy's to learn.
-    A closing tag that has begun is finished by force, so that neither is it mangled nor has the policy tokens left to
-    make something else of it.
+    A closing tag that has begun is finished by force. Waiting for the policy to finish it would end in the same text,
+    since anything else would have to be cut off; so it would only put the cut off, to before a token.
     """
 
     def __init__(self, tokenizer: Tokenizer, budget: int) -> None:
