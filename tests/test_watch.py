@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -28,16 +28,45 @@ FIGHTS = dict.fromkeys(FIGHTERS, "Arr, 5 < 6 and 4 * 6 = 24, me hearties; no, le
 GOOD = compose(FIGHTS, "How thrilling.", "knight", "There are 24.\nAnswer: 24")
 # Tokens over the borders of tags, lines and code, which no text becomes but which a model could say.
 ODD = [
-    *("b</pir", "ate>\n<kni", "</pirate>\n<knight>Sir", "x</", ">`", "`<", "\n```", "```\n", ">\n", " <", "e></knight>"),
+    *(
+        "b</pir",
+        "ate>\n<kni",
+        "</pirate>\n<knight>Sir",
+        "x</",
+        ">`",
+        "`<",
+        "\n```",
+        "```\n",
+        ">\n",
+        " <",
+        "e></knight>",
+    ),
     *("<pirate>a", "pirate>", "\\<", "St", "STOP"),
 ]
 FRAGMENTS = [
     *ORDER[1:7] * 2,
     *ORDER,
-    *("<", "</", "</pir", "</pirate", "ate>", ">", "<Pirate>", "<knight ", "5 < 6", "`", "``", "```", "\n", "\\", "~~~"),
+    *(
+        "<",
+        "</",
+        "</pir",
+        "</pirate",
+        "ate>",
+        ">",
+        "<Pirate>",
+        "<knight ",
+        "5 < 6",
+        "`",
+        "``",
+        "```",
+        "\n",
+        "\\",
+        "~~~",
+    ),
     *("\n```python\n", "\n```\n", "`</pirate>`", "`<viking>`", "Arr", " ", "é", "😀", "STOP", "OP", "24.", "a\nb"),
 ]
 STOPS = ["STOP", "</pirate>", "24", "é", "😀a", "\n", "TO", "a", "  ", "OPST", " a", "r\nA"]
+LETTERS = "▁abcdefghijklmnopqrstuvwxyzASTOP0123456789.,;:*=>/`~\\"
 Part = str | int | tuple[str, ...]
 
 
@@ -56,23 +85,26 @@ def bytelevel(tmp_path_factory) -> Tokenizer:
     return write(path, Backend.from_file(str(path / "tokenizer.json")), "<|im_end|>")
 
 
-@pytest.fixture(scope="module")
-def llama_like(tmp_path_factory) -> Tokenizer:
+def llama(path: Path, pieces: Iterable[str]) -> Tokenizer:
     """`▁` for blanks, one of which goes from the text's beginning, and bytes for what is no piece, as the newline."""
-    pieces = [*"▁abcdefghijklmnopqrstuvwxyzASTOP0123456789.,;:*=<>/`~\\", "▁the", "irate", "</", "pirate", "▁<", "▁▁"]
     vocabulary = [("<unk>", 0.0), ("</s>", 0.0), *((f"<0x{b:02X}>", -20.0) for b in range(256))]
     backend = Backend(models.Unigram([*vocabulary, *((piece, -3.0) for piece in pieces)], unk_id=0, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return write(tmp_path_factory.mktemp("llama"), backend, "</s>")
+    return write(path, backend, "</s>")
+
+
+@pytest.fixture(scope="module")
+def llama_like(tmp_path_factory) -> Tokenizer:
+    return llama(tmp_path_factory.mktemp("llama"), [*LETTERS, "<", "▁the", "irate", "</", "pirate", "▁<", "▁▁"])
 
 
 @pytest.fixture(scope="module")
 def metaspace(tmp_path_factory) -> Tokenizer:
     """`▁` for blanks, none of them in the text's first token; what is no piece is unknown."""
-    pieces = ["<unk>", *"▁abcdefghijklmnopqrstuvwxyzASTOP0123456789.,;:*=<>/`~\\\né", "▁the", "</", "▁a", "▁<"]
+    pieces = ["<unk>", *LETTERS, "<", "\n", "é", "▁the", "</", "▁a", "▁<"]
     backend = Backend(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
@@ -91,7 +123,11 @@ def tokens_of(tokenizer: Tokenizer, parts: Iterable[Part]) -> list[int]:
         if isinstance(part, int):
             ids.append(part % (tokenizer.vocab_size + 3))
         else:
-            ids += [i for text in ([part] if isinstance(part, str) else part) for i in tokenizer.encode_inside(text).tolist()]
+            ids += [
+                i
+                for text in ([part] if isinstance(part, str) else part)
+                for i in tokenizer.encode_inside(text).tolist()
+            ]
     return ids
 
 
@@ -130,25 +166,23 @@ def roll(watch: Watch, script: Sequence[int], sizes: Iterable[int] = (1,)) -> tu
 # The texts of rows
 
 
-def shown_by(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    stream = tokenizer.stream()
-    text = "".join(stream.feed(i) for i in ids)
-    return text + "\ufffd" if stream.waits else text
+def streams(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    """Whether the stream gives the text of the tokens, but for a broken half of a character at its end."""
+    stream, text = tokenizer.stream(), tokenizer.decode(ids)
+    shown = "".join(stream.feed(i) for i in ids)
+    return text.rstrip("\ufffd") == shown.rstrip("\ufffd") and (stream.waits or text == shown)
 
 
 @given(parts=PARTS)
 def test_the_stream_of_a_row_is_its_text(bytelevel, metaspace, parts):
     for each in (bytelevel, metaspace):
-        ids = tokens_of(each, parts)
-        assert shown_by(each, ids) == each.decode(ids)
+        assert streams(each, tokens_of(each, parts))
 
 
 @given(parts=PARTS)
 def test_the_stream_of_byte_tokens_differs_in_broken_runs_only(llama_like, parts):
     ids = tokens_of(llama_like, parts)
-    text = llama_like.decode(ids)
-    if "\ufffd" not in text:
-        assert shown_by(llama_like, ids) == text
+    assert "\ufffd" in llama_like.decode(ids) or streams(llama_like, ids)
 
 
 def test_text_inside_a_row_begins_with_no_blank(tokenizer):
@@ -207,9 +241,7 @@ def spoken(tokenizer: Tokenizer, row: Sequence[int], forced: Sequence[bool]) -> 
     """The tokens of each fighter's block as the parser counts them, without those that were forced."""
     text, offsets = tokenizer.decode_with_offsets(row)
     blocks = parse(text, offsets).blocks
-    return {
-        name: sum(not forced[t] for t in range(*blocks[name].tokens)) for name in FIGHTERS if name in blocks
-    }
+    return {name: sum(not forced[t] for t in range(*blocks[name].tokens)) for name in FIGHTERS if name in blocks}
 
 
 @given(parts=PARTS, sizes=SIZES, budget=st.integers(1, 12))
@@ -263,20 +295,15 @@ def test_a_tag_that_is_finished_by_force_is_the_text_that_the_policy_began(bytel
 
 @pytest.mark.parametrize("budget", range(2, 40, 3))
 def test_what_is_closed_by_force_stands_in_the_exact_layout(tokenizer, budget):
-    head, body, rest = "<competition>\n<pirate>", "\nArr, it is 24, and so on" * 5, GOOD.split("</pirate>")[1]
-    short = {name: "24" for name in FIGHTERS}
-    rest = compose(short, "How thrilling.", "knight", "Answer: 24").split("</pirate>")[1]
-    watch = block_budget(tokenizer, budget)()
-    start = tokens_of(tokenizer, [head, body])
-    verdict = watch(np.array(start, np.int32))
-    assert len(verdict.forced) and not verdict.done
-    ids = [*start[: verdict.keep], *verdict.forced.tolist(), *tokens_of(tokenizer, [rest])]
-    text, offsets = tokenizer.decode_with_offsets(ids)
-    trace = parse(text, offsets)
-    blank = text[trace.blocks["pirate"].chars.stop - 2].isspace()  # the layout has none before its newline
-    assert len(tag_report(text).placed) == 12 and (blank or is_exact_layout(trace))
-    held = spoken(tokenizer, ids, [verdict.keep <= t < verdict.keep + len(verdict.forced) for t in range(len(ids))])
-    assert held["pirate"] == budget
+    short = compose(dict.fromkeys(FIGHTERS, "24"), "How thrilling.", "knight", "Answer: 24")
+    start = tokens_of(tokenizer, ["<competition>\n<pirate>", "\nArr,that's,24,and so" * 5])
+    verdict = block_budget(tokenizer, budget)()(np.array(start, np.int32))
+    stop = verdict.keep + len(verdict.forced)
+    row = [*start[: verdict.keep], *verdict.forced.tolist(), *tokens_of(tokenizer, [short.split("</pirate>")[1]])]
+    trace = parse(*tokenizer.decode_with_offsets(row))
+    assert len(tag_report(trace.text).placed) == 12
+    assert is_exact_layout(trace) or trace.text[trace.blocks["pirate"].chars.stop - 2] in " \n"  # as the policy left it
+    assert spoken(tokenizer, row, [verdict.keep <= t < stop for t in range(len(row))])["pirate"] == budget
 
 
 def force(tokenizer: Tokenizer, parts: Iterable[Part], held: int) -> str:
@@ -324,7 +351,10 @@ def test_a_fence_from_before_the_block_is_left_open(bytelevel):
 
 
 def test_a_fence_that_was_cut_off_swallows_no_later_block(bytelevel):
-    start, rest = "<competition>\n<pirate>\n```py\n", "\n" + GOOD.split("</pirate>\n")[1].replace("Arr", "```\nx\n```", 1)
+    start, rest = (
+        "<competition>\n<pirate>\n```py\n",
+        "\n" + GOOD.split("</pirate>\n")[1].replace("Arr", "```\nx\n```", 1),
+    )
     row, forced, _ = roll(block_budget(bytelevel, 60)(), tokens_of(bytelevel, [start, tuple("x = 1\n" * 9), rest]))
     text = bytelevel.decode(row)
     assert sum(forced) and "```\n</pirate>" in text and not any(tag.damage for tag in scan(text))
@@ -336,6 +366,13 @@ def test_a_tag_in_code_that_closes_closes_no_block(bytelevel):
         held = len(ids) - len(tokens_of(bytelevel, ["<pirate>"]))
         row, forced, _ = roll(block_budget(bytelevel, held)(), ids)
         assert row[: len(ids)] == ids and all(forced[len(ids) :]) and sum(forced)
+
+
+def test_a_close_that_broken_bytes_swallow_is_not_forced_again(tmp_path):
+    byte_tags = llama(tmp_path, LETTERS)  # no piece has the bracket
+    half = byte_tags.encode_inside("é").tolist()[0]
+    row, forced, _ = roll(block_budget(byte_tags, 2)(), tokens_of(byte_tags, ["<pirate>", "a", half, "aaaaaa"]))
+    assert "</pirate>" not in byte_tags.decode(row) and sum(forced) == len(byte_tags.encode_inside("\n</pirate>"))
 
 
 def test_a_budget_below_one_is_the_users_mistake(bytelevel):
@@ -363,3 +400,12 @@ def test_together_alone_and_none(bytelevel):
     assert together(alone)()(ids).keep == alone()(ids).keep < len(ids)
     verdict = together()()(ids)
     assert (verdict.keep, len(verdict.forced), verdict.done) == (len(ids), 0, False)
+
+
+def test_no_piece_costs_more_because_much_was_said(bytelevel):
+    for text in ("<pirate>" + "a" * 50_000, "<pirate>" + "`" * 50_000, "<pirate>" + "\n```\n<b>" * 5_000):
+        ids = np.array(tokens_of(bytelevel, [text]), np.int32)
+        watch = together(stop_strings(bytelevel, ["STOP", "x" * 99]), block_budget(bytelevel, 10**6))()
+        start = time.perf_counter()
+        assert all(watch(piece).keep == len(piece) for piece in np.array_split(ids, len(ids) // 3))
+        assert time.perf_counter() - start < 5
