@@ -22,7 +22,7 @@ from pkv.competition.tokenizer import Tokenizer
 from pkv.competition.train_tokenizer import train_tokenizer
 from pkv.competition.watch import block_budget, stop_strings, together
 from pkv.config import UserError
-from pkv.records import FIGHTERS, Watch
+from pkv.records import FIGHTERS, Verdict, Watch
 
 FIGHTS = dict.fromkeys(FIGHTERS, "Arr, 5 < 6 and 4 * 6 = 24, me hearties; no, let me see, that be wrong: it is 24.")
 GOOD = compose(FIGHTS, "How thrilling.", "knight", "There are 24.\nAnswer: 24")
@@ -215,6 +215,12 @@ def test_a_stop_string_is_found_over_half_characters_and_inside_tokens(bytelevel
         assert done and row == ids[:-1]
 
 
+def test_of_two_stop_strings_in_a_piece_the_one_that_is_whole_first_counts(bytelevel):
+    ids = tokens_of(bytelevel, [tuple("a 24 me b")])
+    row, _, done = roll(stop_strings(bytelevel, ["24 me", "4", "b"])(), ids, [50])
+    assert done and bytelevel.decode(row) == "a 24"
+
+
 @pytest.mark.parametrize("strings", [[""], ["a", ""], ["\ufffd"]])
 def test_a_stop_string_without_text_is_the_users_mistake(bytelevel, strings):
     with pytest.raises(UserError, match="stop string"):
@@ -361,7 +367,12 @@ def test_a_fence_that_was_cut_off_swallows_no_later_block(bytelevel):
 
 
 def test_a_tag_in_code_that_closes_closes_no_block(bytelevel):
-    for code in ("`</pirate>`", "\n```\n</pirate>\n```\n", "`</pirate>`\n~~~\n</pirate></knight>\n~~~\n"):
+    for code in (
+        "`</pirate>`",
+        "\n```\n</pirate>\n```\n",
+        "`</pirate>`\n~~~\n</pirate></knight>\n~~~\n",
+        "\n``` </pirate>\n```\n",
+    ):
         ids = tokens_of(bytelevel, ["<pirate>", tuple(code), tuple("abcdefghij")])
         held = len(ids) - len(tokens_of(bytelevel, ["<pirate>"]))
         row, forced, _ = roll(block_budget(bytelevel, held)(), ids)
@@ -392,6 +403,25 @@ def test_together_the_earliest_cut_wins(tokenizer, parts, sizes, budget, strings
     alone, alone_forced, _ = roll(makers[1](), ids)
     stopped, _, stops = roll(makers[0](), alone)
     assert (row, forced, done) == (stopped, alone_forced[: len(stopped)], stops)
+
+
+def test_an_end_comes_before_a_forced_text_and_the_first_forced_text_before_others(bytelevel):
+    ids = tokens_of(bytelevel, ["<pirate>", tuple("abcdef")])
+    said = len(ids) - 6
+    close = bytelevel.encode_inside("\n</pirate>").tolist()
+    other = np.array(
+        [*[ids[-1]] * (len(close) - 1), close[-1]], np.int32
+    )  # as long as the tag, and with its last token
+
+    def shout() -> Watch:
+        heard = itertools.count(1)
+        return lambda tokens: Verdict(1, other if next(heard) == said + 3 else other[:0], False)
+
+    makers = [shout, block_budget(bytelevel, 3), stop_strings(bytelevel, ["abc"])]
+    row, forced, done = roll(together(*makers)(), ids, [4])
+    assert done and row == ids[:-3] and not any(forced)
+    row, _, done = roll(together(*makers[:2])(), ids, [50])
+    assert not done and row == [*ids[:-3], *other, *close, *ids[-3:]]
 
 
 def test_together_alone_and_none(bytelevel):
