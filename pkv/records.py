@@ -6,7 +6,7 @@ Masks and lengths travel with the data from where they are known; nothing works 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -69,6 +69,24 @@ class Rollout:
     policy_logprobs: np.ndarray
     finish: Finish
     policy_step: int = 0
+
+
+class Verdict(NamedTuple):
+    """What a watch says of a row's new tokens.
+
+    keep: so many of them stand, at least the first, so that a row always goes on; the others are as if never said.
+    forced: int32 ids that follow those that stand, whatever the policy would have said; usually none.
+    done: the row ends there.
+    """
+
+    keep: int
+    forced: np.ndarray
+    done: bool
+
+
+# One for each row, because it remembers: told the row's new tokens, int32 [t], in order and in pieces of any size.
+# Forced tokens come back to it first among the next new ones.
+Watch = Callable[[np.ndarray], Verdict]
 
 
 @dataclass(frozen=True)

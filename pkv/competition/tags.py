@@ -61,6 +61,17 @@ def has_tag(text: str) -> bool:
     return _pattern().search(fold(text)) is not None
 
 
+def fence_behind(line: str, mark: str) -> str:
+    """The mark of the code fence that is open behind a line, "" for none; mark: of the one that is open before it."""
+    found = _FENCE.match(line)
+    if found is None:
+        return mark
+    info = found["info"].strip()
+    if mark:
+        return "" if not info and found["mark"].startswith(mark) else mark
+    return "" if "`" in info else found["mark"]
+
+
 def fold(text: str) -> str:
     """The text as it looks: lower case, look-alikes as the letter they look like, invisible characters as NUL.
 
@@ -95,15 +106,13 @@ _FENCE = re.compile(r"^ {0,3}(?P<mark>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTILI
 
 def _fences(text: str) -> Iterator[Span]:
     """Markdown's fenced code blocks; a fence that never closes is none."""
-    opening = None
+    start, mark = 0, ""
     for line in _FENCE.finditer(text):
-        mark, info = line["mark"], line["info"].strip()
-        if opening is None:
-            if "`" not in info:
-                opening = line
-        elif not info and mark.startswith(opening["mark"]):
-            yield Span(opening.start(), line.end())
-            opening = None
+        before, mark = mark, fence_behind(line[0], mark)
+        if mark and not before:
+            start = line.start()
+        elif before and not mark:
+            yield Span(start, line.end())
 
 
 _BY_INITIAL = {name[0]: name for name in TAGS}  # the six initials differ

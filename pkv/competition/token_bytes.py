@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +63,64 @@ class TokenBytes:
         text, char_stops = _decode_utf8(b"".join(parts))
         token_starts = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)])
         return text, np.searchsorted(char_stops, token_starts, side="right").astype(np.int32)
+
+    def stream(self) -> TextStream:
+        """The text of one row, token by token."""
+        return TextStream(self._pieces, self._byte_ids, self._first_pieces, self._strips)
+
+
+class TextStream:
+    """One row's text as its tokens come; half a character waits for its other half.
+
+    No character is taken back: of byte tokens that decode to U+FFFD because their run breaks off later, those that
+    were whole characters stay.
+    """
+
+    def __init__(
+        self, pieces: Mapping[int, bytes], byte_ids: Set[int], first_pieces: Mapping[int, bytes], blanks: int
+    ) -> None:
+        """blanks: how many are dropped from the beginning of the text."""
+        self._pieces, self._byte_ids, self._first_pieces, self._blanks = pieces, byte_ids, first_pieces, blanks
+        self._decoder = codecs.getincrementaldecoder("utf-8")("strict" if byte_ids else "replace")
+        self._broken = False  # the run of byte tokens is no text
+
+    @property
+    def waits(self) -> bool:
+        """Whether half a character waits."""
+        return bool(self._decoder.getstate()[0])
+
+    def feed(self, token: int) -> str:
+        """Take the next token; returns the characters that it completes."""
+        part = self._pieces.get(token, b"")
+        if token in self._first_pieces:
+            part, self._first_pieces = self._first_pieces[token], {}
+        if not self._byte_ids:
+            text = self._decoder.decode(part)
+        else:
+            text = self._add_byte(part) if token in self._byte_ids else self._end_bytes(part)
+        return self._without_blanks(text) if self._blanks else text
+
+    def _add_byte(self, byte: bytes) -> str:
+        if not self._broken:
+            try:
+                return self._decoder.decode(byte)
+            except UnicodeDecodeError:
+                self._broken = True
+                self._decoder.reset()
+        return "\ufffd"
+
+    def _end_bytes(self, part: bytes) -> str:
+        if not part:
+            return ""
+        broken = "\ufffd" if self.waits else ""
+        self._broken = False
+        self._decoder.reset()
+        return broken + part.decode()
+
+    def _without_blanks(self, text: str) -> str:
+        kept = text[min(self._blanks, len(text) - len(text.lstrip(" "))) :]
+        self._blanks = 0 if kept else self._blanks - len(text)
+        return kept
 
 
 def _decoder_steps(backend: Backend) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pkv.competition.chat_text import RefusalError, control_runs, render_chat, with_system_prompt
-from pkv.competition.token_bytes import TokenBytes
+from pkv.competition.token_bytes import TextStream, TokenBytes
 from pkv.competition.tokenizer_files import (
     FAST,
     GENERATION,
@@ -84,6 +84,10 @@ class Tokenizer:
         """Token ids of a text, int32 [T]; a control token's spelling in it becomes ordinary tokens."""
         return self._within_table(self._encode(text, self._plain))
 
+    def encode_inside(self, text: str) -> np.ndarray:
+        """Token ids of a text that goes on behind other text, int32 [T]: no blank is put before it."""
+        return self._within_table(self._encode(text, self._bare))
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids, special tokens left out."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -94,6 +98,10 @@ class Tokenizer:
         A special token has no characters. A character that several tokens share belongs to the one that completes it.
         """
         return self._bytes.text_and_starts([int(i) for i in ids])
+
+    def stream(self) -> TextStream:
+        """What turns one row's tokens into text as they come, special tokens left out."""
+        return self._bytes.stream()
 
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> np.ndarray:
         """Messages (`role`, `content`) in the model's chat template, int32 [T].
