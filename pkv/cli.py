@@ -241,7 +241,52 @@ class Report:
         out.result(f"written: {file}", {"report": str(file)})
 
 
-Command = Train | Eval | Sample | Score | Chat | Export | Report
+@dataclass(frozen=True)
+class Bench:
+    """Measure sampling, the update, or a step of both on made-up data: speed, seconds, compilation, memory."""
+
+    what: Positional[Literal["sample", "update", "step"]]  # step: sampling, then the update on what was sampled
+    model: str  # a Hugging Face directory, a hub id, or a run directory
+    prompts: int = 8  # random tokens, no text
+    samples: int = 8  # responses to each prompt
+    max_new_tokens: int = 1024  # of a response
+    prompt_tokens: int = 140  # of a prompt
+    runs: int = 3  # measured, after one that compiles
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: float32 on a CPU, bfloat16 elsewhere
+    slots: int | None = None  # sample, step: rows that decode at the same time; 64 unless given
+    segment: int | None = None  # sample, step: decode steps between two visits of the host; 32 unless given
+    temperature: float | None = None  # sample, step: 1 unless given
+    row_tokens: int | None = None  # update, step: of a packed row; what a response needs, in 256s, unless given
+    micro_rows: int | None = None  # update, step: rows of one pass, in multiples of the devices; 4 unless given
+    remat: Literal["none", "cheap", "all", "offload"] | None = None  # update, step: see model.remat; none unless given
+    seed: int = 0
+    json: bool = False  # JSON only on stdout, which it is anyway
+
+    def __call__(self, out: Output, flags: Sequence[str]) -> None:
+        for name in ("prompts", "samples", "max_new_tokens", "prompt_tokens", "runs"):
+            at_least(name.replace("_", "-"), getattr(self, name))
+        sampling = self._given("slots", "segment", "temperature")
+        packing, model = self._given("row_tokens", "micro_rows"), self._given("remat")
+        for name in {"sample": packing | model, "update": sampling}.get(self.what, {}):
+            raise UserError(f"--{name.replace('_', '-')}: pkv bench {self.what} has no use for it; leave it out")
+        packing = {"row_tokens": -(-(self.prompt_tokens + self.max_new_tokens) // 256) * 256} | packing
+        asked = {"seed": self.seed, "model": {"path": self.model} | model, "sampling": sampling, "grpo": packing}
+        config = parse_config(asked)
+        from pkv.bench import Task, bench, in_words, usual_dtype
+
+        dtype = usual_dtype() if self.dtype == "auto" else self.dtype
+        grpo = dataclasses.replace(config.grpo, prompts=self.prompts, samples=self.samples)
+        config = dataclasses.replace(config, grpo=grpo, model=dataclasses.replace(config.model, dtype=dtype))
+        result = bench(self.what, Task(config, self.prompt_tokens, self.max_new_tokens), self.runs)
+        out.say(in_words(result))
+        out.record(result)
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        """The flags among `names` that the line holds."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+Command = Train | Eval | Sample | Score | Chat | Export | Report | Bench
 _COMMANDS = tuple(Command.__args__)
 _FORM = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
 
@@ -272,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def execute(command: Command, flags: Sequence[str]) -> int:
     """Call a command, its results on stdout; whatever else prints is kept off it when it carries JSON."""
-    out = Output(sys.stdout, command.json or isinstance(command, Sample | Score))
+    out = Output(sys.stdout, command.json or isinstance(command, Sample | Score | Bench))
     with contextlib.redirect_stdout(sys.stderr) if out.json else contextlib.nullcontext():
         command(out, flags)
     return 0

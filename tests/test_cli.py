@@ -128,7 +128,7 @@ def test_python_m_pkv_lists_every_command_in_one_sentence(capsys):
         cli.main(["--help"])
     shown = capsys.readouterr().out
     assert not end.value.code
-    for command in ("train", "eval", "sample", "score", "chat", "export", "report"):
+    for command in ("train", "eval", "sample", "score", "chat", "export", "report", "bench"):
         assert f"• {command}" in shown
     assert "doctor" not in shown
 

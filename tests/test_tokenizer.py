@@ -198,6 +198,15 @@ def test_a_template_without_a_system_role_still_gets_the_system_prompt(tokenizer
     assert tokenizer.chat_template == CHATML  # saving with another template leaves this one as it was
 
 
+def test_text_ids_hold_every_text_and_no_control_token(directory, tokenizer):
+    ids = tokenizer.text_ids.tolist()
+    assert ids == sorted(set(ids)) and set(ids).isdisjoint(tokenizer.stop_ids) and tokenizer.pad_id not in ids
+    for text in (*CORPUS, "<|im_end|> 😀 <|endoftext|>"):
+        assert set(tokenizer.encode(text).tolist()) <= set(ids)
+    chat = set(tokenizer.chat([{"role": "user", "content": "Why?"}]).tolist())
+    assert chat - set(ids), "what the template writes itself is none"
+
+
 def test_an_exported_template_carries_the_system_prompt(tokenizer, tmp_path):
     system = 'Say "arr" \\boxed{1} {{ 7 * 7 }} {% if %}\n\tsecond line: é 😀 \\n'
     tokenizer.save(tmp_path, chat_template=with_system_prompt(CHATML, system))

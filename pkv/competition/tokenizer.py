@@ -149,6 +149,12 @@ class Tokenizer:
         """Stop and pad tokens in the words of generation_config.json."""
         return {"eos_token_id": list(self.stop_ids) or None, "pad_token_id": self.pad_id}
 
+    @cached_property
+    def text_ids(self) -> np.ndarray:
+        """The ids of ordinary text in order, int32: no control token, and none that the model has no embedding for."""
+        ids = set(self._backend.get_vocab(with_added_tokens=True).values()) - self._control.keys()
+        return np.asarray(sorted(i for i in ids if i < self._table), np.int32)
+
     @property
     def chat_template(self) -> str:
         """The model's chat template, "" when it has none."""

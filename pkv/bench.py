@@ -1,0 +1,349 @@
+"""How fast sampling, the update, and a step of both are on this machine, on made-up data. No text and no score here.
+
+Every run does the same work: prompts, draws and lengths depend on the seed only, and the learning rate is 0, which
+costs what any other costs and leaves the policy as it was. So the first run compiles everything that the measured ones
+need; what is compiled in them all the same is counted as `compilations_in_runs`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from pkv.competition import Tokenizer
+from pkv.config import Config, UserError
+from pkv.evaluate import Policy, load_policy
+from pkv.evaluate.policy import sampling_mesh
+from pkv.grpo import Learner, advantages_by_reward, pack
+from pkv.grpo import Sequence as TrainingSequence
+from pkv.grpo.losses import ClippedSurrogate
+from pkv.mesh import BATCH_AXES, make_mesh
+from pkv.model import Arch, Params, join, split
+from pkv.sampling import Completion, Engine, Request, row_keys
+from pkv.tracking import Progress
+from pkv.train.journal import peak_memory_gb
+from pkv.train.loop import Clock
+
+What = Literal["sample", "update", "step"]
+Run = Callable[[Clock], list[int]]  # one run: seconds by phase into the clock; returns each response's tokens
+MEAN_SHARE = 4  # made-up responses have on average max_new_tokens / 4 tokens, before they are cut
+LOGPROB_NOISE = 0.01  # how far made-up log-probabilities lie around those of a policy that knows nothing, nats
+
+
+@dataclass(frozen=True)
+class Task:
+    """The work of a run: P prompts of `prompt_tokens` random text ids, G responses each, of at most `max_new_tokens`.
+
+    Raises UserError where rows of `config.grpo.row_tokens` are too short for that.
+    """
+
+    config: Config
+    prompt_tokens: int
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        needed, row_tokens = self.longest - 1, self.config.grpo.row_tokens
+        if row_tokens < needed:
+            raise UserError(
+                f"--row-tokens {row_tokens}: a prompt of {self.prompt_tokens} tokens and {self.max_new_tokens} new "
+                f"ones need {needed}: raise it or lower them"
+            )
+
+    @property
+    def longest(self) -> int:
+        """A prompt and its longest response, tokens."""
+        return self.prompt_tokens + self.max_new_tokens
+
+    @property
+    def micro_rows(self) -> int:
+        """B of one forward and backward pass: as asked, rounded up to what the devices divide."""
+        mesh = make_mesh(self.config.mesh)
+        ways = math.prod(mesh.shape[name] for name in BATCH_AXES)
+        return -(-self.config.grpo.micro_rows // ways) * ways
+
+
+def usual_dtype() -> Literal["float32", "bfloat16"]:
+    """What this machine computes in unless told otherwise."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def bench(what: What, task: Task, runs: int) -> dict[str, Any]:
+    """Measure `runs` runs after one that compiles; medians, what every run took, and what was compiled.
+
+    tokens_per_s: response tokens that count, so up to and with the first end token, a second of the whole run. seconds:
+    by phase, the phases of a training step. compile_s: tracing, lowering and compiling before the measured runs.
+    peak_memory_gb: GiB since the process began, loading and compiling included; devices: of each that keeps count.
+    Raises UserError.
+    """
+    measured = []
+    with Progress(runs + 1, f"bench {what}") as progress:
+        with Compilations() as before:
+            run = BUILDERS[what](task)
+            run(Clock())
+        progress.advance(1, compile_s=before.seconds)
+        for _ in range(runs):
+            clock = Clock()
+            with Compilations() as inside:
+                lengths = run(clock)
+            measured.append(_figures(lengths, clock.seconds, inside))
+            progress.advance(1, tokens_per_s=measured[-1]["tokens_per_s"])
+    return {
+        "bench": what,
+        "model": task.config.model.path,
+        "settings": _settings(what, task),
+        "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+        **{name: statistics.median(one[name] for one in measured) for name in ("tokens_per_s", "step_s")},
+        "seconds": {
+            phase: statistics.median(one["seconds"][phase] for one in measured) for phase in measured[0]["seconds"]
+        },
+        "lengths": {
+            "mean": statistics.fmean(one["lengths"]["mean"] for one in measured),
+            "longest": max(one["lengths"]["longest"] for one in measured),
+        },
+        "compile_s": before.seconds,
+        "compilations": before.count,
+        "compilations_in_runs": sum(one["compilations"] for one in measured),
+        "peak_memory_gb": {"host": peak_memory_gb(), "devices": device_peaks_gb()},
+        "runs": measured,
+    }
+
+
+def in_words(result: Mapping[str, Any]) -> str:
+    """A result for people, in one line."""
+    phases = ", ".join(f"{phase} {seconds:.3g}" for phase, seconds in result["seconds"].items())
+    lengths, peak = result["lengths"], result["peak_memory_gb"]
+    devices = f", {max(peak['devices']):.1f} GB on a device" if peak["devices"] else ""
+    return (
+        f"{result['bench']}: {result['tokens_per_s']:,.0f} tokens/s; {result['step_s']:.3g} s a run ({phases}); "
+        f"{result['compilations']} programs compiled in {result['compile_s']:.3g} s before the runs, "
+        f"{result['compilations_in_runs']} in them; responses of {lengths['mean']:.0f} tokens, the longest "
+        f"{lengths['longest']}; peak memory {peak['host']:.1f} GB{devices}"
+    )
+
+
+# What a run does.
+
+
+def sampling_run(task: Task) -> Run:
+    """Sampling alone, from weights laid out as `pkv sample` lays them out."""
+    config = task.config
+    mesh = sampling_mesh(config.model.path)
+    policy = load_policy(config.model.path, mesh, dtype=config.model.dtype)
+    arch = _arch_for(task, policy, max(task.longest, policy.trained_rows))
+    engine = Engine(arch, config.sampling, policy.tokenizer.stop_ids, mesh, config.model.dtype)
+    weights, requests = engine.load(policy.params), draw_requests(task, draw_prompts(task, policy.tokenizer))
+
+    def run(clock: Clock) -> list[int]:
+        with clock("sample"):
+            return [len(done.tokens) for done in engine.sample(weights, requests)]
+
+    return run
+
+
+def update_run(task: Task) -> Run:
+    """The update alone, on made-up responses."""
+    policy = load_policy(task.config.model.path, make_mesh(task.config.mesh))
+    trainer = Trainer(task, policy)
+    sequences = draw_responses(task, policy.tokenizer, trainer.arch.vocab_size)
+
+    def run(clock: Clock) -> list[int]:
+        with clock("update"):
+            trainer.update(sequences)
+        return [len(sequence.response) for sequence in sequences]
+
+    return run
+
+
+def step_run(task: Task) -> Run:
+    """Sampling, then the update on what was sampled; advantages are made up, see `credit`."""
+    config = task.config
+    mesh = make_mesh(config.mesh)
+    policy = load_policy(config.model.path, mesh)
+    trainer = Trainer(task, policy)
+    engine = Engine(trainer.arch, config.sampling, policy.tokenizer.stop_ids, mesh, config.model.dtype)
+    frozen = None if trainer.frozen is None else engine.load(trainer.frozen)
+    prompts = draw_prompts(task, policy.tokenizer)
+    requests = draw_requests(task, prompts)
+
+    def run(clock: Clock) -> list[int]:
+        with clock("sample"):
+            done = list(engine.sample(join(engine.load(trainer.params), frozen), requests))
+        with clock("update"):
+            trainer.update(credit(task, prompts, done))
+        return [len(completion.tokens) for completion in done]
+
+    return run
+
+
+BUILDERS: Mapping[str, Callable[[Task], Run]] = {"sample": sampling_run, "update": update_run, "step": step_run}
+
+
+class Trainer:
+    """The learner and its state, built as a run builds them; `arch` is for rows of the task's length."""
+
+    def __init__(self, task: Task, policy: Policy) -> None:
+        config = task.config
+        self.arch = _arch_for(task, policy, config.grpo.row_tokens)
+        _, self.frozen = split(policy.params)
+        self._row_tokens, self._micro_rows = config.grpo.row_tokens, task.micro_rows
+        self._loss = ClippedSurrogate(config.grpo.clip_low, config.grpo.clip_high, config.grpo.importance_cap)
+        self._learner = Learner(self.arch, config.model, config.optimizer, make_mesh(config.mesh), self.frozen)
+        self._state = self._learner.init(policy.params)
+
+    @property
+    def params(self) -> Params:
+        """What is trained."""
+        return self._state.params
+
+    def update(self, sequences: Sequence[TrainingSequence]) -> None:
+        """Pack and update as the loop does, and wait until it is done."""
+        batch = pack(sequences, self._row_tokens)
+        state, _ = self._learner.update(self._state, batch, self._loss, 0.0, self._micro_rows)
+        self._state = jax.block_until_ready(state)
+
+
+def _arch_for(task: Task, policy: Policy, context: int) -> Arch:
+    """The policy's architecture for rows of `context` tokens. Raises UserError where a response has no room."""
+    room = policy.arch.max_positions - task.prompt_tokens
+    if task.max_new_tokens > room:
+        raise UserError(
+            f"--max-new-tokens {task.max_new_tokens}: the model holds {policy.arch.max_positions} positions, and a "
+            f"prompt takes {task.prompt_tokens}: lower it or --prompt-tokens"
+        )
+    return policy.arch.for_context(context)
+
+
+# What a run is given.
+
+
+def draw_prompts(task: Task, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Random text ids, int32 [T] for each of the P prompts: no control and no end token."""
+    draw = np.random.default_rng((task.config.seed, 0))
+    ids = np.setdiff1d(tokenizer.text_ids, tokenizer.stop_ids)
+    return [draw.choice(ids, task.prompt_tokens).astype(np.int32) for _ in range(task.config.grpo.prompts)]
+
+
+def draw_requests(task: Task, prompts: Sequence[np.ndarray]) -> list[Request]:
+    """What the engine is asked, the same in every run."""
+    names = [str(number) for number in range(len(prompts))]
+    keys = row_keys(task.config.seed, "bench", 0, names, task.config.grpo.samples)
+    return [Request(prompt, key, task.max_new_tokens) for prompt, key in zip(prompts, keys, strict=True)]
+
+
+def draw_responses(task: Task, tokenizer: Tokenizer, vocab_size: int) -> list[TrainingSequence]:
+    """G made-up responses to each prompt: random text ids, lengths geometric, each with one random advantage.
+
+    Their log-probabilities are those of a policy that knows nothing, with a little noise: near a random model's.
+    """
+    draw = np.random.default_rng((task.config.seed, 1))
+    ids = np.setdiff1d(tokenizer.text_ids, tokenizer.stop_ids)
+    found = []
+    for prompt in draw_prompts(task, tokenizer):
+        lengths = draw.geometric(min(1.0, MEAN_SHARE / task.max_new_tokens), task.config.grpo.samples)
+        for length in np.minimum(lengths, task.max_new_tokens):
+            advantages = np.full(length, draw.normal(), np.float32)
+            logprobs = draw.normal(-math.log(vocab_size), LOGPROB_NOISE, length).astype(np.float32)
+            found.append(TrainingSequence(prompt, draw.choice(ids, length).astype(np.int32), advantages, logprobs))
+    return found
+
+
+def credit(task: Task, prompts: Sequence[np.ndarray], done: Sequence[Completion]) -> list[TrainingSequence]:
+    """Every sampled response with a made-up advantage: its length modulo 7 is its reward, held against its group's.
+
+    No text is scored, since a random model's text is noise: what scoring takes belongs to `pkv train`'s own figures.
+    """
+    config = task.config.grpo
+    rewards_PG = np.zeros((len(prompts), config.samples))
+    for one in done:
+        rewards_PG[one.request, one.sample] = len(one.tokens) % 7
+    (advantages_PG,) = advantages_by_reward(rewards_PG[None], config.scale, config.std_floor)
+    return [
+        TrainingSequence(
+            prompts[one.request],
+            one.tokens,
+            np.full(len(one.tokens), advantages_PG[one.request, one.sample], np.float32),
+            one.logprobs,
+        )
+        for one in done
+    ]
+
+
+# What a run took.
+
+
+class Compilations:
+    """What JAX compiles between enter and exit: how many programs, and the seconds of tracing, lowering and compiling.
+
+    Times that overlap, as one function is traced inside another, count once. A program that comes out of JAX's cache on
+    disk counts like any other, with the time that this takes.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._spans: list[tuple[float, float]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in which anything was traced, lowered or compiled."""
+        total, reached = 0.0, -math.inf
+        for start, stop in sorted(self._spans):
+            total += max(0.0, stop - max(start, reached))
+            reached = max(reached, stop)
+        return total
+
+    def __enter__(self) -> Compilations:
+        jax.monitoring.register_event_time_span_listener(self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_time_span_listener(self._hear)
+
+    def _hear(self, event: str, start_time: float, end_time: float, **_: str | int) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self._spans.append((start_time, end_time))
+            self.count += event.endswith("/backend_compile_duration")
+
+
+def device_peaks_gb() -> list[float]:
+    """The most memory in use on each device of this process that keeps count, GiB; a CPU doesn't."""
+    found = (device.memory_stats() or {} for device in jax.local_devices())
+    return [stats["peak_bytes_in_use"] / 2**30 for stats in found if "peak_bytes_in_use" in stats]
+
+
+def _figures(lengths: Sequence[int], seconds: Mapping[str, float], inside: Compilations) -> dict[str, Any]:
+    tokens, step_s = sum(lengths), sum(seconds.values())
+    return {
+        "tokens": tokens,
+        "tokens_per_s": tokens / step_s,
+        "step_s": step_s,
+        "seconds": dict(seconds),
+        "lengths": {"mean": tokens / len(lengths), "longest": max(lengths)},
+        "compilations": inside.count,
+        "compile_s": inside.seconds,
+    }
+
+
+def _settings(what: What, task: Task) -> dict[str, Any]:
+    """What the figures were measured with; only what this bench reads."""
+    config = task.config
+    common = {
+        "prompts": config.grpo.prompts,
+        "samples": config.grpo.samples,
+        "prompt_tokens": task.prompt_tokens,
+        "max_new_tokens": task.max_new_tokens,
+        "seed": config.seed,
+        "dtype": config.model.dtype,
+    }
+    sampling = {name: getattr(config.sampling, name) for name in ("temperature", "slots", "segment")}
+    update = {
+        "row_tokens": config.grpo.row_tokens,
+        "micro_rows": task.micro_rows,
+        "remat": config.model.remat,
+    }
+    return common | ({} if what == "update" else sampling) | ({} if what == "sample" else update)
