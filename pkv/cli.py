@@ -135,12 +135,13 @@ class Sample:
     top_p: float = 1.0
     top_k: int = 0  # 0: all tokens
     min_p: float = 0.0  # least probability, as a share of the likeliest token's
+    stop: tuple[str, ...] = ()  # texts that end an answer
     seed: int = 0
     system: str | None = None  # a system prompt's name or file; the model's own unless given
     json: bool = False  # JSON only on stdout, which it is anyway
 
     def __call__(self, out: Output, flags: Sequence[str]) -> None:
-        sampling = sampling_of(self.temperature, self.top_p, self.top_k, self.min_p)
+        sampling = sampling_of(self.temperature, self.top_p, self.top_k, self.min_p, self.stop)
         at_least("samples", self.samples)
         from pkv.evaluate.answering import read_prompts, sample
 
@@ -359,9 +360,11 @@ def one_line(box: str) -> str:
     return " ".join(message).rstrip(".")
 
 
-def sampling_of(temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> SamplingConfig:
+def sampling_of(
+    temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0, stop: Sequence[str] = ()
+) -> SamplingConfig:
     """Checked sampling settings. Raises UserError."""
-    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "stop": list(stop)}
     return parse_config({"sampling": asked}).sampling
 
 

@@ -42,7 +42,7 @@ SAMPLING_RULES: Rules = {**TRAINING_RULES, "embed": None}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, sequence and tensor; one size may be -1 and takes what is left. Raises UserError."""
+    """A mesh with the axes data, fsdp, sequence and tensor; one size may be -1: what is left. Raises UserError."""
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in AXES}
     free = [name for name, size in sizes.items() if size == -1]

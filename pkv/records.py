@@ -60,6 +60,7 @@ class Rollout:
     logprobs: float32 [T], natural log, under the distribution that the sampler drew from (temperature, top-k, top-p).
     policy_logprobs: float32 [T], under the untempered policy.
     policy_step: the training step whose weights made it.
+    forced: bool [T], the tokens that were put there whatever the policy would have said; None: none were.
     """
 
     problem_id: str
@@ -69,6 +70,7 @@ class Rollout:
     policy_logprobs: np.ndarray
     finish: Finish
     policy_step: int = 0
+    forced: np.ndarray | None = None
 
 
 class Verdict(NamedTuple):

@@ -145,7 +145,7 @@ def test_made_up_advantages_follow_the_lengths_within_a_group():
     prompts = [np.array([5], np.int32), np.array([6, 7], np.int32)]
     lengths = {(1, 1): 8, (0, 0): 3, (0, 1): 1, (1, 0): 15}  # in the order in which they ended; rewards 1, 3, 1, 1
     done = [
-        Completion(r, s, np.full(n, 9, np.int32), np.full(n, -2.0), np.full(n, -3.0), "stop")
+        Completion(r, s, np.full(n, 9, np.int32), np.full(n, -2.0), np.full(n, -3.0), "stop", np.zeros(n, bool))
         for (r, s), n in lengths.items()
     ]
     found = credit(task(samples=2), prompts, done)

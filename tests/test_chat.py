@@ -54,7 +54,7 @@ class ScriptedEngine:
         for at in range(0, len(ids), self.step):
             on_tokens(0, 0, ids[at : at + self.step])
         zeros = np.zeros(len(ids), np.float32)
-        yield Completion(0, 0, ids, zeros, zeros, finish)
+        yield Completion(0, 0, ids, zeros, zeros, finish, zeros > 0)
 
 
 class Terminal(io.StringIO):

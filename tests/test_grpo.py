@@ -298,3 +298,14 @@ def test_weight_decay_leaves_norms_and_biases_alone():
     }
     assert {name for name, size in moved.items() if size == 0} == {n for n in moved if n.endswith(("norm", "bias"))}
     assert moved["layers.ffn.up"] == pytest.approx(0.05, rel=1e-4)
+
+
+def test_forced_tokens_are_not_trained_on():
+    free = sequences(2)
+    forced = [dataclasses.replace(one, forced=np.arange(len(one.response)) == 1) for one in free]
+    whole, without = pack(free, 64), pack(forced, 64)
+    np.testing.assert_array_equal(whole.tokens, without.tokens)
+    assert whole.mask.sum() - without.mask.sum() == 2
+    left_out = (whole.mask == 1) & (without.mask == 0)
+    assert not without.advantages[left_out].any() and not without.sampler_logprobs[left_out].any()
+    np.testing.assert_array_equal(whole.advantages[~left_out], without.advantages[~left_out])

@@ -26,21 +26,21 @@ def spec_of(axes, shape, mesh, rules=TRAINING_RULES):
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        (MeshConfig(), (8, 1, 1)),
-        (MeshConfig(data=1, fsdp=-1, tensor=2), (1, 4, 2)),
-        (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
+        (MeshConfig(), (8, 1, 1, 1)),
+        (MeshConfig(data=1, fsdp=-1, tensor=2), (1, 4, 1, 2)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 1, 2)),
     ],
 )
 def test_minus_one_takes_what_is_left(config, sizes):
     mesh = make_mesh(config)
-    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "sequence", "tensor"), sizes, strict=True))
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (MeshConfig(data=3), "data=3 × fsdp=1 × tensor=1 = 3 .* 8 devices"),
+        (MeshConfig(data=3), "data=3 × fsdp=1 × sequence=1 × tensor=1 = 3 .* 8 devices"),
         (MeshConfig(data=-1, fsdp=3), "fsdp=3 .* 8 devices"),
         (MeshConfig(data=-1, fsdp=16), "fsdp=16 .* 8 devices"),
         (MeshConfig(data=-1, fsdp=-1), "data and fsdp"),

@@ -76,6 +76,7 @@ class SamplingConfig:
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     min_p: float = 0.0  # 0: off; tokens less likely than this share of the likeliest one are not drawn
+    stop: tuple[str, ...] = ()  # a response ends with the first of these texts in it
     slots: int = 64  # rows that decode at the same time
     segment: int = 32  # decode steps on the device between two visits of the host
     page_tokens: int = 0  # positions a page of the KV cache; 0: 128, but 64 on a CPU
@@ -153,6 +154,7 @@ class RoundConfig:
     )  # reward name -> weight; a family name sets all of its members
     length_optimum: int = 128  # a fighter's tokens that earn the most
     max_new_tokens: int = 1024
+    fighter_tokens: int = 0  # where a fighter's block has so many, it is closed by force; 0: never
     require: dict[str, float] = field(
         default_factory=dict
     )  # held-out metric -> the least it must have reached before the round
@@ -239,4 +241,5 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "rounds.*.learning_rate": (0.0, 1.0),
     "rounds.*.length_optimum": (1, math.inf),
     "rounds.*.max_new_tokens": (1, math.inf),
+    "rounds.*.fighter_tokens": (0, math.inf),
 }

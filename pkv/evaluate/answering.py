@@ -14,6 +14,7 @@ import numpy as np
 
 from pkv.competition import Tokenizer, render
 from pkv.competition.prompt import neutralise
+from pkv.compiling import keep_compiled
 from pkv.config import SamplingConfig, UserError, describe
 from pkv.evaluate.groups import Source
 from pkv.evaluate.policy import load_policy, sampling_mesh
@@ -75,11 +76,12 @@ def open_model(model: str, sampling: SamplingConfig, system: str | None = None) 
 
     Raises UserError.
     """
+    keep_compiled()
     mesh, dtype = sampling_mesh(model), "float32" if jax.default_backend() == "cpu" else "bfloat16"
     policy = load_policy(model, mesh, system=system, dtype=dtype)
     new_engine = functools.cache(lambda arch: Engine(arch, sampling, policy.tokenizer.stop_ids, mesh, dtype))
     engine = new_engine(policy.arch)
-    source = Source(engine, engine.load(policy.params), policy.tokenizer, policy.step)
+    source = Source(engine, engine.load(policy.params), policy.tokenizer, policy.step, sampling.stop)
     return Responder(source, policy.arch, policy.system, policy.trained_rows, new_engine)
 
 
@@ -180,7 +182,7 @@ def sample(
 def _request(responder: Responder, line: PromptLine, keys: np.ndarray, asked: int | None) -> Request:
     try:
         tokens = prompt_tokens(responder.source.tokenizer, line, responder.system)
-        return Request(tokens, keys, responder.new_tokens(len(tokens), asked))
+        return Request(tokens, keys, responder.new_tokens(len(tokens), asked), responder.source.watch())
     except UserError as error:
         raise UserError(f"prompt {line.id!r}: {error}") from error
 

@@ -6,21 +6,33 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from pkv.competition import Tokenizer, render
+from pkv.competition import Tokenizer, block_budget, render, stop_strings, together
 from pkv.model import Params
-from pkv.records import Group, Problem, Prompt, Rollout, Scorecard, Trace
+from pkv.records import Group, Problem, Prompt, Rollout, Scorecard, Trace, Watch
 from pkv.rewards import ScoringPool
 from pkv.sampling import Completion, Engine, Request, row_keys
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rollouts come from: the engine, its weights (from `Engine.load`), the tokenizer, and the policy's step."""
+    """Where rollouts come from: the engine, its weights (from `Engine.load`), the tokenizer, and the policy's step.
+
+    stop: texts that end a response. fighter_tokens: a fighter's block is closed where it has so many; 0: never.
+    """
 
     engine: Engine
     weights: Params
     tokenizer: Tokenizer
     step: int = 0
+    stop: tuple[str, ...] = ()
+    fighter_tokens: int = 0
+
+    def watch(self) -> Callable[[], Watch] | None:
+        """What makes the watch of each response; None when there is nothing to watch."""
+        makers = [stop_strings(self.tokenizer, self.stop)] if self.stop else []
+        if self.fighter_tokens:
+            makers.append(block_budget(self.tokenizer, self.fighter_tokens))
+        return together(*makers) if makers else None
 
 
 def render_prompts(tokenizer: Tokenizer, problems: Sequence[Problem], system: str) -> list[Prompt]:
@@ -44,7 +56,8 @@ def collect_groups(
     The draws depend on seed, purpose, source.step, problem and sample only.
     """
     keys = row_keys(seed, purpose, source.step, [prompt.problem.id for prompt in prompts], samples)
-    requests = [Request(prompt.tokens, key, max_new_tokens) for prompt, key in zip(prompts, keys, strict=True)]
+    watch = source.watch()
+    requests = [Request(prompt.tokens, key, max_new_tokens, watch) for prompt, key in zip(prompts, keys, strict=True)]
     found: dict[tuple[int, int], tuple[Rollout, Future[tuple[Trace, Scorecard]]]] = {}
     for done in source.engine.sample(source.weights, requests):
         problem = prompts[done.request].problem
@@ -62,4 +75,5 @@ def collect_groups(
 
 
 def _as_rollout(done: Completion, problem: Problem, step: int) -> Rollout:
-    return Rollout(problem.id, done.sample, done.tokens, done.logprobs, done.policy_logprobs, done.finish, step)
+    forced = done.forced if done.forced.any() else None
+    return Rollout(problem.id, done.sample, done.tokens, done.logprobs, done.policy_logprobs, done.finish, step, forced)

@@ -13,12 +13,16 @@ from pkv.records import Batch
 
 @dataclass(frozen=True)
 class Sequence:
-    """A prompt and its response. advantages, logprobs: float32, one for each response token."""
+    """A prompt and its response. advantages, logprobs: float32, one for each response token.
+
+    forced: bool, the response tokens that the policy did not choose, which are not trained on; None: none.
+    """
 
     prompt: np.ndarray
     response: np.ndarray
     advantages: np.ndarray
     logprobs: np.ndarray
+    forced: np.ndarray | None = None
 
     @property
     def size(self) -> int:
@@ -69,6 +73,7 @@ def _place(batch: Batch, row: int, start: int, number: int, sequence: Sequence) 
     batch.targets[here] = tokens[1:]
     batch.positions[here] = np.arange(sequence.size)
     batch.segments[here] = number
-    batch.mask[generated] = 1.0
-    batch.advantages[generated] = sequence.advantages
-    batch.sampler_logprobs[generated] = sequence.logprobs
+    chosen = np.float32(1.0) if sequence.forced is None else ~sequence.forced
+    batch.mask[generated] = chosen
+    batch.advantages[generated] = sequence.advantages * chosen
+    batch.sampler_logprobs[generated] = sequence.logprobs * chosen

@@ -158,9 +158,7 @@ def _of_layer(stock: Stock, layer: Any) -> dict[str, jax.Array]:
     return stock[layer]
 
 
-def _write(
-    stock: Stock, layer: Any, page_B: jax.Array, slot_B: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array
-) -> Stock:
+def _write(stock: Stock, layer: Any, page_B: jax.Array, slot_B: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array) -> Stock:
     """In place when donated. Slices between the index arrays: the shape of the updates is [B, ...]."""
     kinds = stock if isinstance(stock, dict) else stock[layer]
     fresh = {"k": k_BKH, "v": v_BKH}
@@ -180,9 +178,7 @@ def _write(
     return tuple(written if number == layer else one for number, one in enumerate(stock))
 
 
-def _seen(
-    level: Level, stock: Stock, positions_B: jax.Array, window: int | None, local: bool | jax.Array
-) -> jax.Array:
+def _seen(level: Level, stock: Stock, positions_B: jax.Array, window: int | None, local: bool | jax.Array) -> jax.Array:
     """bool [P, R, S]: which slots of a page its readers see."""
     size = (stock if isinstance(stock, dict) else stock[0])["k"].shape[-1]
     at_PS = level.first[:, None] + jnp.arange(size)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from pkv.config import SamplingConfig
 from pkv.model import Arch, Cache, Level, Params, Stock, cast
 from pkv.sampling.pool import NOWHERE, Held, Pool, round_up
-from pkv.sampling.programs import PAGES, ROWS, PREFILL_CHUNK, Programs
+from pkv.sampling.programs import PAGES, PREFILL_CHUNK, ROWS, Programs
 from pkv.sampling.schedule import Completion, Fresh, Request, Row, Rows, Schedule, Segment
 
 LEAST_ROWS = 4  # the batch does not shrink below this
@@ -90,9 +90,9 @@ class Engine:
         def right(array: jax.Array, shape: Any, place: Any) -> bool:
             return array.dtype == shape.dtype and array.sharding.is_equivalent_to(place, array.ndim)
 
-        if self._programs.stacked and self._programs.repeats == 1:
-            if jax.tree.all(jax.tree.map(right, params, shapes, self._programs.placing(params))):
-                return params
+        same = self._programs.stacked and self._programs.repeats == 1
+        if same and jax.tree.all(jax.tree.map(right, params, shapes, self._programs.placing(params))):
+            return params
         return self._programs.place(params)
 
     def sample(
@@ -131,7 +131,7 @@ class Engine:
         self, weights: Params, schedule: Schedule, start: Prefix | None, own: Store, prompts: Store
     ) -> tuple[Rows, Segment]:
         rows = schedule.arrays(LEAST_ROWS)
-        of_prompts, of_rows = schedule.tables()
+        of_prompts, of_rows = schedule.tables(LEAST_ROWS)
         shared = [Level(prompts.stock, *self._by_shelf(of_prompts))] if prompts.pool.size else []
         if start is not None:
             shared.insert(0, self._prefix_level(start, len(rows.token) // self._shards))

@@ -166,9 +166,7 @@ class Programs:
             cache = self._cache(P, C + T)
             if prefix is not None:
                 cache = jax.tree.map(_put_first, cache, prefix)
-            cache = jax.tree_util.tree_map_with_path(
-                partial(_after, C), self._fill(weights, cache, tokens_PT, C)
-            )
+            cache = jax.tree_util.tree_map_with_path(partial(_after, C), self._fill(weights, cache, tokens_PT, C))
             return put_pages(stock, places[0], self._cut(cache))
 
         mapped = self._by_shard(own, (WHOLE, WHOLE, self._specs(stock), ROWS, PAGES), self._specs(stock))
@@ -198,10 +196,10 @@ class Programs:
             tuple(Level(self._specs(one.stock), *level) for one in shared),
             self._specs(own),
             level,
-            Rows(*(ROWS,) * 7, PartitionSpec(BATCH_AXES, "sequence")),
+            Rows(ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, PartitionSpec(BATCH_AXES, "sequence")),
         )
         columns = PartitionSpec(None, BATCH_AXES)
-        out_specs = (self._specs(own), Segment(*(columns,) * 4, ROWS))
+        out_specs = (self._specs(own), Segment(columns, columns, columns, columns, ROWS))
         own, segment = self._by_shard(self._decode_own, specs, out_specs)(weights, shared, own, table, rows)
         return self._spread(own), segment
 
@@ -241,7 +239,7 @@ class Programs:
 
         start = (jnp.int32(0), jnp.bool_(True), own, rows.token, rows.position, rows.active, outputs)
         _, _, own, _, _, active, outputs = jax.lax.while_loop(more, advance, start)
-        return own, Segment(*outputs, active)
+        return own, Segment(outputs[0], outputs[1], outputs[2], outputs[3], active)
 
     def _any_left(self, step: jax.Array, active: jax.Array) -> jax.Array:
         """Whether a segment goes on. Shards whose steps hold collectives agree on it, every few steps."""
@@ -270,9 +268,8 @@ class Programs:
 
     def _by_shard(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """A function that every shard calls on its own rows and pages; over tensor the compiler spreads it."""
-        return jax.shard_map(
-            function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(PAGE_AXES), check_vma=False
-        )
+        kind = {"mesh": self._mesh, "axis_names": set(PAGE_AXES), "check_vma": False}
+        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, **kind)
 
     def _specs(self, stock: Stock) -> Any:
         return jax.tree.map(lambda a: PartitionSpec(*(None,) * (len(a.shape) - 4), PAGE_AXES), stock)

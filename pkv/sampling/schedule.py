@@ -75,7 +75,7 @@ class Row:
 
 
 class Fresh(NamedTuple):
-    """What a segment needs first: prompts to prefill, by request and where, and rows that come back with their pages."""
+    """What a segment needs first: prompts to prefill, by request, and rows that come back with their pages."""
 
     prompts: list[tuple[int, Held]]
     returned: list[Row]
@@ -96,7 +96,7 @@ class Schedule:
         self._requests, self._segment, self._prefix, self._page = requests, segment, prefix, own.page
         self._slots = -(-slots // own.shards)  # of a shard
         self._held: dict[tuple[int, int], Held] = {}  # the prompts that are there, by request and shard
-        self._width = 0, 1  # rows of a shard when it was found, and how many rows of a shard read a prompt at most
+        self._samples = 1 << (max((len(one.keys) for one in requests), default=1) - 1).bit_length()
         for number, request in enumerate(requests):
             self._check(number, request)
 
@@ -170,7 +170,7 @@ class Schedule:
         """Who holds pages: rows, and prompts."""
         return [row.own for row in self.rows()], list(self._held.values())
 
-    def tables(self) -> tuple[Table, Table]:
+    def tables(self, least: int) -> tuple[Table, Table]:
         """Who reads what: of prompts, and of rows."""
         readers: dict[tuple[int, int], list[int]] = {here: [] for here in self._held}
         own = []
@@ -178,7 +178,7 @@ class Schedule:
             for slot, row in enumerate(rows):
                 readers[row.request, shard].append(slot)
                 own.append((row.own, (slot,)))
-        width = self._reading(max(map(len, readers.values()), default=1))
+        width = min(self._samples, self._batch_rows(least))  # the same for all batches of a size: fewer programs
         prompts = [(held, readers[here]) for here, held in self._held.items()]
         stops = [len(self._requests[request].prompt) - 1 for request, _ in self._held]
         return Table(*self.prompts.table(prompts, width, stops)), Table(*self.own.table(own, 1))
@@ -216,7 +216,10 @@ class Schedule:
             for b, row in places:
                 counted = segment.counted[:, b]
                 forced = rows.forced[b][: len(counted)][counted] >= 0
-                piece = Piece(*(array[counted, b] for array in segment[:3]), forced)
+                said, logprobs, policy = (
+                    array[counted, b] for array in (segment.tokens, segment.logprobs, segment.policy_logprobs)
+                )
+                piece = Piece(said, logprobs, policy, forced)
                 row.to_force = row.to_force[int(forced.sum()) :]
                 finish = self._take(row, piece, bool(segment.active[b]), stops)
                 said = row.pieces[-1].tokens
@@ -227,9 +230,7 @@ class Schedule:
                     self.own.release(row.own)
                     whole = (np.concatenate(parts) for parts in zip(*row.pieces, strict=True))
                     tokens, logprobs, policy, forced = whole
-                    yield Completion(
-                        row.request, row.sample, tokens.astype(np.int32), logprobs, policy, finish, forced
-                    )
+                    yield Completion(row.request, row.sample, tokens.astype(np.int32), logprobs, policy, finish, forced)
 
     def _take(self, row: Row, piece: Piece, active: bool, stops: np.ndarray) -> Finish | None:
         """Add a piece to its row, or what its watch lets stand of it; says why the row ended, None when it goes on."""
@@ -275,22 +276,14 @@ class Schedule:
         """Rows of a shard's batch."""
         return max(1 << (max(map(len, self.live)) - 1).bit_length(), -(-least // self.own.shards))
 
-    def _reading(self, most: int) -> int:
-        """How many readers a prompt's pages have: a power of two, the same as long as the batch has its size."""
-        rows, width = self._width
-        most = 1 << (most - 1).bit_length()
-        if rows != self._batch_rows(1) or most > width:
-            self._width = self._batch_rows(1), most
-        return self._width[1]
-
     def _check(self, number: int, request: Request) -> None:
         if len(request.prompt) < 1 or request.max_new_tokens < 1:
             raise UserError(f"request {number}: expected a prompt of at least one token, and room for one more")
-        pages = -(-(-(-request.max_new_tokens // self._page)) // self.own.places)
-        pages += -(-self._prompt_pages(number) // self.own.places)
+        own = -(-request.max_new_tokens // self._page)
+        pages = -(-own // self.own.places) - (-self._prompt_pages(number) // self.own.places)
         if pages > self.most:
             raise UserError(
-                f"a prompt of {len(request.prompt)} tokens with {request.max_new_tokens} to come takes {pages} pages of "
-                f"{self._page} tokens on a device, and its memory holds {self.most}: shorten it, raise "
-                "sampling.kv_memory_gb, use sampling.kv_cache int8, or spread the cache with mesh.tensor or mesh.sequence"
+                f"a prompt of {len(request.prompt)} tokens with {request.max_new_tokens} to come takes {pages} pages "
+                f"of {self._page} tokens on a device, and its memory holds {self.most}: shorten it, raise "
+                "sampling.kv_memory_gb, use sampling.kv_cache int8, or spread it with mesh.tensor or mesh.sequence"
             )

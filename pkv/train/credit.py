@@ -49,7 +49,8 @@ def assign_credit(
             advantages_T = token_advantages(advantages_KPG[:, p, g], weights_K, owners_KT, whole_K)
             by_owner[-1].append(_mean_by_owner(advantages_T, trace.token_owners))
             if signal_P[p] and not (config.mask_truncated and rollout.finish == "length"):
-                sequences.append(TrainingSequence(group.prompt.tokens, rollout.tokens, advantages_T, rollout.logprobs))
+                said = rollout.tokens, advantages_T, rollout.logprobs, rollout.forced
+                sequences.append(TrainingSequence(group.prompt.tokens, *said))
     return Credit(sequences, by_owner, 1.0 - float(signal_P.mean()))
 
 

@@ -58,7 +58,8 @@ def grpo_step(
     config, clock, round_ = setup.config, Clock(), stage.required_round
     prompts = setup.draw_prompts(step)
     with clock("sample"):
-        source = Source(setup.engine, setup.weights(state), setup.policy.tokenizer, step)
+        limits = config.sampling.stop, round_.fighter_tokens
+        source = Source(setup.engine, setup.weights(state), setup.policy.tokenizer, step, *limits)
         groups = collect_groups(
             source,
             prompts,
@@ -104,7 +105,8 @@ def warmup_step(
 def measure(setup: Setup, run: Run, state: TrainState, stage: Stage, scoring: ScoringPool) -> None:
     """Held-out accuracy, format and judge metrics at a stage's end."""
     config = setup.config
-    source = Source(setup.heldout_engine, setup.weights(state), setup.policy.tokenizer, stage.stop)
+    limits = config.sampling.stop, stage.fighter_tokens
+    source = Source(setup.heldout_engine, setup.weights(state), setup.policy.tokenizer, stage.stop, *limits)
     with Progress(len(setup.heldout) * config.evaluate.samples, f"held-out, after {stage.name}") as progress:
         evaluation = evaluate(
             source,

@@ -16,7 +16,8 @@ WARMUP = "warm-up"
 class Stage:
     """Global steps [first, stop) of the run; `round` is None in the warm-up.
 
-    weights, length_optimum, max_new_tokens: the round's own; the warm-up is measured with those of the first round.
+    weights, length_optimum, max_new_tokens, fighter_tokens: the round's own; the warm-up is measured with those of
+    the first round.
     whole_trace: the share of every reward's advantage that all tokens of a response get.
     """
 
@@ -28,6 +29,7 @@ class Stage:
     whole_trace: Mapping[str, float]
     length_optimum: int
     max_new_tokens: int
+    fighter_tokens: int
 
     @property
     def required_round(self) -> RoundConfig:
@@ -49,7 +51,17 @@ def stages(config: Config) -> list[Stage]:
         like = round_ or (config.rounds[0] if config.rounds else RoundConfig())
         weights = resolve_weights(like.weights, user)
         if steps:
-            stage = Stage(name, first, first + steps, round_, weights, whole, like.length_optimum, like.max_new_tokens)
+            stage = Stage(
+                name,
+                first,
+                first + steps,
+                round_,
+                weights,
+                whole,
+                like.length_optimum,
+                like.max_new_tokens,
+                like.fighter_tokens,
+            )
             found.append(stage)
         first += steps
     return found

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from pkv.compiling import keep_compiled
 from pkv.config import Config, UserError
 from pkv.data import open_source
 from pkv.evaluate import Policy, load_policy, render_prompts
@@ -73,6 +74,7 @@ def build(config: Config) -> Setup:
             f"grpo.row_tokens: {config.grpo.row_tokens} tokens hold no prompt and {longest} tokens of max_new_tokens: "
             "raise it or lower them"
         )
+    keep_compiled()
     mesh = make_mesh(config.mesh)
     policy = load_policy(config.model.path, mesh, system=config.prompt.system, model=config.model, seed=config.seed)
     prompts = render_prompts(policy.tokenizer, heldout, policy.system)

@@ -1,0 +1,35 @@
+"""What was compiled once is kept on disk for the next process, where nobody else can write."""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from pathlib import Path
+
+import jax
+
+LEAST_S = 0.5  # what compiles faster is not kept
+
+
+def keep_compiled(folder: Path | None = None) -> None:
+    """Keep compiled programs in `folder`, ~/.cache/pkv/compiled unless given, and take them from there.
+
+    A program from that folder is run as it is: so it must be the user's own and writable by nobody else, or nothing is
+    kept and a warning says so. JAX_COMPILATION_CACHE_DIR names another one, JAX_ENABLE_COMPILATION_CACHE=false none.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] or not jax.config.values["jax_enable_compilation_cache"]:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = folder or home / "pkv" / "compiled"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        warnings.warn(f"{folder}: {error.strerror}; compiled programs are not kept", stacklevel=2)
+        return
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        warnings.warn(f"{folder}: others can write there; compiled programs are not kept: chmod 700 it", stacklevel=2)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_S)

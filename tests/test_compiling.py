@@ -1,0 +1,54 @@
+"""Compiled programs are kept where only their owner can write."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from pkv.compiling import keep_compiled
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from pathlib import Path
+import pkv.compiling as compiling
+compiling.LEAST_S = 0.0
+compiling.keep_compiled(Path({folder!r}))
+jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))).block_until_ready()
+"""
+
+
+@pytest.fixture
+def enabled(monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_the_next_process_finds_what_one_compiled(tmp_path, monkeypatch):
+    folder = tmp_path / "cache" / "compiled"
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", PROGRAM.format(folder=str(folder))], check=True)
+        kept = sorted(path.name for path in folder.iterdir() if path.name.endswith("-cache"))
+        assert kept
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert len(kept) == len(set(kept))
+
+
+def test_a_folder_that_others_can_write_is_not_used(tmp_path, enabled):
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.warns(UserWarning, match="others can write"):
+        keep_compiled(folder)
+    assert not jax.config.jax_compilation_cache_dir
+
+
+def test_it_can_be_switched_off(tmp_path):
+    keep_compiled(tmp_path / "none")  # tests run with JAX_ENABLE_COMPILATION_CACHE=false
+    assert not (tmp_path / "none").exists()
