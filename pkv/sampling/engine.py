@@ -25,7 +25,7 @@ from pkv.sampling.programs import PAGES, PREFILL_CHUNK, ROWS, Programs
 from pkv.sampling.schedule import Completion, Fresh, Request, Row, Rows, Schedule, Segment
 
 LEAST_ROWS = 4  # the batch does not shrink below this
-LEAST_PAGES = 16  # sizes of a stock are multiples of this
+LEAST_PAGES = 32  # sizes of a stock are multiples of this, so that few shapes are compiled
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 PREFILL_TOKENS = 16_384  # of a shard in one program, at most
 SHARE_OF_FREE = 0.8  # of a device's free memory for keys and values, when no limit is set
