@@ -151,6 +151,16 @@ def test_a_request_that_the_memory_cannot_hold_is_refused_before_anything_is_sam
         run(dataclasses.replace(CONFIG, **memory_of(3)))
 
 
+def test_without_a_limit_the_memory_that_is_available_counts(monkeypatch, tmp_path):
+    told = tmp_path / "meminfo"
+    told.write_text("MemTotal:  100 kB\nMemFree:  1 kB\nMemAvailable:  5 kB\n")  # a page of CONFIG takes 4 KiB
+    monkeypatch.setattr("pkv.sampling.engine.MEMINFO", told)
+    with pytest.raises(UserError, match="holds 1"):
+        run()
+    told.unlink()
+    run()
+
+
 def test_memory_follows_the_lengths():
     engine = Engine(ARCH, dataclasses.replace(CONFIG, page_tokens=4, segment=4, slots=32), (), one_device())
     draw, lengths = np.random.default_rng(0), (200, 20, 30, 40, 25, 100)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ LEAST_ROWS = 4  # the batch does not shrink below this
 LEAST_PAGES = 32  # sizes of a stock are multiples of this, so that few shapes are compiled
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 PREFILL_TOKENS = 16_384  # of a shard in one program, at most
+MEMINFO = Path("/proc/meminfo")
 SHARE_OF_FREE = 0.8  # of a device's free memory for keys and values, when no limit is set
 
 
@@ -72,6 +74,7 @@ class Engine:
         self._programs = Programs(arch, config, stop_ids, mesh, dtype)
         self._stops = np.asarray(list(stop_ids), np.int32)
         self._shards, self._places = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
+        self._least = min(LEAST_ROWS, config.slots)
         self.usage = Usage()  # of the last `sample`
 
     @property
@@ -130,8 +133,8 @@ class Engine:
     def _visit(
         self, weights: Params, schedule: Schedule, start: Prefix | None, own: Store, prompts: Store
     ) -> tuple[Rows, Segment]:
-        rows = schedule.arrays(LEAST_ROWS)
-        of_prompts, of_rows = schedule.tables(LEAST_ROWS)
+        rows = schedule.arrays(self._least)
+        of_prompts, of_rows = schedule.tables(self._least)
         shared = [Level(prompts.stock, *self._by_shelf(of_prompts))] if prompts.pool.size else []
         if start is not None:
             shared.insert(0, self._prefix_level(start, len(rows.token) // self._shards))
@@ -257,4 +260,12 @@ def _free_bytes(mesh: Mesh) -> float:
     stats = [device.memory_stats() for device in mesh.local_devices]
     if all(one and "bytes_limit" in one for one in stats):
         return min(one["bytes_limit"] - one["bytes_in_use"] for one in stats if one)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(mesh.local_devices)
+    return _host_bytes() / len(mesh.local_devices)
+
+
+def _host_bytes() -> float:
+    """The host's memory that is there for the asking: what Linux calls available, elsewhere half of all."""
+    if MEMINFO.exists():
+        lines = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="ascii").splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
