@@ -77,8 +77,13 @@ class Pool:
         self.size = size
         return moved
 
-    def table(self, readers: Sequence[tuple[Held, Sequence[int]]], width: int, stop: Sequence[int] | None = None):
-        """Who reads which page: readers int32 [shelves · size, width], first and stop int32 [shelves · size]."""
+    def table(
+        self, readers: Sequence[tuple[Held, Sequence[int]]], width: int, stop: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Who reads which page: readers int32 [shelves · size, width], first and stop int32 [shelves · size].
+
+        readers: holders, and the rows of their shard that read them. stop: of each, the position that ends it.
+        """
         total = self.shards * self.places * self.size
         rows = np.full((total, width), NOWHERE, np.int32)
         first, stops = np.zeros(total, np.int32), np.full(total, NOWHERE, np.int32)
