@@ -11,17 +11,19 @@ import pytest
 
 from pkv.model import (
     Arch,
-    cache_axes,
-    cache_length,
+    Level,
+    Paged,
+    add_pages,
+    cut_into_pages,
     forward,
-    grow_cache,
     init_cache,
     init_params,
     logits,
     param_axes,
     param_shapes,
-    put_rows,
-    take_rows,
+    put_pages,
+    stock_axes,
+    take_pages,
     unstack_layers,
 )
 from pkv.model.attention import CHUNK, attend
@@ -94,14 +96,42 @@ def test_prefill_and_decode_equal_the_full_forward(arch, params, tokens, stacked
     weights = params if stacked else unstack_layers(params, arch)
     lengths = jnp.array([3, 7, 5])  # prompts of unequal length, padded on the right with what must not matter
     prompt = jnp.where(jnp.arange(7) < lengths[:, None], tokens[:, :7], 60)
-    hidden, cache = forward(weights, arch, prompt, along(prompt), cache=init_cache(arch, B, 8, stacked=stacked))
+    hidden, cache = forward(weights, arch, prompt, along(prompt), cache=init_cache(arch, B, T, stacked=stacked))
     for row, length in enumerate(lengths):
         same(hidden[row, :length], full[row, :length])
-    cache = grow_cache(cache, T)
     for step in range(5):
         position = lengths + step
         token = tokens[jnp.arange(B), position][:, None]
         hidden, cache = forward(weights, arch, token, position[:, None], cache=cache)
+        same(hidden[:, 0], full[jnp.arange(B), position])
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_decode_on_pages_equals_the_full_forward(arch, params, tokens, stacked):
+    """Rows read prompts' pages and their own, in no order; pages that nobody reads hold what must not matter."""
+    full, _ = forward(params, arch, tokens, along(tokens))
+    weights = params if stacked else unstack_layers(params, arch)
+    lengths, size = np.array([3, 7, 5]), 4
+    prompt = jnp.where(jnp.arange(8) < lengths[:, None], tokens[:, :8], 60)
+    _, cache = forward(weights, arch, prompt, along(prompt), cache=init_cache(arch, B, 8, stacked=stacked))
+    order = np.array([5, 0, 3, 1, 4, 2])
+    shared = take_pages(cut_into_pages(cache, size), jnp.asarray(order))
+    nobody = np.array([B, B, B])
+    readers = np.stack([nobody[:2], *np.stack([np.arange(B), nobody], 1).repeat(2, 0)[order]])[1:]
+    start = np.tile([0, size], B)[order]
+    level = Level(shared, jnp.asarray(readers), jnp.asarray(start), jnp.asarray(lengths.repeat(2)[order]))
+    own = jax.tree.map(lambda x: x + 50.0, cut_into_pages(init_cache(arch, B + 1, 8, stacked=stacked), size))
+    owners, firsts = np.full(8, B), np.zeros(8, np.int32)
+    pages = {0: [6, 1], 1: [0, 3], 2: [5, 7]}
+    for row, numbers in pages.items():
+        owners[numbers], firsts[numbers] = row, lengths[row] + size * np.arange(2)
+    for step in range(5):
+        position = lengths + step
+        page = jnp.array([pages[row][step // size] for row in range(B)])
+        table = jnp.asarray(owners[:, None]), jnp.asarray(firsts), jnp.full(8, 1000)
+        paged = Paged((level, Level(own, *table)), page, jnp.full(B, step % size))
+        token = tokens[jnp.arange(B), position][:, None]
+        hidden, own = forward(weights, arch, token, jnp.asarray(position)[:, None], cache=paged)
         same(hidden[:, 0], full[jnp.arange(B), position])
 
 
@@ -304,22 +334,23 @@ def test_mixed_forms_are_refused(arch, params, tokens):
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-def test_rows_taken_and_put_are_those_rows(arch, stacked):
-    empty = init_cache(arch, 4, 6, stacked=stacked)
-    cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), empty)
-    axis = 1 if stacked else 0
-    taken = take_rows(cache, jnp.array([2, 0]))
-    jax.tree.map(lambda got, x: np.testing.assert_array_equal(got, np.take(x, [2, 0], axis)), taken, cache)
-
-    longer = grow_cache(cache, 9)
-    assert (cache_length(cache), cache_length(longer)) == (6, 9)
-    placed = put_rows(longer, jnp.array([3, 1, 4]), take_rows(cache, jnp.array([2, 0, 1])))  # row 4 is past the end
-    expected = grow_cache(take_rows(cache, jnp.array([0, 0, 2, 2])), 9)
+def test_pages_taken_and_put_are_those_pages(arch, stacked):
+    cache = init_cache(arch, 2, 6, stacked=stacked)
+    cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), cache)
+    stock, axis = cut_into_pages(cache, 3), 1 if stacked else 0
+    layer, kept = (stock, cache) if stacked else (stock[0], cache[0])
+    lead = (slice(None),) * axis
+    for page, (row, at) in enumerate([(0, 0), (0, 3), (1, 0), (1, 3)]):
+        np.testing.assert_array_equal(layer["k"][(*lead, page)], kept["k"][(*lead, row)][..., at : at + 3])
+        np.testing.assert_array_equal(layer["v"][(*lead, page)], kept["v"][(*lead, row)][..., at : at + 3, :])
+    taken = take_pages(stock, jnp.array([2, 0]))
+    jax.tree.map(lambda got, x: np.testing.assert_array_equal(got, np.take(x, [2, 0], axis)), taken, stock)
+    placed = put_pages(add_pages(stock, 1), jnp.array([4, 9]), taken)  # page 9 is past the end
+    expected = jax.tree.map(lambda x: np.concatenate([x, np.take(x, [2], axis)], axis), stock)
     jax.tree.map(np.testing.assert_array_equal, placed, expected)
-
-    named = jax.tree.leaves(cache_axes(arch, stacked=stacked), is_leaf=lambda n: isinstance(n, tuple) and "head" in n)
-    sizes = {"layers": 3, "rows": 4, "kv_heads": 2, "head": 8, "time": 6}
-    assert [tuple(sizes[a] for a in names) for names in named] == [x.shape for x in jax.tree.leaves(cache)]
+    named = jax.tree.leaves(stock_axes(stock), is_leaf=lambda n: isinstance(n, tuple) and "head" in n)
+    sizes = {"layers": 3, "pages": 4, "kv_heads": 2, "head": 8, "time": 3}
+    assert [tuple(sizes[a] for a in names) for names in named] == [x.shape for x in jax.tree.leaves(stock)]
 
 
 @pytest.mark.parametrize("stacked", [True, False])

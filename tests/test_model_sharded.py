@@ -9,7 +9,7 @@ import pytest
 
 from pkv.config import MeshConfig
 from pkv.mesh import SAMPLING_RULES, TRAINING_RULES, batch_sharding, make_mesh, shardings
-from pkv.model import Arch, cache_axes, forward, init_cache, init_params, logits, param_axes, param_shapes
+from pkv.model import Arch, forward, init_cache, init_params, logits, param_axes, param_shapes
 
 SMALL = {"vocab_size": 64, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8, "ffn": 48}
 ARCHES = {
@@ -99,5 +99,6 @@ def test_decoding_is_equal_for_one_and_eight_devices(mesh, arch, params):
     cache = init_cache(arch, 8, 10)
     expected = run(params, cache)
     params = jax.device_put(params, shardings(param_axes(arch), params, mesh, SAMPLING_RULES))
-    cache = jax.device_put(init_cache(arch, 8, 10), shardings(cache_axes(arch), cache, mesh, SAMPLING_RULES))
+    axes = {"k": ("layers", "rows", "kv_heads", "head", "time"), "v": ("layers", "rows", "kv_heads", "time", "head")}
+    cache = jax.device_put(init_cache(arch, 8, 10), shardings(axes, cache, mesh, SAMPLING_RULES))
     close(run(params, cache), expected)

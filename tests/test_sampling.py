@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,27 @@ def test_every_device_holds_its_own_pages_and_heads(monkeypatch, plain, mesh):
     monkeypatch.setattr(programs, "decode", seen_decode)
     assert_same(plain, {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), requests())})
     assert len(layouts) == len({shape for shape, _ in layouts}), "one layout, and so one program, for each shape"
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_segment_never_copies_the_pages(monkeypatch, stacked):
+    """The compiled loop writes the donated pages in place."""
+    if stacked:
+        monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
+    engine = Engine(ARCH, CONFIG, STOPS, one_device())
+    decode, texts = engine._programs.decode, []
+
+    def seen_decode(*args):
+        shapes = {",".join(map(str, array.shape)) for array in jax.tree.leaves(args[2])}
+        texts.append((shapes, decode.lower(*args).compile().as_text()))
+        return decode(*args)
+
+    monkeypatch.setattr(engine._programs, "decode", seen_decode)
+    list(engine.sample(engine.load(PARAMS), requests()))
+    shapes, text = texts[0]
+    body = text[: text.index("ENTRY")]
+    copies = [line for line in body.splitlines() if re.search(r"= f32\[(\S+?)\]\S* (copy|transpose)\(", line)]
+    assert not [line for line in copies if re.search(r"f32\[(\S+?)\]", line)[1] in shapes]
 
 
 def memory_of(pages: int, page: int = 8) -> dict[str, float]:
