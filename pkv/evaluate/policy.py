@@ -97,7 +97,7 @@ def sampling_mesh(source: str) -> Mesh:
     devices = len(jax.devices())
     tensor = math.gcd(devices, arch.heads, arch.kv_heads, _blocks(arch.ffn), arch.vocab_size)
     fsdp = math.gcd(devices // tensor, _blocks(arch.hidden))
-    return make_mesh(MeshConfig(-1, fsdp, tensor))
+    return make_mesh(MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))
 
 
 def _blocks(size: int) -> int:
