@@ -117,7 +117,7 @@ def test_a_model_to_be_sampled_from_is_spread_over_the_devices_in_the_dtype_of_i
         "pkv.evaluate.answering.load_policy", lambda *a, **k: loaded.append(load_policy(*a, **k)) or loaded[-1]
     )
     responder = open_model(str(tmp_path), SamplingConfig())
-    sizes = {"data": 1, "fsdp": 4, "tensor": 2}  # two key-value heads
+    sizes = {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 2}  # two key-value heads
     (up,) = (layer["ffn"]["up"] for layer in responder.source.weights["layers"][:1])
     assert dict(up.sharding.mesh.shape) == sizes and up.dtype == dtype
     assert {shard.data.shape for shard in up.addressable_shards} == {(256, 64)}
