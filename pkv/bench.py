@@ -68,11 +68,6 @@ class Task:
         return -(-self.config.grpo.micro_rows // ways) * ways
 
 
-def usual_dtype() -> Literal["float32", "bfloat16"]:
-    """What this machine computes in unless told otherwise."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
 def bench(what: What, task: Task, runs: int) -> dict[str, Any]:
     """Measure `runs` runs after one that compiles; medians, what every run took, and what was compiled.
 

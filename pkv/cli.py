@@ -273,7 +273,8 @@ class Bench:
         packing = {"row_tokens": -(-(self.prompt_tokens + self.max_new_tokens) // 256) * 256} | packing
         asked = {"seed": self.seed, "model": {"path": self.model} | model, "sampling": sampling, "grpo": packing}
         config = parse_config(asked)
-        from pkv.bench import Task, bench, in_words, usual_dtype
+        from pkv.bench import Task, bench, in_words
+        from pkv.evaluate.policy import usual_dtype
 
         dtype = usual_dtype() if self.dtype == "auto" else self.dtype
         grpo = dataclasses.replace(config.grpo, prompts=self.prompts, samples=self.samples)

@@ -72,8 +72,9 @@ def test_a_run_takes_those_of_its_rows_and_keeps_them(models, tmp_path, rows, lo
     }
     setup = build(parse_config(raw))
     parts = setup.engine, setup.heldout_engine, setup.learner
-    archs = [part._arch if hasattr(part, "_arch") else part._programs.arch for part in parts]
-    assert archs == [ARCH.for_context(rows)] * 3
+    engine, heldout, learner = parts
+    archs = engine._programs.arch, heldout._programs.arch, learner._arch
+    assert archs == (ARCH.for_context(rows),) * 3
     run, state = open_training(setup, tmp_path / "run", fresh=False)
     run.save(1, state, keep=1)
     responder = open_model(str(tmp_path / "run"), SamplingConfig())

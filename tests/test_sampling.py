@@ -17,6 +17,7 @@ from pkv.model import Arch, forward, init_params, load_params, logits, read_arch
 from pkv.records import Verdict
 from pkv.sampling import Engine, Request, row_keys
 from pkv.sampling.drawing import Nucleus, draw, invert
+from pkv.sampling.schedule import Schedule
 
 ARCH = Arch(
     vocab_size=200, hidden=16, layers=2, heads=4, kv_heads=2, head_size=8, ffn=32, tied_embeddings=True, init_std=0.5
@@ -166,6 +167,42 @@ def test_when_the_memory_ends_rows_wait_and_say_the_same(plain, mesh):
     assert engine.usage.peak_bytes <= limit["kv_memory_gb"] * 1e9
     if mesh is None:
         assert engine.usage.evicted, "the case must show it"
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_long_wait_for_memory_loses_no_page(monkeypatch, slots):
+    """Many prompts come, go out and come back: at every visit each page is free or has its holder."""
+    extend = Schedule.extend
+
+    def checked(schedule, fresh):
+        extend(schedule, fresh)
+        for pool, holders in zip((schedule.own, schedule.prompts), schedule.holders(), strict=True):
+            held = sum(len(one.pages) for one in holders)
+            assert held + sum(map(len, pool._free)) == pool.size * len(pool._free)
+
+    monkeypatch.setattr(Schedule, "extend", checked)
+    draw, limit = np.random.default_rng(3), memory_of(9)
+    keys = row_keys(0, "pressure", 0, [str(n) for n in range(12)], 3)
+    prompts = [draw.integers(10, 200, draw.integers(2, 33)).astype(np.int32) for _ in range(12)]
+    asked = [Request(prompt, key, 30) for prompt, key in zip(prompts, keys, strict=True)]
+    roomy = run(dataclasses.replace(CONFIG, page_tokens=8), asked)
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=slots * 2, **limit), STOPS, one_device())
+    assert_same(roomy, {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), asked)})
+    assert engine.usage.peak_bytes <= limit["kv_memory_gb"] * 1e9
+
+
+def test_the_samples_of_one_prompt_use_every_device(monkeypatch):
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=64), STOPS, make_mesh(MeshConfig(data=8)))
+    asked = [requests(samples=8)[0]]
+    visit, spread = engine._visit, []
+
+    def seen(weights, schedule, *rest):
+        spread.append([len(rows) for rows in schedule.live])
+        return visit(weights, schedule, *rest)
+
+    monkeypatch.setattr(engine, "_visit", seen)
+    list(engine.sample(engine.load(PARAMS), asked))
+    assert spread[0] == [1] * 8
 
 
 def test_a_request_that_the_memory_cannot_hold_is_refused_before_anything_is_sampled():

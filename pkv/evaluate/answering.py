@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from pkv.competition import Tokenizer, render
@@ -17,7 +16,7 @@ from pkv.competition.prompt import neutralise
 from pkv.compiling import keep_compiled
 from pkv.config import SamplingConfig, UserError, describe
 from pkv.evaluate.groups import Source
-from pkv.evaluate.policy import load_policy, sampling_mesh
+from pkv.evaluate.policy import load_policy, sampling_mesh, usual_dtype
 from pkv.model import Arch
 from pkv.sampling import Engine, Request, row_keys
 
@@ -77,7 +76,7 @@ def open_model(model: str, sampling: SamplingConfig, system: str | None = None) 
     Raises UserError.
     """
     keep_compiled()
-    mesh, dtype = sampling_mesh(model), "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    mesh, dtype = sampling_mesh(model), usual_dtype()
     policy = load_policy(model, mesh, system=system, dtype=dtype)
     new_engine = functools.cache(lambda arch: Engine(arch, sampling, policy.tokenizer.stop_ids, mesh, dtype))
     engine = new_engine(policy.arch)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import yaml
@@ -84,6 +84,11 @@ def load_policy(
     if model.lora.rank:
         params = join(init_adapters(arch, model.lora, fold(jax.random.key(seed), "adapters"), mesh), params)
     return Policy(arch, params, tokenizer, _system_of(run, system))
+
+
+def usual_dtype() -> Literal["float32", "bfloat16"]:
+    """What this machine computes in unless told otherwise."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def sampling_mesh(source: str) -> Mesh:

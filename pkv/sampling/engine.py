@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from pkv.config import SamplingConfig
 from pkv.model import Arch, Cache, Level, Params, Stock, cast
 from pkv.sampling.pool import NOWHERE, Held, Pool, round_up
-from pkv.sampling.programs import PAGES, PREFILL_CHUNK, ROWS, Programs
+from pkv.sampling.programs import PAGES, PREFILL_CHUNK, ROWS, Programs, Table
 from pkv.sampling.schedule import Completion, Fresh, Request, Row, Rows, Schedule, Segment
 
 LEAST_ROWS = 4  # the batch does not shrink below this
@@ -74,7 +74,7 @@ class Engine:
         self._programs = Programs(arch, config, stop_ids, mesh, dtype)
         self._stops = np.asarray(list(stop_ids), np.int32)
         self._shards, self._places = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
-        self._least = min(LEAST_ROWS, config.slots)
+        self._least, self._page_bytes = min(LEAST_ROWS, config.slots), self._programs.page_bytes()
         self.usage = Usage()  # of the last `sample`
 
     @property
@@ -140,12 +140,12 @@ class Engine:
             shared.insert(0, self._prefix_level(start, len(rows.token) // self._shards))
         placed = Rows(*(jax.device_put(array, NamedSharding(self._mesh, ROWS)) for array in rows))
         own.stock, segment = self._programs.decode(
-            weights, tuple(shared), own.stock, type(of_rows)(*self._by_shelf(of_rows)), placed
+            weights, tuple(shared), own.stock, Table(*self._by_shelf(of_rows)), placed
         )
         pages = own.pool.size + prompts.pool.size + (0 if start is None else self._shelf_pages(start))
         self.usage.allocated += pages * self._shards * self._places * self._programs.page
         self.usage.live += sum(row.position + 1 for row in schedule.rows())
-        self.usage.peak_bytes = max(self.usage.peak_bytes, pages * self._programs.page_bytes())
+        self.usage.peak_bytes = max(self.usage.peak_bytes, pages * self._page_bytes)
         return rows, Segment(*(np.asarray(array) for array in jax.device_get(segment)))
 
     def _resize(self, schedule: Schedule, own: Store, prompts: Store) -> None:
@@ -238,7 +238,7 @@ class Engine:
     def _most_pages(self) -> int:
         """Pages that fit into the memory of each device."""
         limit = self._config.kv_memory_gb * 1e9 or SHARE_OF_FREE * _free_bytes(self._mesh)
-        return int(limit // self._programs.page_bytes())
+        return int(limit // self._page_bytes)
 
 
 def _common_prefix(prompts: Sequence[np.ndarray], page: int) -> np.ndarray:

@@ -175,16 +175,16 @@ class Programs:
     def _fill(self, weights: Params, cache: Cache, tokens_PT: jax.Array, before: int) -> Cache:
         """The cache with tokens_PT in it, from position `before` on, chunk by chunk."""
         P, T = tokens_PT.shape
-        size = PREFILL_CHUNK if T % PREFILL_CHUNK == 0 else T
 
-        def chunk(cache: Cache, at: jax.Array) -> tuple[Cache, None]:
+        def chunk(size: int, cache: Cache, at: Any) -> tuple[Cache, None]:
             tokens = jax.lax.dynamic_slice_in_dim(tokens_PT, at, size, axis=1)
             positions = jnp.broadcast_to(before + at + jnp.arange(size), (P, size))
             return forward(weights, self.arch, tokens, positions, cache=cache, dtype=self._dtype)[1], None
 
-        if size == T:
-            return chunk(cache, jnp.int32(0))[0]
-        return jax.lax.scan(chunk, cache, jnp.arange(0, T, size))[0]
+        whole = T - T % PREFILL_CHUNK
+        if whole:
+            cache, _ = jax.lax.scan(partial(chunk, PREFILL_CHUNK), cache, jnp.arange(0, whole, PREFILL_CHUNK))
+        return chunk(T - whole, cache, whole)[0] if whole < T else cache
 
     def _decode(
         self, weights: Params, shared: tuple[Level, ...], own: Stock, table: Table, rows: Rows

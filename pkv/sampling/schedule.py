@@ -123,7 +123,7 @@ class Schedule:
             row = min(self.live[shard], key=lambda row: row.position - row.own.first)
             self.live[shard].remove(row)
             self.waiting.appendleft(row)
-            self._forget_prompts()
+            self.drop_prompts()
             gone.append(row)
         return gone
 
@@ -146,6 +146,8 @@ class Schedule:
                 self.live[shard].pop()
                 if not known:
                     del self._held[here]
+                if self.drop_prompts():
+                    continue
                 break
             self.waiting.popleft()
             if not known:
@@ -154,10 +156,13 @@ class Schedule:
                 fresh.returned.append(row)
         return fresh
 
-    def drop_prompts(self) -> None:
-        """Free the pages of prompts that no row reads."""
-        for held in self._forget_prompts():
+    def drop_prompts(self) -> bool:
+        """Free the pages of prompts that no row reads; returns whether there were any."""
+        read = {(row.request, row.own.shard) for row in self.rows()}
+        unread = [self._held.pop(here) for here in list(self._held) if here not in read]
+        for held in unread:
             self.prompts.release(held)
+        return bool(unread)
 
     def extend(self, fresh: Fresh) -> None:
         """Give every row the pages of the next segment, and new prompts theirs."""
@@ -264,13 +269,13 @@ class Schedule:
         return -(-(len(self._requests[request].prompt) - 1 - self._prefix) // self._page)
 
     def _best_shard(self, request: int) -> int | None:
-        """Where a sample goes: where its prompt is, else where there is most room; None when all slots are taken."""
-        free = [shard for shard, rows in enumerate(self.live) if len(rows) < self._slots]
-        return min(free, key=lambda d: ((request, d) not in self._held, len(self.live[d])), default=None)
+        """Where a sample goes: where its prompt is, else where there is most room; None when all slots are taken.
 
-    def _forget_prompts(self) -> list[Held]:
-        read = {(row.request, row.own.shard) for row in self.rows()}
-        return [self._held.pop(here) for here in list(self._held) if here not in read]
+        No shard takes more than its share of all samples, so that a single prompt's samples use every device.
+        """
+        share = -(-(sum(map(len, self.live)) + len(self.waiting)) // len(self.live))
+        free = [shard for shard, rows in enumerate(self.live) if len(rows) < min(self._slots, share)]
+        return min(free, key=lambda d: ((request, d) not in self._held, len(self.live[d])), default=None)
 
     def _batch_rows(self, least: int) -> int:
         """Rows of a shard's batch."""
