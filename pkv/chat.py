@@ -95,25 +95,6 @@ class AnswerFilter:
         return piece
 
 
-class Detokenizer:
-    """Token ids in pieces in, text in pieces out; half a character waits for its other half."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._context: list[int] = []  # decoded before, kept because the text of a token can depend on the one before
-        self._pending: list[int] = []
-
-    def feed(self, tokens: np.ndarray) -> str:
-        """Take the next tokens; returns the text that is now certain."""
-        self._pending += tokens.tolist()
-        before = self._tokenizer.decode(self._context)
-        text = self._tokenizer.decode(self._context + self._pending)
-        if text.endswith("\ufffd") or len(text) <= len(before):
-            return ""
-        self._context, self._pending = self._pending, []
-        return text[len(before) :]
-
-
 def talk(
     responder: Responder,
     questions: Iterable[str],
@@ -183,7 +164,7 @@ class _Screen:
 
     def __init__(self, screen: TextIO, tokenizer: Tokenizer, show_competition: bool) -> None:
         self._screen, self._unfolds = screen, show_competition
-        self._pieces, self._answer = Detokenizer(tokenizer), AnswerFilter()
+        self._stream, self._answer = tokenizer.stream(), AnswerFilter()
         self._response = ""
         self.shown = ""
         if screen.isatty() and not show_competition:
@@ -191,7 +172,7 @@ class _Screen:
 
     def on_tokens(self, _request: int, _sample: int, tokens: np.ndarray) -> None:
         """What the engine calls with new tokens."""
-        piece = self._pieces.feed(tokens)
+        piece = "".join(map(self._stream.feed, tokens.tolist()))
         self._response += piece
         text = self._answer.feed(piece)
         if self._answer.has_answer:

@@ -145,14 +145,14 @@ def shardings(axes_tree: Any, shapes_tree: Any, mesh: Mesh, rules: Rules) -> Any
     """A tree of NamedSharding for a tree of logical axes.
 
     axes_tree: tuples of logical axis names, one name for each dimension. shapes_tree: the same structure with anything
-    that has a `.shape`. Raises UserError for an unknown axis name, for two dimensions of one array on the same mesh
-    axis, and for a size that the mesh axes don't divide.
+    that has a `.shape`. Key-value heads that the mesh axes don't divide are left whole: they are small, and few. Raises
+    UserError for an unknown axis name, for two dimensions of one array on the same mesh axis, and for any other size
+    that the mesh axes don't divide.
     """
 
     def one(path: tuple[Any, ...], axes: tuple[str, ...], array: Any) -> NamedSharding:
-        return NamedSharding(
-            mesh, _spec(jax.tree_util.keystr(path, simple=True, separator="."), axes, array.shape, mesh, rules)
-        )
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return NamedSharding(mesh, _spec(name, axes, array.shape, mesh, rules, left_whole=("kv_heads",)))
 
     return jax.tree_util.tree_map_with_path(one, axes_tree, shapes_tree, is_leaf=_is_axes)
 
@@ -162,8 +162,14 @@ def _is_axes(node: Any) -> bool:
 
 
 def _spec(
-    name: str, axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules
+    name: str,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    mesh: Mesh | AbstractMesh,
+    rules: Rules,
+    left_whole: tuple[str, ...] = (),
 ) -> PartitionSpec:
+    """left_whole: axes that stay whole where the mesh axes don't divide them."""
     if len(axes) != len(shape):
         raise UserError(f"{name}: {len(axes)} logical axes {axes} for the {len(shape)} dimensions of shape {shape}")
     owner: dict[str, str] = {}
@@ -181,7 +187,9 @@ def _spec(
                 )
             owner[place] = axis
         ways = math.prod(mesh.shape[place] for place in places)
-        if size % ways:
+        if size % ways and axis in left_whole:
+            places = ()
+        elif size % ways:
             text = " × ".join(f"{place}={mesh.shape[place]}" for place in places)
             raise UserError(
                 f"{name}: {axis}={size} of shape {shape} is not divisible by {ways} ({text}); change the mesh"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkv.chat import AnswerFilter, Detokenizer, read_questions, talk, unfold, without_fragment
+from pkv.chat import AnswerFilter, read_questions, talk, unfold, without_fragment
 from pkv.competition import Tokenizer, compose, parse, tag_leaks, train_tokenizer
 from pkv.competition.tags import ORDER
 from pkv.config import UserError
@@ -141,13 +141,6 @@ def test_without_a_competition_the_response_is_the_answer():
 
 def test_a_terminal_cannot_be_steered():
     assert "".join(stream(HEAD + "It\x1b[2J is\r\x07 24.\x9b")) == "It[2J is 24."
-
-
-def test_half_a_character_waits_for_its_other_half(tokenizer):
-    ids = tokenizer.encode("Skål ✓ 24")
-    pieces = Detokenizer(tokenizer)
-    found = [pieces.feed(ids[i : i + 1]) for i in range(len(ids))]
-    assert "".join(found) == "Skål ✓ 24" and not any("\ufffd" in piece for piece in found)
 
 
 def test_a_turn_shows_the_answer_only(tokenizer):

@@ -66,8 +66,14 @@ def test_on_one_device_nothing_is_spread():
 
 def test_a_size_that_the_mesh_does_not_divide_is_an_error_with_the_numbers():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    with pytest.raises(UserError, match=r"w: kv_heads=3 of shape \(8, 3, 6\) is not divisible by 2 \(tensor=2\)"):
-        spec_of(("embed", "kv_heads", "head"), (8, 3, 6), mesh)
+    with pytest.raises(UserError, match=r"w: heads=3 of shape \(8, 3, 6\) is not divisible by 2 \(tensor=2\)"):
+        spec_of(("embed", "heads", "head"), (8, 3, 6), mesh)
+
+
+def test_key_value_heads_that_the_mesh_does_not_divide_stay_whole():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    assert spec_of(("embed", "kv_heads", "head"), (8, 3, 6), mesh) == PartitionSpec(("fsdp",), None, None)
+    assert spec_of(("embed", "kv_heads", "head"), (8, 4, 6), mesh) == PartitionSpec(("fsdp",), ("tensor",), None)
 
 
 def test_two_axes_of_an_array_on_one_mesh_axis_are_an_error():

@@ -30,6 +30,8 @@ MESHES = {
     "data": MeshConfig(data=8),
     "fsdp": MeshConfig(data=1, fsdp=8),
     "tensor": MeshConfig(data=4, tensor=2),
+    "more than key-value heads": MeshConfig(data=2, tensor=4),
+    "sequence": MeshConfig(data=2, sequence=2, tensor=2),
     "all": MeshConfig(data=2, fsdp=2, tensor=2),
 }
 TOKENS = jax.random.randint(jax.random.key(5), (8, 10), 0, 64)
