@@ -10,12 +10,13 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pkv.competition.construct import compose
-from pkv.competition.parser import parse
+from pkv.competition.parser import parse, split_tokens
 from pkv.config import Config, RewardConfig, RoundConfig, UserError
 from pkv.mathcheck import VerifyError
 from pkv.records import OWNERS, REWARD_OWNERS, Problem, Scorecard
@@ -62,6 +63,22 @@ def value(scorer: Scorer, text: str, name: str, problem: Problem = PROBLEM) -> f
     card = scorer.score(problem, parse(text))
     assert card.rewards[name].status != "unscored", card.rewards[name].detail
     return card.rewards[name].value
+
+
+@pytest.mark.parametrize("forced, structure, layout", [(0, 1.0, 1.0), (1, 0.8, 0.0), (2, 0.6, 0.0), (3, 0.3, 0.0)])
+def test_a_tag_that_the_engine_had_to_set_counts_as_missing(scorer, forced, structure, layout):
+    """A fighter that never stops lets its budget close its block: that is not the policy's format."""
+    text = build()
+    offsets = split_tokens(text)
+    set_by_engine = np.zeros(len(offsets) - 1, bool)
+    for tag in ("</pirate>", "</knight>", "</viking>")[:forced]:
+        start = text.index(tag)
+        set_by_engine |= (offsets[:-1] >= start) & (offsets[:-1] < start + len(tag))
+    trace = parse(text, offsets, forced=set_by_engine)
+    assert [error.code for error in trace.errors] == ["forced"] * forced
+    card = scorer.score(PROBLEM, trace)
+    assert card.rewards["tag_structure"].value == structure
+    assert card.rewards["competition_format"].value == layout
 
 
 def test_a_good_competition_earns_what_its_parts_earn(scorer):

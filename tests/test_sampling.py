@@ -15,7 +15,7 @@ from pkv.config import MeshConfig, SamplingConfig, UserError
 from pkv.mesh import make_mesh
 from pkv.model import Arch, forward, init_params, load_params, logits, read_arch
 from pkv.records import Verdict
-from pkv.sampling import Engine, Request, row_keys
+from pkv.sampling import Engine, Request, WarmUp, rehearse, row_keys
 from pkv.sampling.drawing import Nucleus, draw, invert
 from pkv.sampling.schedule import Schedule
 
@@ -113,7 +113,7 @@ def test_one_and_eight_devices_say_the_same(monkeypatch, plain, mesh, stacked):
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_every_device_holds_its_own_pages_and_heads(monkeypatch, plain, mesh):
     engine = Engine(ARCH, CONFIG, STOPS, make_mesh(mesh))
-    programs, layouts = engine._programs, set()
+    programs, layouts = engine.programs, set()
     decode = programs.decode
 
     def seen_decode(weights, shared, own, table, rows):
@@ -136,14 +136,14 @@ def test_a_segment_never_copies_the_pages(monkeypatch, stacked):
     if stacked:
         monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
     engine = Engine(ARCH, CONFIG, STOPS, one_device())
-    decode, texts = engine._programs.decode, []
+    decode, texts = engine.programs.decode, []
 
     def seen_decode(*args):
         shapes = {",".join(map(str, array.shape)) for array in jax.tree.leaves(args[2])}
         texts.append((shapes, decode.lower(*args).compile().as_text()))
         return decode(*args)
 
-    monkeypatch.setattr(engine._programs, "decode", seen_decode)
+    monkeypatch.setattr(engine.programs, "decode", seen_decode)
     list(engine.sample(engine.load(PARAMS), requests()))
     shapes, text = texts[0]
     body = text[: text.index("ENTRY")]
@@ -238,7 +238,7 @@ def test_what_all_prompts_begin_with_is_prefilled_once(monkeypatch):
     lengths: list[int] = []
     for mesh in (one_device(), make_mesh(MESHES["all"])):
         engine = Engine(ARCH, CONFIG, STOPS, mesh)
-        prefix, prefill = engine._programs.prefix, engine._programs.prefill
+        prefix, prefill = engine.programs.prefix, engine.programs.prefill
 
         def seen_prefix(weights, tokens, call=prefix):
             lengths.append(len(tokens))
@@ -248,8 +248,8 @@ def test_what_all_prompts_begin_with_is_prefilled_once(monkeypatch):
             lengths.append(tokens.shape[1])
             return call(weights, start, stock, tokens, places)
 
-        monkeypatch.setattr(engine._programs, "prefix", seen_prefix)
-        monkeypatch.setattr(engine._programs, "prefill", seen_prefill)
+        monkeypatch.setattr(engine.programs, "prefix", seen_prefix)
+        monkeypatch.setattr(engine.programs, "prefill", seen_prefill)
         assert_same(alone, {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), asked)})
     assert lengths.count(32) == 2 and set(lengths) == {32, 64}, "whole pages of 16 once a mesh; the rest, padded"
 
@@ -328,6 +328,57 @@ def test_a_long_run_compiles_few_programs():
             before = engine.compilations
     assert engine.compilations - before <= 6, "what a run needs is compiled in its first steps"
     assert engine.compilations <= 80
+
+
+@pytest.mark.parametrize(
+    "mesh, memory",
+    [
+        (None, {}),
+        (MESHES["all"], {}),
+        pytest.param(None, {"kv_memory_gb": 40 * 16 * 256 / 1e9}, marks=pytest.mark.slow),
+    ],
+)
+def test_after_a_warm_up_rollouts_to_the_end_of_their_budget_compile_nothing(mesh, memory):
+    config = dataclasses.replace(CONFIG, slots=16, page_tokens=16, **memory)
+    engine = Engine(ARCH, config, (), make_mesh(mesh) if mesh else one_device())
+    weights, asked = engine.load(PARAMS), requests((70, 70, 70), samples=8)
+    warm_up = WarmUp(engine)
+    assert warm_up(weights, asked) > 0
+    before = engine.compilations
+    list(engine.sample(weights, asked))
+    assert engine.compilations == before or engine.usage.evicted, (
+        "only what comes back from the host is left to compile"
+    )
+    assert warm_up(weights, asked) == 0
+
+
+def test_a_warm_up_leaves_little_to_compile_for_long_tailed_lengths():
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=32), STOPS, one_device())
+    weights, asked = engine.load(PARAMS), requests((100, 100, 100), samples=16)
+    warmed = WarmUp(engine)(weights, asked)
+    before = engine.compilations
+    list(engine.sample(weights, asked))
+    assert engine.compilations - before <= warmed // 3
+
+
+def test_the_longest_shapes_are_compiled_first_and_are_the_longest_there_will_be():
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=16), (), one_device())
+    asked = requests((70, 70, 70), samples=8)
+    calls = rehearse(engine, asked)
+    assert [call.bytes for call in calls] == sorted((call.bytes for call in calls), reverse=True)
+    list(engine.sample(engine.load(PARAMS), asked))
+    decode = next(call for call in calls if call.name == "decode")
+    pages = sum(
+        array.size * array.dtype.itemsize
+        for array in jax.tree.leaves((decode.arguments[0][0].stock, decode.arguments[1]))
+    )
+    assert pages == engine.usage.peak_bytes
+
+
+def test_a_rehearsal_refuses_what_sampling_would_refuse():
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, kv_memory_gb=1e-6), (), one_device())
+    with pytest.raises(UserError, match="its memory holds"):
+        rehearse(engine, requests((70, 70, 70)))
 
 
 def test_scanned_and_unrolled_layers_say_the_same(monkeypatch, plain):

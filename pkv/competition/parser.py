@@ -11,13 +11,14 @@ attribute   a tag with something behind its name; it does not count as a tag
 fenced      a tag in code; it does not count as a tag
 disguised   an escaped, case-varied, spaced out or look-alike tag; it does not count as a tag
 truncated   the rollout ended at its token limit
+forced      a tag that the engine set, because a fighter's budget was spent
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,10 +43,13 @@ class TagReport:
     missing: int
 
 
-def parse(text: str, offsets: np.ndarray | None = None, truncated: bool = False) -> Trace:
+def parse(
+    text: str, offsets: np.ndarray | None = None, truncated: bool = False, forced: np.ndarray | None = None
+) -> Trace:
     """Take a rollout's text apart into blocks, segments and coded errors.
 
     offsets: int [T+1], the character where each token starts, then len(text); None: `split_tokens(text)`.
+    forced: bool [T], tokens that are none of the policy's; a tag made of such is an error, "forced".
     A block is found where its opening tag is followed, as the next tag, by its closing one (in `result` the winner's
     tags may stand between); the first such pair counts. An unclosed block is no block, but its text has its owner.
     Blanks between tags, and damaged tags before the answer, are owned by "tags": they are the structure's to pay for.
@@ -75,7 +79,10 @@ def parse(text: str, offsets: np.ndarray | None = None, truncated: bool = False)
         close = tags[end].chars
         tokens = Span(tokens_at[close.start].stop, len(offsets) - 1)
         blocks["answer"] = Block("answer", Span(close.stop, len(text)), tokens)
-    return Trace(text, blocks, segments, owners, _errors(text, found, tags, placed, truncated), truncated)
+    errors = _errors(text, found, tags, placed, truncated)
+    if forced is not None and forced.any():
+        errors = tuple(sorted([*errors, *_forced(tags, offsets, forced)], key=_by_place))
+    return Trace(text, blocks, segments, owners, errors, truncated)
 
 
 def split_tokens(text: str) -> np.ndarray:
@@ -233,7 +240,21 @@ def _errors(
         errors.append(
             TraceError(code, reason + (f", {times} times" if times > 1 and tag.damage else ""), tag.chars.start)
         )
-    return tuple(sorted(errors, key=lambda error: (error.at, error.code, error.message)))
+    return tuple(sorted(errors, key=_by_place))
+
+
+def _by_place(error: TraceError) -> tuple[int, str, str]:
+    return error.at, error.code, error.message
+
+
+def _forced(tags: Sequence[Tag], offsets: np.ndarray, forced: np.ndarray) -> Iterator[TraceError]:
+    """The tags that hold a forced token."""
+    held = np.zeros(int(offsets[-1]) + 1, bool)
+    for token in np.flatnonzero(forced):
+        held[offsets[token] : offsets[token + 1]] = True
+    for tag in tags:
+        if held[tag.chars.start : tag.chars.stop].any():
+            yield TraceError("forced", f"{tag.form} was set by the engine when the budget was spent", tag.chars.start)
 
 
 _DAMAGE = {"attribute": "written with attributes", "fenced": "in code", "disguised": "written in disguise"}

@@ -82,6 +82,7 @@ class SamplingConfig:
     page_tokens: int = 0  # positions a page of the KV cache; 0: 128, but 64 on a CPU
     kv_cache: Literal["plain", "int8"] = "plain"  # in model.dtype, or in 8 bits with a scale a position and head
     kv_memory_gb: float = 0.0  # of each device, for the KV cache; 0: most of what is free when sampling starts
+    warm_up: bool = True  # a round's rollouts are compiled before its first step, the longest ones first
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,15 @@ def render_prompts(tokenizer: Tokenizer, problems: Sequence[Problem], system: st
     return [Prompt(problem, render(tokenizer, problem.question, system)) for problem in problems]
 
 
+def requests_for(
+    source: Source, prompts: Sequence[Prompt], samples: int, max_new_tokens: int, seed: int, purpose: str
+) -> list[Request]:
+    """What the engine is asked: `samples` of every prompt, keyed by seed, purpose, source.step, problem and sample."""
+    keys = row_keys(seed, purpose, source.step, [prompt.problem.id for prompt in prompts], samples)
+    watch = source.watch()
+    return [Request(prompt.tokens, key, max_new_tokens, watch) for prompt, key in zip(prompts, keys, strict=True)]
+
+
 def collect_groups(
     source: Source,
     prompts: Sequence[Prompt],
@@ -55,15 +64,14 @@ def collect_groups(
 
     The draws depend on seed, purpose, source.step, problem and sample only.
     """
-    keys = row_keys(seed, purpose, source.step, [prompt.problem.id for prompt in prompts], samples)
-    watch = source.watch()
-    requests = [Request(prompt.tokens, key, max_new_tokens, watch) for prompt, key in zip(prompts, keys, strict=True)]
+    requests = requests_for(source, prompts, samples, max_new_tokens, seed, purpose)
     found: dict[tuple[int, int], tuple[Rollout, Future[tuple[Trace, Scorecard]]]] = {}
     for done in source.engine.sample(source.weights, requests):
         problem = prompts[done.request].problem
         rollout = _as_rollout(done, problem, source.step)
         text, offsets = source.tokenizer.decode_with_offsets(done.tokens)
-        found[done.request, done.sample] = rollout, scoring.submit(problem, text, offsets, done.finish == "length")
+        scored = scoring.submit(problem, text, offsets, done.finish == "length", rollout.forced)
+        found[done.request, done.sample] = rollout, scored
         if on_rollout is not None:
             on_rollout(rollout)
     groups = []

@@ -100,7 +100,7 @@ def sampling_mesh(source: str) -> Mesh:
     run = Path(source)
     arch = read_arch(str(run / RUN_MODEL) if (run / "checkpoints").is_dir() else source)
     devices = len(jax.devices())
-    tensor = math.gcd(devices, arch.heads, arch.kv_heads, _blocks(arch.ffn), arch.vocab_size)
+    tensor = math.gcd(devices, arch.heads, _blocks(arch.ffn), arch.vocab_size)  # the engine repeats key-value heads
     fsdp = math.gcd(devices // tensor, _blocks(arch.hidden))
     return make_mesh(MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))
 

@@ -20,6 +20,7 @@ from pkv.model.pages import (
     init_stock,
     put_pages,
     stock_axes,
+    stock_pages,
     take_pages,
 )
 from pkv.model.peft import save_adapter
@@ -57,6 +58,7 @@ __all__ = [
     "save_params",
     "split",
     "stock_axes",
+    "stock_pages",
     "take_pages",
     "unstack_layers",
     "weight_axes",

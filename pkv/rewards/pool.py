@@ -44,7 +44,12 @@ class ScoringPool:
             )
 
     def submit(
-        self, problem: Problem, text: str, offsets: np.ndarray | None = None, truncated: bool = False
+        self,
+        problem: Problem,
+        text: str,
+        offsets: np.ndarray | None = None,
+        truncated: bool = False,
+        forced: np.ndarray | None = None,
     ) -> Future[tuple[Trace, Scorecard]]:
         """Parse and score one response (see `competition.parse` for the arguments), as soon as a process is free.
 
@@ -53,13 +58,13 @@ class ScoringPool:
         future: Future[tuple[Trace, Scorecard]] = Future()
         if self._processes is not None:
             try:
-                work = self._processes.submit(_work, problem, text, offsets, truncated)
+                work = self._processes.submit(_work, problem, text, offsets, truncated, forced)
             except BrokenExecutor:
                 raise UserError(_DIED) from None
             work.add_done_callback(partial(_pass_on, future))
             return future
         assert self._own is not None
-        future.set_result(_score(self._own, problem, text, offsets, truncated))
+        future.set_result(_score(self._own, problem, text, offsets, truncated, forced))
         return future
 
     def close(self) -> None:
@@ -87,9 +92,14 @@ def _pass_on(future: Future[tuple[Trace, Scorecard]], done: Future[tuple[Trace, 
 
 
 def _score(
-    scorer: Scorer, problem: Problem, text: str, offsets: np.ndarray | None, truncated: bool
+    scorer: Scorer,
+    problem: Problem,
+    text: str,
+    offsets: np.ndarray | None,
+    truncated: bool,
+    forced: np.ndarray | None,
 ) -> tuple[Trace, Scorecard]:
-    trace = parse(text, offsets, truncated)
+    trace = parse(text, offsets, truncated, forced)
     return trace, scorer.score(problem, trace)
 
 
@@ -99,6 +109,8 @@ def _start_worker(weights: Mapping[str, float], length_optimum: int, config: Rew
     _scorer = Scorer(weights, length_optimum, config)
 
 
-def _work(problem: Problem, text: str, offsets: np.ndarray | None, truncated: bool) -> tuple[Trace, Scorecard]:
+def _work(
+    problem: Problem, text: str, offsets: np.ndarray | None, truncated: bool, forced: np.ndarray | None
+) -> tuple[Trace, Scorecard]:
     assert _scorer is not None
-    return _score(_scorer, problem, text, offsets, truncated)
+    return _score(_scorer, problem, text, offsets, truncated, forced)

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pkv.config import SamplingConfig
 from pkv.model import Arch, Cache, Level, Params, Stock, cast
 from pkv.sampling.pool import NOWHERE, Held, Pool, round_up
-from pkv.sampling.programs import PAGES, PREFILL_CHUNK, ROWS, Programs, Table
+from pkv.sampling.programs import PAGES, PREFILL_CHUNK, ROWS, WHOLE, Programs, Table
 from pkv.sampling.schedule import Completion, Fresh, Request, Row, Rows, Schedule, Segment
 
 LEAST_ROWS = 4  # the batch does not shrink below this
@@ -71,16 +71,16 @@ class Engine:
         self, arch: Arch, config: SamplingConfig, stop_ids: Sequence[int], mesh: Mesh, dtype: str = "float32"
     ) -> None:
         self._config, self._mesh, self._dtype = config, mesh, jnp.dtype(dtype)
-        self._programs = Programs(arch, config, stop_ids, mesh, dtype)
+        self.programs = Programs(arch, config, stop_ids, mesh, dtype)
         self._stops = np.asarray(list(stop_ids), np.int32)
         self._shards, self._places = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
-        self._least, self._page_bytes = min(LEAST_ROWS, config.slots), self._programs.page_bytes()
+        self._least, self._page_bytes = min(LEAST_ROWS, config.slots), self.programs.page_bytes()
         self.usage = Usage()  # of the last `sample`
 
     @property
     def compilations(self) -> int:
         """How many programs have been compiled."""
-        return self._programs.compilations
+        return self.programs.compilations
 
     def load(self, params: Params) -> Params:
         """Weights, or a part of them from `split`, in the layout and dtype of sampling; what `sample` takes.
@@ -93,10 +93,10 @@ class Engine:
         def right(array: jax.Array, shape: Any, place: Any) -> bool:
             return array.dtype == shape.dtype and array.sharding.is_equivalent_to(place, array.ndim)
 
-        same = self._programs.stacked and self._programs.repeats == 1
-        if same and jax.tree.all(jax.tree.map(right, params, shapes, self._programs.placing(params))):
+        same = self.programs.stacked and self.programs.repeats == 1
+        if same and jax.tree.all(jax.tree.map(right, params, shapes, self.programs.placing(params))):
             return params
-        return self._programs.place(params)
+        return self.programs.place(params)
 
     def sample(
         self,
@@ -110,13 +110,13 @@ class Engine:
         Raises UserError for a request that the memory can't hold.
         """
         self.usage = Usage()
-        page = self._programs.page
+        page = self.programs.page
         prefix = _common_prefix([request.prompt for request in requests], page)
         own, prompts = (Store(None, Pool(self._shards, self._places, page)) for _ in range(2))
         most = self._most_pages() - -(-len(prefix) // (page * self._places))
         slots, segment = self._config.slots, self._config.segment
         schedule = Schedule(requests, slots, segment, len(prefix), own.pool, prompts.pool, most)
-        start = Prefix(len(prefix), *self._programs.prefix(weights, prefix)) if len(prefix) else None
+        start = Prefix(len(prefix), *self.programs.prefix(weights, self._put(prefix, WHOLE))) if len(prefix) else None
         while schedule.unfinished:
             for row in schedule.evict():
                 self._put_aside(own, row)
@@ -138,15 +138,25 @@ class Engine:
         shared = [Level(prompts.stock, *self._by_shelf(of_prompts))] if prompts.pool.size else []
         if start is not None:
             shared.insert(0, self._prefix_level(start, len(rows.token) // self._shards))
-        placed = Rows(*(jax.device_put(array, NamedSharding(self._mesh, ROWS)) for array in rows))
-        own.stock, segment = self._programs.decode(
-            weights, tuple(shared), own.stock, Table(*self._by_shelf(of_rows)), placed
-        )
+        table = Table(*self._by_shelf(of_rows))
+        own.stock, segment = self._segment(weights, tuple(shared), own.stock, table, rows)
         pages = own.pool.size + prompts.pool.size + (0 if start is None else self._shelf_pages(start))
-        self.usage.allocated += pages * self._shards * self._places * self._programs.page
+        self.usage.allocated += pages * self._shards * self._places * self.programs.page
         self.usage.live += sum(row.position + 1 for row in schedule.rows())
         self.usage.peak_bytes = max(self.usage.peak_bytes, pages * self._page_bytes)
-        return rows, Segment(*(np.asarray(array) for array in jax.device_get(segment)))
+        return rows, segment
+
+    def _segment(
+        self, weights: Params, shared: tuple[Level, ...], own: Stock | None, table: Table, rows: Rows
+    ) -> tuple[Stock, Segment]:
+        stock, segment = self.programs.decode(weights, shared, own, table, self._placed(rows))
+        return stock, Segment(*(np.asarray(array) for array in jax.device_get(segment)))
+
+    def _placed(self, rows: Rows) -> Rows:
+        return Rows(*(self._put(array, ROWS) for array in rows))
+
+    def _put(self, array: np.ndarray, spec: PartitionSpec) -> Any:
+        return jax.device_put(array, NamedSharding(self._mesh, spec))
 
     def _resize(self, schedule: Schedule, own: Store, prompts: Store) -> None:
         """Stocks of the size that the next segment needs; what is not twice too large stays."""
@@ -158,13 +168,13 @@ class Engine:
         wanted = kept if sum(kept) <= schedule.most else sizes
         for store, size, holders in zip(stores, wanted, schedule.holders(), strict=True):
             if size < store.pool.size:
-                moved = store.pool.pack(holders, size)
-                store.stock = self._programs.move(store.stock, moved) if size else None
+                moved = self._put(store.pool.pack(holders, size), PAGES)
+                store.stock = self.programs.move(store.stock, moved) if size else None
         for store, size in zip(stores, wanted, strict=True):
             more = size - store.pool.size
             if more > 0:
                 some = store.stock is not None
-                store.stock = self._programs.grow(store.stock, more=more) if some else self._programs.empty(pages=more)
+                store.stock = self.programs.grow(store.stock, more=more) if some else self.programs.empty(pages=more)
                 store.pool.resize(size)
 
     def _prefill(
@@ -179,28 +189,28 @@ class Engine:
         lengths = [len(requests[request].prompt) - 1 - before for request, held in fresh.prompts if held.pages]
         if not lengths:
             return
-        multiple = -(-PROMPT_MULTIPLE // self._programs.page) * self._programs.page
+        multiple = -(-PROMPT_MULTIPLE // self.programs.page) * self.programs.page
         width = round_up(max(lengths), multiple)
         width = width if width <= PREFILL_CHUNK else -(-width // PREFILL_CHUNK) * PREFILL_CHUNK
-        width = -(-width // self._programs.page) * self._programs.page
+        width = -(-width // self.programs.page) * self.programs.page
         at_once = max(1, PREFILL_TOKENS // width)
         for first in range(0, max(map(len, by_shard)), at_once):
             parts = [part[first : first + at_once] for part in by_shard]
             count = 1 << (max(map(len, parts)) - 1).bit_length()
             tokens = np.zeros((self._shards * count, width), np.int32)
-            places = np.full((self._shards * self._places, count, width // self._programs.page), NOWHERE, np.int32)
+            places = np.full((self._shards * self._places, count, width // self.programs.page), NOWHERE, np.int32)
             for shard, part in enumerate(parts):
                 for number, (request, held) in enumerate(part):
                     prompt = requests[request].prompt[before:-1]
                     tokens[shard * count + number, : len(prompt)] = prompt
                     for at, page in enumerate(held.pages):
                         places[shard * self._places + at % self._places, number, at] = page
-            prompts.stock = self._programs.prefill(
+            prompts.stock = self.programs.prefill(
                 weights,
                 None if start is None else start.cache,
                 prompts.stock,
-                jax.device_put(tokens, NamedSharding(self._mesh, ROWS)),
-                jax.device_put(places.reshape(len(places), -1), NamedSharding(self._mesh, PAGES)),
+                self._put(tokens, ROWS),
+                self._put(places.reshape(len(places), -1), PAGES),
             )
 
     def _put_aside(self, own: Store, row: Row) -> None:
@@ -208,7 +218,7 @@ class Engine:
         at = own.pool.flat(row.own)
         padded = np.zeros(round_up(len(at)), np.int32)
         padded[: len(at)] = at
-        row.kept = jax.device_get(self._programs.fetch(own.stock, padded))
+        row.kept = jax.device_get(self.programs.fetch(own.stock, self._put(padded, WHOLE)))
         own.pool.release(row.own)
         self.usage.evicted += 1
 
@@ -217,12 +227,12 @@ class Engine:
         padded = np.full(jax.tree.leaves(row.kept)[0].shape[-4], NOWHERE, np.int32)
         said = min(len(padded), len(at))  # it may have got more pages for what it is about to say
         padded[:said] = at[:said]
-        own.stock = self._programs.restore(own.stock, padded, row.kept)
+        own.stock = self.programs.restore(own.stock, padded, row.kept)
         row.kept = None
 
     def _prefix_level(self, start: Prefix, rows: int) -> Level:
         """What all prompts begin with, read by all rows of a shard."""
-        shelves, page = self._shards * self._places, self._programs.page
+        shelves, page = self._shards * self._places, self.programs.page
         mine = self._shelf_pages(start)
         numbers = np.tile(np.arange(mine), shelves) * self._places + np.repeat(np.arange(shelves) % self._places, mine)
         readers = np.broadcast_to(np.arange(rows, dtype=np.int32), (len(numbers), rows))
@@ -230,10 +240,10 @@ class Engine:
         return Level(start.stock, *self._by_shelf((readers, (numbers * page).astype(np.int32), stop)))
 
     def _shelf_pages(self, start: Prefix) -> int:
-        return -(-start.length // (self._programs.page * self._places))
+        return -(-start.length // (self.programs.page * self._places))
 
     def _by_shelf(self, arrays: Sequence[np.ndarray]) -> list[jax.Array]:
-        return [jax.device_put(array, NamedSharding(self._mesh, PAGES)) for array in arrays]
+        return [self._put(array, PAGES) for array in arrays]
 
     def _most_pages(self) -> int:
         """Pages that fit into the memory of each device."""

@@ -89,7 +89,7 @@ class Programs:
     def __init__(self, arch: Arch, config: SamplingConfig, stop_ids: Sequence[int], mesh: Mesh, dtype: Any) -> None:
         self.arch, self.repeats = _spread_kv_heads(arch, mesh.shape["tensor"])
         self.stacked = arch.layers > UNROLL
-        self.page = config.page_tokens or (64 if jax.default_backend() == "cpu" else 128)
+        self.page = config.page_tokens or (64 if mesh.devices.flat[0].platform == "cpu" else 128)
         self._mesh, self._dtype = mesh, jnp.dtype(dtype)
         self._eight_bit = config.kv_cache == "int8"
         self._steps = config.segment
@@ -115,10 +115,9 @@ class Programs:
 
     def page_bytes(self) -> int:
         """Bytes of one page on a device that holds it."""
-        stock = jax.eval_shape(partial(self._stock, self._ways(PAGE_AXES)))
-        place = self._placing(stock)
-        sizes = jax.tree.map(lambda a, s: math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize, stock, place)
-        return sum(jax.tree.leaves(sizes))
+        return sum(
+            math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(self.stock_shapes(1))
+        )
 
     def placing(self, params: Params) -> Any:
         """Where weights lie while sampling."""
@@ -151,7 +150,7 @@ class Programs:
             return cache, take_pages(self._cut(cache), mine)
 
         cache, stock = self._by_shard(own, (WHOLE, WHOLE), (WHOLE, PAGES))(weights, tokens_C)
-        return cache, self._spread(stock)
+        return jax.lax.with_sharding_constraint(cache, self._cache_placing(cache)), self._spread(stock)
 
     def _prefill(self, weights: Params, prefix: Cache | None, stock: Stock, tokens_PT: Any, places: Any) -> Stock:
         """The keys and values of whole prompts, each shard its own, written into the pages `places` of `stock`.
@@ -284,6 +283,11 @@ class Programs:
     def _cache(self, rows: int, length: int) -> Cache:
         return init_cache(self.arch, rows, length, self._dtype, stacked=self.stacked)
 
+    def _cache_placing(self, cache: Cache) -> Any:
+        """Where the common prefix's cache lies: whole on every row shard, its heads over tensor as far as they go."""
+        heads = "tensor" if self.arch.kv_heads % self._mesh.shape["tensor"] == 0 else None
+        return jax.tree.map(lambda a: NamedSharding(self._mesh, PartitionSpec(*(None,) * (a.ndim - 3), heads)), cache)
+
     def _cut(self, cache: Cache) -> Stock:
         return cut_into_pages(cache, self.page, eight_bit=self._eight_bit)
 
@@ -294,9 +298,33 @@ class Programs:
         """Every device holds its own pages and heads, whatever made them: one layout, one program for each shape."""
         return jax.lax.with_sharding_constraint(stock, self._placing(stock))
 
-    def replicated(self) -> NamedSharding:
-        """A full copy on every device."""
-        return NamedSharding(self._mesh, WHOLE)
+    @property
+    def shelves(self) -> int:
+        """How many devices hold pages of their own."""
+        return self._ways(PAGE_AXES)
+
+    def stock_shapes(self, pages: int) -> Stock:
+        """Shapes, dtypes and places of so many pages on each shelf."""
+        return _described(jax.eval_shape(partial(self._stock, pages * self.shelves)), self._placing)
+
+    def prefix_shapes(self, length: int) -> tuple[Cache, Stock]:
+        """Shapes, dtypes and places of what `prefix` gives for so many tokens."""
+        cache = jax.eval_shape(partial(self._cache, 1, length))
+        ways = self._mesh.shape["sequence"]
+        return _described(cache, self._cache_placing), self.stock_shapes(-(-length // (self.page * ways)))
+
+
+def _described(tree: Any, placing: Callable[[Any], Any]) -> Any:
+    """Shapes with their places, as a program's results have them: without None at the end of a PartitionSpec."""
+
+    def one(array: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
+        parts = list(place.spec)
+        while parts and parts[-1] is None:
+            parts.pop()
+        sharding = NamedSharding(place.mesh, PartitionSpec(*parts))
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    return jax.tree.map(one, tree, placing(tree))
 
 
 def _spread_kv_heads(arch: Arch, tensor: int) -> tuple[Arch, int]:

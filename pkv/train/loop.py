@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pkv.config import Config
-from pkv.evaluate import Source, collect_groups, evaluate, summarise
+from pkv.evaluate import collect_groups, evaluate, summarise
 from pkv.grpo import TrainState, pack
 from pkv.grpo.losses import ClippedSurrogate, Supervised
 from pkv.rewards import ScoringPool
@@ -39,6 +39,7 @@ def train(config: Config, folder: Path, fresh: bool = False) -> Run:
                 ScoringPool(stage.weights, stage.length_optimum, config.rewards) as scoring,
                 Progress(stage.stop - stage.first, stage.name, initial=run.step - stage.first) as progress,
             ):
+                setup.warm_up(state, stage, run.step)
                 for step in range(run.step, stage.stop):
                     if asked_to_stop() and run.step == step:  # saved: nothing is lost
                         raise KeyboardInterrupt
@@ -58,10 +59,8 @@ def grpo_step(
     config, clock, round_ = setup.config, Clock(), stage.required_round
     prompts = setup.draw_prompts(step)
     with clock("sample"):
-        limits = config.sampling.stop, round_.fighter_tokens
-        source = Source(setup.engine, setup.weights(state), setup.policy.tokenizer, step, *limits)
         groups = collect_groups(
-            source,
+            setup.source(state, stage, step),
             prompts,
             samples=config.grpo.samples,
             max_new_tokens=round_.max_new_tokens,
@@ -105,8 +104,7 @@ def warmup_step(
 def measure(setup: Setup, run: Run, state: TrainState, stage: Stage, scoring: ScoringPool) -> None:
     """Held-out accuracy, format and judge metrics at a stage's end."""
     config = setup.config
-    limits = config.sampling.stop, stage.fighter_tokens
-    source = Source(setup.heldout_engine, setup.weights(state), setup.policy.tokenizer, stage.stop, *limits)
+    source = setup.source(state, stage, stage.stop, heldout=True)
     with Progress(len(setup.heldout) * config.evaluate.samples, f"held-out, after {stage.name}") as progress:
         evaluation = evaluate(
             source,

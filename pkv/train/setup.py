@@ -13,13 +13,13 @@ import numpy as np
 from pkv.compiling import keep_compiled
 from pkv.config import Config, UserError
 from pkv.data import open_source
-from pkv.evaluate import Policy, load_policy, render_prompts
+from pkv.evaluate import Policy, Source, load_policy, render_prompts, requests_for
 from pkv.grpo import Learner, TrainState
 from pkv.mesh import make_mesh
 from pkv.model import Params, join, read_config, split
 from pkv.records import Problem, Prompt
-from pkv.sampling import Engine
-from pkv.train.rounds import stages
+from pkv.sampling import Engine, WarmUp
+from pkv.train.rounds import Stage, stages
 from pkv.train.run import Run, open_run
 
 
@@ -58,6 +58,20 @@ class Setup:
             )
         return render_prompts(self.policy.tokenizer, drawn, self.policy.system)
 
+    def source(self, state: TrainState, stage: Stage, step: int, *, heldout: bool = False) -> Source:
+        """Where a stage's rollouts come from."""
+        engine = self.heldout_engine if heldout else self.engine
+        limits = self.config.sampling.stop, stage.fighter_tokens
+        return Source(engine, self.weights(state), self.policy.tokenizer, step, *limits)
+
+    def warm_up(self, state: TrainState, stage: Stage, step: int) -> None:
+        """Compile what a stage's rollouts will ask, the longest first: what doesn't fit fails now."""
+        if stage.round is None or not self.config.sampling.warm_up:
+            return
+        source, grpo = self.source(state, stage, step), self.config.grpo
+        asked = source, self.draw_prompts(step), grpo.samples, stage.max_new_tokens, self.config.seed, "train"
+        WarmUp(self.engine)(source.weights, requests_for(*asked))
+
 
 def build(config: Config) -> Setup:
     """Load data and model, lay out the mesh. Raises UserError."""
@@ -91,12 +105,13 @@ def build(config: Config) -> Setup:
         config.sampling, temperature=config.evaluate.temperature, top_p=1.0, top_k=0, min_p=0.0
     )
     engine = Engine(arch, config.sampling, stops, mesh, dtype)
+    heldout_engine = engine if at_test == config.sampling else Engine(arch, at_test, stops, mesh, dtype)
     _, frozen = split(policy.params)
     return Setup(
         config,
         policy,
         engine,
-        Engine(arch, at_test, stops, mesh, dtype),
+        heldout_engine,
         Learner(arch, config.model, config.optimizer, mesh, frozen),
         None if frozen is None else engine.load(frozen),
         problems,
