@@ -73,11 +73,11 @@ def test_a_run_takes_those_of_its_rows_and_keeps_them(models, tmp_path, rows, lo
     setup = build(parse_config(raw))
     parts = setup.engine, setup.heldout_engine, setup.learner
     engine, heldout, learner = parts
-    archs = engine._programs.arch, heldout._programs.arch, learner._arch
+    archs = engine.programs.arch, heldout.programs.arch, learner._arch
     assert archs == (ARCH.for_context(rows),) * 3
     run, state = open_training(setup, tmp_path / "run", fresh=False)
     run.save(1, state, keep=1)
     responder = open_model(str(tmp_path / "run"), SamplingConfig())
-    assert responder.source_for(16).engine._programs.arch.rope_scaling.long_context == long
-    assert responder.source_for(WINDOW + 1).engine._programs.arch.rope_scaling.long_context
+    assert responder.source_for(16).engine.programs.arch.rope_scaling.long_context == long
+    assert responder.source_for(WINDOW + 1).engine.programs.arch.rope_scaling.long_context
     assert read_arch(export(str(tmp_path / "run"), tmp_path / "out")) == ARCH

@@ -229,7 +229,10 @@ def test_memory_follows_the_lengths():
     assert engine.usage.ratio < 1.3
 
 
-def test_what_all_prompts_begin_with_is_prefilled_once(monkeypatch):
+@pytest.mark.parametrize("stacked", [False, True])
+def test_what_all_prompts_begin_with_is_prefilled_once(monkeypatch, stacked):
+    if stacked:
+        monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
     head = np.random.default_rng(1).integers(10, 200, 40).astype(np.int32)
     asked = [dataclasses.replace(one, prompt=np.concatenate([head, one.prompt])) for one in requests()]
     alone = {}
@@ -379,6 +382,17 @@ def test_a_rehearsal_refuses_what_sampling_would_refuse():
     engine = Engine(ARCH, dataclasses.replace(CONFIG, kv_memory_gb=1e-6), (), one_device())
     with pytest.raises(UserError, match="its memory holds"):
         rehearse(engine, requests((70, 70, 70)))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("kv_cache", ["plain", "int8"])
+def test_pages_as_accelerators_have_them_say_the_same(monkeypatch, stacked, kv_cache):
+    if stacked:
+        monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
+    config = dataclasses.replace(CONFIG, kv_cache=kv_cache)
+    by_heads, engine = run(config), Engine(ARCH, config, STOPS, one_device())
+    engine.programs._kind = engine.programs._kind | {"by_heads": False}
+    assert_same(by_heads, {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), requests())})
 
 
 def test_scanned_and_unrolled_layers_say_the_same(monkeypatch, plain):

@@ -18,10 +18,14 @@ import jax.numpy as jnp
 from pkv.mesh import merging_axis
 from pkv.model.arch import Arch
 
-# {"k": [L, P, K, H, S], "v": [L, P, K, S, H]}, and in 8 bits their scales [L, P, K, 1, S] and [L, P, K, S, 1]; or a
-# tuple of L such dicts without the axis L. S: positions a page.
+# {"k": [L, P, S, K, H], "v": [L, P, S, K, H]} or by heads {"k_heads": [L, P, K, H, S], "v_heads": [L, P, K, S, H]}, in
+# 8 bits with "k_scale" and so on, where H is 1; or a tuple of L such dicts without the axis L. S: positions a page.
+# A CPU takes them by heads, for its loops run along S; accelerators write a position in one piece, and would copy all
+# pages at each segment's start and end if these stood in another order.
 Stock = Any
 LEAST = jnp.finfo(jnp.float32).min
+WANTED = {"k": "KHS", "v": "KSH"}  # by attention
+ORDERS = {"k": "SKH", "v": "SKH", "k_heads": "KHS", "v_heads": "KSH"}  # of the last three axes
 FEW_QUERIES = 16  # so many queries a page at most meet it on a CPU as broadcast products (see `attention`)
 
 
@@ -43,27 +47,48 @@ class Paged(NamedTuple):
 
 
 def init_stock(
-    arch: Arch, pages: int, size: int, dtype: Any = jnp.float32, *, stacked: bool = True, eight_bit: bool = False
+    arch: Arch,
+    pages: int,
+    size: int,
+    dtype: Any = jnp.float32,
+    *,
+    stacked: bool = True,
+    eight_bit: bool = False,
+    by_heads: bool = False,
 ) -> Stock:
     """Empty pages of `size` positions; `stacked` must match the layers of the weights."""
-    K, H = arch.kv_heads, arch.head_size
-    shapes = {"k": (pages, K, H, size), "v": (pages, K, size, H)}
-    dtypes = dict.fromkeys(shapes, jnp.int8 if eight_bit else dtype)
+    sizes = {"S": size, "K": arch.kv_heads, "H": arch.head_size}
+    kinds = dict.fromkeys(_names(by_heads), (sizes, jnp.int8 if eight_bit else dtype))
     if eight_bit:
-        shapes |= {"k_scale": (pages, K, 1, size), "v_scale": (pages, K, size, 1)}
-        dtypes |= dict.fromkeys(("k_scale", "v_scale"), jnp.float32)
-    if stacked:
-        return {name: jnp.zeros((arch.layers, *shape), dtypes[name]) for name, shape in shapes.items()}
-    return tuple({name: jnp.zeros(shape, dtypes[name]) for name, shape in shapes.items()} for _ in range(arch.layers))
+        kinds |= {f"{name}_scale": (sizes | {"H": 1}, jnp.float32) for name in kinds}
+    lead = (arch.layers, pages) if stacked else (pages,)
+
+    def empty() -> dict[str, jax.Array]:
+        return {n: jnp.zeros((*lead, *(each[axis] for axis in _order(n))), kind) for n, (each, kind) in kinds.items()}
+
+    return empty() if stacked else tuple(empty() for _ in range(arch.layers))
+
+
+def _names(by_heads: bool) -> tuple[str, str]:
+    return ("k_heads", "v_heads") if by_heads else ("k", "v")
+
+
+def _order(name: str) -> str:
+    return ORDERS[name.removesuffix("_scale")]
+
+
+def _turned(array: jax.Array, order: str, wanted: str) -> jax.Array:
+    """An array whose last three axes stand in `order`, in the order `wanted`."""
+    lead = array.ndim - 3
+    return array.transpose(*range(lead), *(lead + order.index(axis) for axis in wanted))
 
 
 def stock_axes(stock: Stock) -> Any:
     """The logical axes of every array of a stock."""
-    names = {"k": ("pages", "kv_heads", "head", "time"), "v": ("pages", "kv_heads", "time", "head")}
-    names |= {"k_scale": names["k"], "v_scale": names["v"]}
 
     def axes(path: tuple[Any, ...], array: Any) -> tuple[str, ...]:
-        found = names[path[-1].key]
+        names = {"S": "time", "K": "kv_heads", "H": "head"}
+        found = ("pages", *(names[axis] for axis in _order(path[-1].key)))
         return found if len(array.shape) == len(found) else ("layers", *found)
 
     return jax.tree_util.tree_map_with_path(axes, stock)
@@ -94,29 +119,28 @@ def add_pages(stock: Stock, more: int) -> Stock:
     return jax.tree.map(lambda a: jnp.pad(a, [(0, more if axis == a.ndim - 4 else 0) for axis in range(a.ndim)]), stock)
 
 
-def cut_into_pages(cache: Any, size: int, *, eight_bit: bool = False) -> Stock:
+def cut_into_pages(cache: Any, size: int, *, eight_bit: bool = False, by_heads: bool = False) -> Stock:
     """The rows of a cache (see `cache`), whose length `size` divides, as pages: row after row, [..., B·S/size, ...]."""
 
-    def cut(path: tuple[Any, ...], array: jax.Array) -> jax.Array:
-        *lead, K, a, b = array.shape
-        if path[-1].key == "k":
-            pages = jnp.moveaxis(array.reshape(*lead, K, a, b // size, size), -2, -4)
-        else:
-            pages = jnp.moveaxis(array.reshape(*lead, K, a // size, size, b), -3, -4)
+    def rows(array: jax.Array) -> jax.Array:  # [..., B, K, S, H]
+        *lead, K, S, H = array.shape
+        pages = jnp.moveaxis(array.reshape(*lead, K, S // size, size, H), -3, -4)
         return pages.reshape(*lead[:-1], -1, *pages.shape[-3:])
 
-    stock = jax.tree_util.tree_map_with_path(cut, cache)
-    if not eight_bit:
-        return stock
-    return jax.tree.map(quantised, stock, is_leaf=lambda node: isinstance(node, dict))
+    def cut(layers: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        both = rows(layers["k"].swapaxes(-1, -2)), rows(layers["v"])
+        stock = {name: _turned(x, "KSH", ORDERS[name]) for name, x in zip(_names(by_heads), both, strict=True)}
+        return quantised(stock) if eight_bit else stock
+
+    return jax.tree.map(cut, cache, is_leaf=lambda node: isinstance(node, dict))
 
 
 def quantised(pages: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """One layer's keys and values in 8 bits: whole numbers from -127 to 127 and a scale for each position and head."""
     found = {}
-    for name, axis in (("k", -2), ("v", -1)):
-        array = pages[name].astype(jnp.float32)
-        scale = jnp.maximum(jnp.abs(array).max(axis=axis, keepdims=True), 1e-20) / 127
+    for name, array in pages.items():
+        array = array.astype(jnp.float32)
+        scale = jnp.maximum(jnp.abs(array).max(axis=ORDERS[name].index("H") - 3, keepdims=True), 1e-20) / 127
         found |= {name: jnp.round(array / scale).astype(jnp.int8), f"{name}_scale": scale}
     return found
 
@@ -161,17 +185,17 @@ def _of_layer(stock: Stock, layer: Any) -> dict[str, jax.Array]:
 def _write(stock: Stock, layer: Any, page_B: jax.Array, slot_B: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array) -> Stock:
     """In place when donated. Slices between the index arrays: the shape of the updates is [B, ...]."""
     kinds = stock if isinstance(stock, dict) else stock[layer]
-    fresh = {"k": k_BKH, "v": v_BKH}
-    if "k_scale" in kinds:
-        pages = quantised({"k": k_BKH[..., None], "v": v_BKH[:, :, None]})  # as pages of one position
-        fresh = {name: array.reshape(array.shape[0], array.shape[1], -1) for name, array in pages.items()}
-    every = slice(None)
-    places = {"k": (page_B, every, every, slot_B), "v": (page_B, every, slot_B)}
-    if isinstance(stock, dict):
-        places = {name: (layer, *place) for name, place in places.items()}
+    fresh = dict(zip(_names("v_heads" in kinds), (k_BKH, v_BKH), strict=True))
+    if len(kinds) > len(fresh):  # in 8 bits, as pages of one position
+        fresh = quantised({name: jnp.expand_dims(new, 1 + ORDERS[name].index("S")) for name, new in fresh.items()})
+        fresh = {name: jnp.squeeze(new, 1 + _order(name).index("S")) for name, new in fresh.items()}
+
+    def place(name: str) -> tuple[Any, ...]:
+        found = (page_B, *(slice(None),) * _order(name).index("S"), slot_B)
+        return (layer, *found) if isinstance(stock, dict) else found
+
     written = {
-        name: array.at[places[name[0]]].set(fresh[name].astype(array.dtype), mode="drop")
-        for name, array in kinds.items()
+        name: array.at[place(name)].set(fresh[name].astype(array.dtype), mode="drop") for name, array in kinds.items()
     }
     if isinstance(stock, dict):
         return written
@@ -180,7 +204,8 @@ def _write(stock: Stock, layer: Any, page_B: jax.Array, slot_B: jax.Array, k_BKH
 
 def _seen(level: Level, stock: Stock, positions_B: jax.Array, window: int | None, local: bool | jax.Array) -> jax.Array:
     """bool [P, R, S]: which slots of a page its readers see."""
-    size = (stock if isinstance(stock, dict) else stock[0])["k"].shape[-1]
+    name, array = next(iter((stock if isinstance(stock, dict) else stock[0]).items()))
+    size = array.shape[_order(name).index("S") - 3]
     at_PS = level.first[:, None] + jnp.arange(size)
     back_PRS = positions_B.at[level.readers].get(mode="clip")[:, :, None] - at_PS[:, None]
     seen_PRS = (back_PRS >= 0) & (at_PS < level.stop[:, None])[:, None]
@@ -212,18 +237,20 @@ def _partial(
     q_PRKGH = (q_BKGH * scale).at[readers_PR].get(mode="clip")
     q_PKQH = q_PRKGH.swapaxes(1, 2).reshape(P, K, R * G, H)
     score, mix = partial(_score, few=R * G <= FEW_QUERIES), partial(_mix, few=R * G <= FEW_QUERIES)
-    scores_PKQS = score(q_PKQH, pages["k"])
-    if "k_scale" in pages:
-        scores_PKQS = scores_PKQS * pages["k_scale"]
+    # By kind, whatever the order: k and its scale as [P, K, H, S], v and its own as [P, K, S, H].
+    kinds = {name.replace("_heads", ""): _turned(pages[name], _order(name), WANTED[name[0]]) for name in pages}
+    scores_PKQS = score(q_PKQH, kinds["k"])
+    if "k_scale" in kinds:
+        scores_PKQS = scores_PKQS * kinds["k_scale"]
     if cap is not None:
         scores_PKQS = cap * jnp.tanh(scores_PKQS / cap)
     scores_PKRGS = jnp.where(seen_PRS[:, None, :, None], scores_PKQS.reshape(P, K, R, G, S), LEAST)
     most_PKRG = scores_PKRGS.max(axis=-1)
     shares_PKQS = jnp.exp(scores_PKRGS - most_PKRG[..., None]).reshape(P, K, R * G, S)
     whole_PKRG = shares_PKQS.sum(axis=-1).reshape(P, K, R, G)
-    if "v_scale" in pages:
-        shares_PKQS = shares_PKQS * pages["v_scale"].swapaxes(-1, -2)
-    mixed_PKRGH = mix(shares_PKQS, pages["v"], q_BKGH.dtype).reshape(P, K, R, G, H)
+    if "v_scale" in kinds:
+        shares_PKQS = shares_PKQS * kinds["v_scale"].swapaxes(-1, -2)
+    mixed_PKRGH = mix(shares_PKQS, kinds["v"], q_BKGH.dtype).reshape(P, K, R, G, H)
     return Part(*(array.swapaxes(1, 2) for array in (most_PKRG, whole_PKRG, mixed_PKRGH)))
 
 

@@ -91,7 +91,7 @@ class Programs:
         self.stacked = arch.layers > UNROLL
         self.page = config.page_tokens or (64 if mesh.devices.flat[0].platform == "cpu" else 128)
         self._mesh, self._dtype = mesh, jnp.dtype(dtype)
-        self._eight_bit = config.kv_cache == "int8"
+        self._kind = {"eight_bit": config.kv_cache == "int8", "by_heads": mesh.devices.flat[0].platform == "cpu"}
         self._steps = config.segment
         self._stops = jnp.asarray(list(stop_ids), jnp.int32)
         self._drawing: Drawing = Greedy()
@@ -149,7 +149,8 @@ class Programs:
             mine = jax.lax.axis_index("sequence") + ways * jnp.arange(-(-len(tokens_C) // (self.page * ways)))
             return cache, take_pages(self._cut(cache), mine)
 
-        cache, stock = self._by_shard(own, (WHOLE, WHOLE), (WHOLE, PAGES))(weights, tokens_C)
+        specs = WHOLE, self._specs(jax.eval_shape(partial(self._stock, 1)))
+        cache, stock = self._by_shard(own, (WHOLE, WHOLE), specs)(weights, tokens_C)
         return jax.lax.with_sharding_constraint(cache, self._cache_placing(cache)), self._spread(stock)
 
     def _prefill(self, weights: Params, prefix: Cache | None, stock: Stock, tokens_PT: Any, places: Any) -> Stock:
@@ -277,8 +278,7 @@ class Programs:
         return math.prod(self._mesh.shape[name] for name in axes)
 
     def _stock(self, pages: int) -> Stock:
-        kind = {"stacked": self.stacked, "eight_bit": self._eight_bit}
-        return init_stock(self.arch, pages, self.page, self._dtype, **kind)
+        return init_stock(self.arch, pages, self.page, self._dtype, stacked=self.stacked, **self._kind)
 
     def _cache(self, rows: int, length: int) -> Cache:
         return init_cache(self.arch, rows, length, self._dtype, stacked=self.stacked)
@@ -289,7 +289,7 @@ class Programs:
         return jax.tree.map(lambda a: NamedSharding(self._mesh, PartitionSpec(*(None,) * (a.ndim - 3), heads)), cache)
 
     def _cut(self, cache: Cache) -> Stock:
-        return cut_into_pages(cache, self.page, eight_bit=self._eight_bit)
+        return cut_into_pages(cache, self.page, **self._kind)
 
     def _placing(self, stock: Stock) -> Any:
         return shardings(stock_axes(stock), stock, self._mesh, SAMPLING_RULES)
