@@ -134,7 +134,7 @@ class Engine:
         self, weights: Params, schedule: Schedule, start: Prefix | None, own: Store, prompts: Store
     ) -> tuple[Rows, Segment]:
         rows = schedule.arrays(self._least)
-        of_prompts, of_rows = schedule.tables(self._least)
+        of_prompts, of_rows = schedule.tables()
         shared = [Level(prompts.stock, *self._by_shelf(of_prompts))] if prompts.pool.size else []
         if start is not None:
             shared.insert(0, self._prefix_level(start, len(rows.token) // self._shards))
@@ -159,12 +159,14 @@ class Engine:
         return jax.device_put(array, NamedSharding(self._mesh, spec))
 
     def _resize(self, schedule: Schedule, own: Store, prompts: Store) -> None:
-        """Stocks of the size that the next segment needs; what is not twice too large stays."""
+        """Stocks of the size that the next segment needs; what is hardly too large stays."""
         need_own, need_prompts = schedule.demands()
         for_prompts = min(round_up(need_prompts, LEAST_PAGES, 1), schedule.most - need_own) if need_prompts else 0
         sizes = min(round_up(need_own, LEAST_PAGES), schedule.most - for_prompts), for_prompts
         stores = own, prompts
-        kept = [s.pool.size if size <= s.pool.size < 2 * size else size for s, size in zip(stores, sizes, strict=True)]
+        kept = [
+            s.pool.size if size <= s.pool.size < 1.4 * size else size for s, size in zip(stores, sizes, strict=True)
+        ]
         wanted = kept if sum(kept) <= schedule.most else sizes
         for store, size, holders in zip(stores, wanted, schedule.holders(), strict=True):
             if size < store.pool.size:

@@ -16,10 +16,11 @@ import numpy as np
 
 from pkv.config import UserError
 from pkv.records import Finish, Watch
-from pkv.sampling.pool import NOWHERE, Held, Pool
+from pkv.sampling.pool import NOWHERE, Held, Pool, round_up
 from pkv.sampling.programs import Rows, Segment, Table
 
 NO_TOKENS = np.zeros(0, np.int32)
+READERS = 2  # places for the readers of a prompt: so many, or twice as many, and so on
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,6 @@ class Schedule:
         self._requests, self._segment, self._prefix, self._page = requests, segment, prefix, own.page
         self._slots = -(-slots // own.shards)  # of a shard
         self._held: dict[tuple[int, int], Held] = {}  # the prompts that are there, by request and shard
-        self._samples = 1 << (max((len(one.keys) for one in requests), default=1) - 1).bit_length()
         for number, request in enumerate(requests):
             self._check(number, request)
 
@@ -175,7 +175,7 @@ class Schedule:
         """Who holds pages: rows, and prompts."""
         return [row.own for row in self.rows()], list(self._held.values())
 
-    def tables(self, least: int) -> tuple[Table, Table]:
+    def tables(self) -> tuple[Table, Table]:
         """Who reads what: of prompts, and of rows."""
         readers: dict[tuple[int, int], list[int]] = {here: [] for here in self._held}
         own = []
@@ -183,13 +183,15 @@ class Schedule:
             for slot, row in enumerate(rows):
                 readers[row.request, shard].append(slot)
                 own.append((row.own, (slot,)))
-        width = min(self._samples, self._batch_rows(least))  # the same for all batches of a size: fewer programs
+        width = READERS
+        while width < max(map(len, readers.values()), default=1):
+            width *= 2
         prompts = [(held, readers[here]) for here, held in self._held.items()]
         stops = [len(self._requests[request].prompt) - 1 for request, _ in self._held]
         return Table(*self.prompts.table(prompts, width, stops)), Table(*self.own.table(own, 1))
 
     def arrays(self, least: int) -> Rows:
-        """The rows as a segment takes them: a power of two of them a shard, `least` in all at least."""
+        """The rows as a segment takes them: so many a shard as `round_up` says, `least` in all at least."""
         D, S, steps = self.own.shards, self.own.places, self._segment
         count = self._batch_rows(least)
         B = D * count
@@ -279,7 +281,7 @@ class Schedule:
 
     def _batch_rows(self, least: int) -> int:
         """Rows of a shard's batch."""
-        return max(1 << (max(map(len, self.live)) - 1).bit_length(), -(-least // self.own.shards))
+        return max(round_up(max(map(len, self.live))), -(-least // self.own.shards))
 
     def _check(self, number: int, request: Request) -> None:
         if len(request.prompt) < 1 or request.max_new_tokens < 1:
