@@ -152,8 +152,8 @@ def test_a_segment_never_copies_the_pages(monkeypatch, stacked):
 
 
 def memory_of(pages: int, page: int = 8) -> dict[str, float]:
-    """A limit that so many pages of ARCH fit into."""
-    return {"page_tokens": page, "kv_memory_gb": (pages + 0.5) * 2 * ARCH.layers * 2 * 8 * page * 4 / 1e9}
+    """A limit that so many pages of ARCH fit into, and one of its four arrays twice."""
+    return {"page_tokens": page, "kv_memory_gb": 1.25 * (pages + 0.5) * 2 * ARCH.layers * 2 * 8 * page * 4 / 1e9}
 
 
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, sequence=2, tensor=2)])
@@ -167,6 +167,22 @@ def test_when_the_memory_ends_rows_wait_and_say_the_same(plain, mesh):
     assert engine.usage.peak_bytes <= limit["kv_memory_gb"] * 1e9
     if mesh is None:
         assert engine.usage.evicted, "the case must show it"
+
+
+def test_the_memory_suffices_while_pages_are_added_too(monkeypatch):
+    monkeypatch.setattr("pkv.sampling.engine.LEAST_PAGES", 8)
+    limit = memory_of(60)
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=16, **limit), (), one_device())
+    grow, seen = engine.programs.grow, []
+
+    def seen_grow(stock, *, more):
+        fresh = grow(stock, more=more)
+        seen.append(sum(array.nbytes for array in jax.live_arrays() if array.shape[1:] == (2, 8, 8)))
+        return fresh
+
+    monkeypatch.setattr(engine.programs, "grow", seen_grow)
+    list(engine.sample(engine.load(PARAMS), requests((70, 70, 70), samples=8)))
+    assert len(seen) > 4 and engine.usage.evicted and max(seen) <= limit["kv_memory_gb"] * 1e9
 
 
 @pytest.mark.parametrize("slots", [1, 3])
@@ -212,7 +228,9 @@ def test_a_request_that_the_memory_cannot_hold_is_refused_before_anything_is_sam
 
 def test_without_a_limit_the_memory_that_is_available_counts(monkeypatch, tmp_path):
     told = tmp_path / "meminfo"
-    told.write_text("MemTotal:  100 kB\nMemFree:  1 kB\nMemAvailable:  5 kB\n")  # a page of CONFIG takes 4 KiB
+    told.write_text(
+        "MemTotal:  100 kB\nMemFree:  1 kB\nMemAvailable:  7 kB\n"
+    )  # a page of CONFIG takes 4 KiB, and a quarter of it twice
     monkeypatch.setattr("pkv.sampling.engine.MEMINFO", told)
     with pytest.raises(UserError, match="holds 1"):
         run()
@@ -338,7 +356,7 @@ def test_a_long_run_compiles_few_programs():
     [
         (None, {}),
         (MESHES["all"], {}),
-        pytest.param(None, {"kv_memory_gb": 40 * 16 * 256 / 1e9}, marks=pytest.mark.slow),
+        pytest.param(None, {"kv_memory_gb": 1.25 * 40 * 16 * 256 / 1e9}, marks=pytest.mark.slow),
     ],
 )
 def test_after_a_warm_up_rollouts_to_the_end_of_their_budget_compile_nothing(mesh, memory):

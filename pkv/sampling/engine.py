@@ -75,6 +75,7 @@ class Engine:
         self._stops = np.asarray(list(stop_ids), np.int32)
         self._shards, self._places = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
         self._least, self._page_bytes = min(LEAST_ROWS, config.slots), self.programs.page_bytes()
+        self._twice = self.programs.largest_share()  # of a page: what there is twice while a stock changes its size
         self.usage = Usage()  # of the last `sample`
 
     @property
@@ -171,12 +172,17 @@ class Engine:
         for store, size, holders in zip(stores, wanted, schedule.holders(), strict=True):
             if size < store.pool.size:
                 moved = self._put(store.pool.pack(holders, size), PAGES)
-                store.stock = self.programs.move(store.stock, moved) if size else None
+                if size:
+                    _change(store, lambda part, moved=moved: self.programs.move(part, moved))
+                else:
+                    store.stock = None
         for store, size in zip(stores, wanted, strict=True):
             more = size - store.pool.size
             if more > 0:
-                some = store.stock is not None
-                store.stock = self.programs.grow(store.stock, more=more) if some else self.programs.empty(pages=more)
+                if store.stock is None:
+                    store.stock = self.programs.empty(pages=more)
+                else:
+                    _change(store, partial(self.programs.grow, more=more))
                 store.pool.resize(size)
 
     def _prefill(
@@ -250,7 +256,19 @@ class Engine:
     def _most_pages(self) -> int:
         """Pages that fit into the memory of each device."""
         limit = self._config.kv_memory_gb * 1e9 or SHARE_OF_FREE * _free_bytes(self._mesh)
-        return int(limit // self._page_bytes)
+        return int(limit // (self._page_bytes * (1 + self._twice)))
+
+
+def _change(store: Store, change: Callable[[Stock], Stock]) -> None:
+    """Change a stock array by array, so that only one of them exists twice at a time."""
+    stock: Any = store.stock
+    stacked = isinstance(stock, dict)
+    layers = [dict(layer) for layer in ((stock,) if stacked else stock)]
+    store.stock = stock = None
+    for layer in layers:
+        for name in list(layer):
+            layer.update(change({name: layer.pop(name)}))
+    store.stock = layers[0] if stacked else tuple(layers)
 
 
 def _common_prefix(prompts: Sequence[np.ndarray], page: int) -> np.ndarray:

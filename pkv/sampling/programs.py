@@ -115,9 +115,15 @@ class Programs:
 
     def page_bytes(self) -> int:
         """Bytes of one page on a device that holds it."""
-        return sum(
-            math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(self.stock_shapes(1))
-        )
+        return sum(self._array_bytes())
+
+    def largest_share(self) -> float:
+        """Which share of a page lies in one array: so much of a stock exists twice while its size changes."""
+        return max(self._array_bytes()) / self.page_bytes()
+
+    def _array_bytes(self) -> list[int]:
+        shapes = jax.tree.leaves(self.stock_shapes(1))
+        return [math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in shapes]
 
     def placing(self, params: Params) -> Any:
         """Where weights lie while sampling."""

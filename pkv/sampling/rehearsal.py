@@ -116,11 +116,11 @@ class _Recorder:
 
     def grow(self, stock: Stock, *, more: int) -> Stock:
         self.note("grow", stock, of_weights=False, more=more)
-        return self._real.stock_shapes(self._of_shard(stock) + more)
+        return self._with_pages(stock, stock_pages(stock) // self._real.shelves + more)
 
     def move(self, stock: Stock, pages: Any) -> Stock:
         self.note("move", stock, pages, of_weights=False)
-        return self._real.stock_shapes(pages.shape[1])
+        return self._with_pages(stock, pages.shape[1])
 
     def fetch(self, stock: Stock, pages: Any) -> Stock:
         self.note("fetch", stock, pages, of_weights=False)
@@ -129,8 +129,12 @@ class _Recorder:
     def restore(self, stock: Stock, pages: Any, fresh: Stock) -> Stock:
         return stock  # what comes back lies in the host's memory: its program is compiled when that happens
 
-    def _of_shard(self, stock: Stock) -> int:
-        return stock_pages(stock) // self._real.shelves
+    def _with_pages(self, stock: Stock, pages: int) -> Stock:
+        def one(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            shape = (*a.shape[:-4], pages * self._real.shelves, *a.shape[-3:])
+            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=a.sharding)
+
+        return jax.tree.map(one, stock)
 
 
 def rehearse(engine: Engine, requests: Sequence[Request]) -> list[Call]:
