@@ -27,7 +27,8 @@ from pkv.train.run import Run, open_run
 class Setup:
     """The compiled parts and the data of one run. `engine` samples for training, `heldout_engine` for evaluation.
 
-    frozen: what is not trained, laid out for both engines; None when everything is.
+    compile_ahead: what `engine` will be asked in a stage. frozen: what is not trained, laid out for both engines; None
+    when everything is.
     """
 
     TEXT_EVERY: ClassVar[int] = 10  # steps between two competitions shown in TensorBoard
@@ -36,6 +37,7 @@ class Setup:
     policy: Policy
     engine: Engine
     heldout_engine: Engine
+    compile_ahead: WarmUp
     learner: Learner
     frozen: Params | None
     problems: list[Problem]
@@ -70,7 +72,7 @@ class Setup:
             return
         source, grpo = self.source(state, stage, step), self.config.grpo
         asked = source, self.draw_prompts(step), grpo.samples, stage.max_new_tokens, self.config.seed, "train"
-        WarmUp(self.engine)(source.weights, requests_for(*asked))
+        self.compile_ahead(source.weights, requests_for(*asked))
 
 
 def build(config: Config) -> Setup:
@@ -112,6 +114,7 @@ def build(config: Config) -> Setup:
         policy,
         engine,
         heldout_engine,
+        WarmUp(engine),
         Learner(arch, config.model, config.optimizer, mesh, frozen),
         None if frozen is None else engine.load(frozen),
         problems,
