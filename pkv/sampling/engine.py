@@ -260,15 +260,18 @@ class Engine:
 
 
 def _change(store: Store, change: Callable[[Stock], Stock]) -> None:
-    """Change a stock array by array, so that only one of them exists twice at a time."""
+    """Change a stock layer by layer, a stacked one array by array: only one of them exists twice at a time."""
     stock: Any = store.stock
-    stacked = isinstance(stock, dict)
-    layers = [dict(layer) for layer in ((stock,) if stacked else stock)]
-    store.stock = stock = None
-    for layer in layers:
-        for name in list(layer):
-            layer.update(change({name: layer.pop(name)}))
-    store.stock = layers[0] if stacked else tuple(layers)
+    store.stock = None
+    if isinstance(stock, dict):
+        for name in list(stock):
+            stock.update(change({name: stock.pop(name)}))
+        store.stock = stock
+        return
+    layers, stock = list(stock), None
+    for number in range(len(layers)):
+        layers[number] = change(layers[number])
+    store.stock = tuple(layers)
 
 
 def _common_prefix(prompts: Sequence[np.ndarray], page: int) -> np.ndarray:

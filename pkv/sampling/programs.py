@@ -118,8 +118,8 @@ class Programs:
         return sum(self._array_bytes())
 
     def largest_share(self) -> float:
-        """Which share of a page lies in one array: so much of a stock exists twice while its size changes."""
-        return max(self._array_bytes()) / self.page_bytes()
+        """Which share of a stock exists twice while its size changes: a layer, or one of the stacked arrays."""
+        return max(self._array_bytes()) / self.page_bytes() if self.stacked else 1 / self.arch.layers
 
     def _array_bytes(self) -> list[int]:
         shapes = jax.tree.leaves(self.stock_shapes(1))
