@@ -229,8 +229,8 @@ def test_a_request_that_the_memory_cannot_hold_is_refused_before_anything_is_sam
 def test_without_a_limit_the_memory_that_is_available_counts(monkeypatch, tmp_path):
     told = tmp_path / "meminfo"
     told.write_text(
-        "MemTotal:  100 kB\nMemFree:  1 kB\nMemAvailable:  7 kB\n"
-    )  # a page of CONFIG takes 4 KiB, and a quarter of it twice
+        "MemTotal:  100 kB\nMemFree:  1 kB\nMemAvailable:  8 kB\n"
+    )  # a page of CONFIG takes 4 KiB, and half of it twice
     monkeypatch.setattr("pkv.sampling.engine.MEMINFO", told)
     with pytest.raises(UserError, match="holds 1"):
         run()
