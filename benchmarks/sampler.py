@@ -24,10 +24,8 @@ from pkv.sampling import Engine, Request, rehearse, row_keys
 QWEN = {"vocab_size": 151_936, "head_size": 128, "qkv_bias": True, "rope_theta": 1e6}
 TIED = {"tied_embeddings": True}
 SHAPES = {  # Qwen2.5's
-    "0.5b": Arch(
-        **QWEN | {"head_size": 64}, hidden=896, layers=24, heads=14, kv_heads=2, ffn=4864, tied_embeddings=True
-    ),
-    "1.5b": Arch(**QWEN, hidden=1536, layers=28, heads=12, kv_heads=2, ffn=8960, tied_embeddings=True),
+    "0.5b": Arch(**QWEN | TIED | {"head_size": 64}, hidden=896, layers=24, heads=14, kv_heads=2, ffn=4864),
+    "1.5b": Arch(**QWEN | TIED, hidden=1536, layers=28, heads=12, kv_heads=2, ffn=8960),
     "7b": Arch(**QWEN | {"vocab_size": 152_064}, hidden=3584, layers=28, heads=28, kv_heads=4, ffn=18_944),
     "14b": Arch(**QWEN | {"vocab_size": 152_064}, hidden=5120, layers=48, heads=40, kv_heads=8, ffn=13_824),
 }

@@ -6,7 +6,6 @@ compiled before the first rollout, the longest ones first, or for devices that a
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -64,7 +63,7 @@ class Rehearsal(Engine):
     """An engine that computes nothing. mean_tokens: of a sample, at random; None: all run to their budget's end."""
 
     def __init__(self, engine: Engine, mean_tokens: float | None = None) -> None:
-        self.__dict__.update(copy.copy(engine.__dict__))
+        self.__dict__.update(engine.__dict__)
         self.programs = _Recorder(engine.programs)
         self._mean_tokens, self._draw = mean_tokens, np.random.default_rng(0)
 
@@ -93,8 +92,7 @@ class _Recorder:
     """`Programs` by their shapes alone."""
 
     def __init__(self, programs: Programs) -> None:
-        self._real = programs
-        self.page, self.stacked, self.repeats = programs.page, programs.stacked, programs.repeats
+        self._real, self.page = programs, programs.page
         self.calls: dict[Any, Call] = {}
 
     def note(self, name: str, *arguments: Any, of_weights: bool = True, **keywords: int) -> None:
@@ -158,7 +156,10 @@ class WarmUp:
         self._engine, self._done = engine, set()
 
     def __call__(self, weights: Params, requests: Sequence[Request]) -> int:
-        """How many programs were compiled. weights: from `Engine.load`. Raises UserError as `Engine.sample` does."""
+        """How many programs it ran that it had not run before. weights: from `Engine.load`.
+
+        Raises UserError as `Engine.sample` does.
+        """
         calls = [call for call in rehearse(self._engine, requests) if call.key not in self._done]
         with Progress(len(calls), "compiling the sampler", delay_s=1.0) as progress:
             for call in calls:
