@@ -9,29 +9,40 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pkv.competition import Tokenizer
 from pkv.config import Config, UserError
 from pkv.evaluate import Policy, load_policy
 from pkv.evaluate.policy import sampling_mesh
-from pkv.grpo import Learner, advantages_by_reward, pack
+from pkv.grpo import Layout, Learner, advantages_by_reward, pack
 from pkv.grpo import Sequence as TrainingSequence
-from pkv.grpo.losses import ClippedSurrogate
-from pkv.mesh import BATCH_AXES, make_mesh
+from pkv.mesh import BATCH_AXES, TIME_AXIS, make_mesh
 from pkv.model import Arch, Params, join, split
+from pkv.model.arithmetic import update_flops
 from pkv.sampling import Completion, Engine, Request, row_keys
-from pkv.tracking import Progress
-from pkv.train.journal import peak_memory_gb
-from pkv.train.loop import Clock
+from pkv.tracking import Clock, Progress
+from pkv.train.journal import device_peaks_gb, peak_memory_gb
 
 What = Literal["sample", "update", "step"]
 Run = Callable[[Clock], list[int]]  # one run: seconds by phase into the clock; returns each response's tokens
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that can be done again and again; trainer: of the update in it, None where there is none."""
+
+    run: Run
+    trainer: Trainer | None = None
+
+
 MEAN_SHARE = 4  # made-up responses have on average max_new_tokens / 4 tokens, before they are cut
 LOGPROB_NOISE = 0.01  # how far made-up log-probabilities lie around those of a policy that knows nothing, nats
 
@@ -63,9 +74,13 @@ class Task:
     @property
     def micro_rows(self) -> int:
         """B of one forward and backward pass: as asked, rounded up to what the devices divide."""
+        return -(-self.config.grpo.micro_rows // self.row_ways) * self.row_ways
+
+    @property
+    def row_ways(self) -> int:
+        """Over how many devices rows are spread."""
         mesh = make_mesh(self.config.mesh)
-        ways = math.prod(mesh.shape[name] for name in BATCH_AXES)
-        return -(-self.config.grpo.micro_rows // ways) * ways
+        return math.prod(mesh.shape[name] for name in BATCH_AXES)
 
 
 def bench(what: What, task: Task, runs: int) -> dict[str, Any]:
@@ -74,19 +89,22 @@ def bench(what: What, task: Task, runs: int) -> dict[str, Any]:
     tokens_per_s: response tokens that count, so up to and with the first end token, a second of the whole run. seconds:
     by phase, the phases of a training step. compile_s: tracing, lowering and compiling before the measured runs.
     peak_memory_gb: GiB since the process began, loading and compiling included; devices: of each that keeps count.
-    Raises UserError.
+    update_tflops: the model's own arithmetic a second of the update, with every prompt counted as often as it has
+    responses; matrix_tflops: what bare matrix products reach on all devices here. Raises UserError.
     """
     measured = []
     with Progress(runs + 1, f"bench {what}") as progress:
         with Compilations() as before:
-            run = BUILDERS[what](task)
-            run(Clock())
+            job = BUILDERS[what](task)
+            job.run(Clock())
         progress.advance(1, compile_s=before.seconds)
         for _ in range(runs):
             clock = Clock()
             with Compilations() as inside:
-                lengths = run(clock)
+                lengths = job.run(clock)
             measured.append(_figures(lengths, clock.seconds, inside))
+            if job.trainer is not None:
+                measured[-1]["update_tflops"] = job.trainer.tflops(lengths) / clock.seconds["update"]
             progress.advance(1, tokens_per_s=measured[-1]["tokens_per_s"])
     return {
         "bench": what,
@@ -101,6 +119,7 @@ def bench(what: What, task: Task, runs: int) -> dict[str, Any]:
             "mean": statistics.fmean(one["lengths"]["mean"] for one in measured),
             "longest": max(one["lengths"]["longest"] for one in measured),
         },
+        **(_against_matrices(measured, task) if job.trainer else {}),
         "compile_s": before.seconds,
         "compilations": before.count,
         "compilations_in_runs": sum(one["compilations"] for one in measured),
@@ -114,8 +133,11 @@ def in_words(result: Mapping[str, Any]) -> str:
     phases = ", ".join(f"{phase} {seconds:.3g}" for phase, seconds in result["seconds"].items())
     lengths, peak = result["lengths"], result["peak_memory_gb"]
     devices = f", {max(peak['devices']):.1f} GB on a device" if peak["devices"] else ""
+    share = ""
+    if "update_tflops" in result:
+        share = f", {result['update_tflops'] / result['matrix_tflops']:.0%} of the matrix rate"
     return (
-        f"{result['bench']}: {result['tokens_per_s']:,.0f} tokens/s; {result['step_s']:.3g} s a run ({phases}); "
+        f"{result['bench']}: {result['tokens_per_s']:,.0f} tokens/s; {result['step_s']:.3g} s a run ({phases}{share}); "
         f"{result['compilations']} programs compiled in {result['compile_s']:.3g} s before the runs, "
         f"{result['compilations_in_runs']} in them; responses of {lengths['mean']:.0f} tokens, the longest "
         f"{lengths['longest']}; peak memory {peak['host']:.1f} GB{devices}"
@@ -125,7 +147,7 @@ def in_words(result: Mapping[str, Any]) -> str:
 # What a run does.
 
 
-def sampling_run(task: Task) -> Run:
+def sampling_run(task: Task) -> Job:
     """Sampling alone, from weights laid out as `pkv sample` lays them out."""
     config = task.config
     mesh = sampling_mesh(config.model.path)
@@ -138,10 +160,10 @@ def sampling_run(task: Task) -> Run:
         with clock("sample"):
             return [len(done.tokens) for done in engine.sample(weights, requests)]
 
-    return run
+    return Job(run)
 
 
-def update_run(task: Task) -> Run:
+def update_run(task: Task) -> Job:
     """The update alone, on made-up responses."""
     policy = load_policy(task.config.model.path, make_mesh(task.config.mesh))
     trainer = Trainer(task, policy)
@@ -152,10 +174,10 @@ def update_run(task: Task) -> Run:
             trainer.update(sequences)
         return [len(sequence.response) for sequence in sequences]
 
-    return run
+    return Job(run, trainer)
 
 
-def step_run(task: Task) -> Run:
+def step_run(task: Task) -> Job:
     """Sampling, then the update on what was sampled; advantages are made up, see `credit`."""
     config = task.config
     mesh = make_mesh(config.mesh)
@@ -173,10 +195,10 @@ def step_run(task: Task) -> Run:
             trainer.update(credit(task, prompts, done))
         return [len(completion.tokens) for completion in done]
 
-    return run
+    return Job(run, trainer)
 
 
-BUILDERS: Mapping[str, Callable[[Task], Run]] = {"sample": sampling_run, "update": update_run, "step": step_run}
+BUILDERS: Mapping[str, Callable[[Task], Job]] = {"sample": sampling_run, "update": update_run, "step": step_run}
 
 
 class Trainer:
@@ -186,9 +208,15 @@ class Trainer:
         config = task.config
         self.arch = _arch_for(task, policy, config.grpo.row_tokens)
         _, self.frozen = split(policy.params)
-        self._row_tokens, self._micro_rows = config.grpo.row_tokens, task.micro_rows
-        self._loss = ClippedSurrogate(config.grpo.clip_low, config.grpo.clip_high, config.grpo.importance_cap)
+        self._loss, self._prompt_tokens = config.grpo.loss, task.prompt_tokens
         self._learner = Learner(self.arch, config.model, config.optimizer, make_mesh(config.mesh), self.frozen)
+        self._layout = Layout(
+            config.grpo.row_tokens,
+            task.micro_rows,
+            share_prompts=config.grpo.share_prompts and self._learner.shares_prompts,
+            rows_multiple=task.row_ways,
+            time_multiple=self._learner.mesh.shape[TIME_AXIS],
+        )
         self._state = self._learner.init(policy.params)
 
     @property
@@ -196,10 +224,14 @@ class Trainer:
         """What is trained."""
         return self._state.params
 
+    def tflops(self, lengths: Sequence[int]) -> float:
+        """The arithmetic of an update on responses of these lengths, 10^12 operations."""
+        sizes = ((self._prompt_tokens + length - 1, length) for length in lengths)
+        return update_flops(self.arch, sizes, self.frozen is not None) / 1e12
+
     def update(self, sequences: Sequence[TrainingSequence]) -> None:
         """Pack and update as the loop does, and wait until it is done."""
-        batch = pack(sequences, self._row_tokens)
-        state, _ = self._learner.update(self._state, batch, self._loss, 0.0, self._micro_rows)
+        state, _ = self._learner.update(self._state, [pack(sequences, self._layout)], self._loss, 0.0)
         self._state = jax.block_until_ready(state)
 
 
@@ -305,12 +337,6 @@ class Compilations:
             self.count += event.endswith("/backend_compile_duration")
 
 
-def device_peaks_gb() -> list[float]:
-    """The most memory in use on each device of this process that keeps count, GiB; a CPU doesn't."""
-    found = (device.memory_stats() or {} for device in jax.local_devices())
-    return [stats["peak_bytes_in_use"] / 2**30 for stats in found if "peak_bytes_in_use" in stats]
-
-
 def _figures(lengths: Sequence[int], seconds: Mapping[str, float], inside: Compilations) -> dict[str, Any]:
     tokens, step_s = sum(lengths), sum(seconds.values())
     return {
@@ -322,6 +348,25 @@ def _figures(lengths: Sequence[int], seconds: Mapping[str, float], inside: Compi
         "compilations": inside.count,
         "compile_s": inside.seconds,
     }
+
+
+def _against_matrices(measured: Sequence[Mapping[str, Any]], task: Task) -> dict[str, float]:
+    rate = matrix_tflops(task.config.model.dtype) * jax.device_count()
+    return {"update_tflops": statistics.median(one["update_tflops"] for one in measured), "matrix_tflops": rate}
+
+
+def matrix_tflops(dtype: str) -> float:
+    """What a bare matrix product reaches on one device, 10^12 operations a second, the best of five."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(x, x))
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(product(x, x))
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e12
 
 
 def _settings(what: What, task: Task) -> dict[str, Any]:
@@ -339,6 +384,7 @@ def _settings(what: What, task: Task) -> dict[str, Any]:
     update = {
         "row_tokens": config.grpo.row_tokens,
         "micro_rows": task.micro_rows,
+        "share_prompts": config.grpo.share_prompts,
         "remat": config.model.remat,
     }
     return common | ({} if what == "update" else sampling) | ({} if what == "sample" else update)

@@ -12,12 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pkv.config import MeshConfig, UserError
 
 AXES = ("data", "fsdp", "sequence", "tensor")
-BATCH_AXES = ("data", "fsdp")  # rows of a batch are spread over both
+BATCH_AXES = ("data", "fsdp")  # rows of a batch are spread over both,
+TIME_AXIS = "sequence"  # and their positions over this one
+TOKEN_AXES = (*BATCH_AXES, TIME_AXIS)
+HEAD_AXES = ("tensor", TIME_AXIS)  # where attention meets whole rows, each device has some heads of them
 PAGE_AXES = (*BATCH_AXES, "sequence")  # the KV pages of a row lie on the row's devices, in turn over sequence
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -29,6 +33,7 @@ TRAINING_RULES: Rules = {
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "row_heads": HEAD_AXES,
     "head": None,
     "ffn": "tensor",
     "rank": None,
@@ -64,46 +69,71 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How an array whose leading axis is batch rows lies on the mesh: rows over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    """How an array [B, T, ...] of a batch lies on the mesh: rows over data and fsdp, positions over sequence."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, TIME_AXIS))
 
 
-def constrain_rows(x: jax.Array) -> jax.Array:
-    """Inside `jax.set_mesh`: the compiler keeps the leading axis over data and fsdp and the others whole.
+def constrain_tokens(x: jax.Array) -> jax.Array:
+    """Inside `jax.set_mesh`: the compiler keeps [B, T, ...] as `batch_sharding` has it, and the other axes whole.
 
     Without this hint it may follow the weights instead and spread an activation's last axis over fsdp. It is a hint:
     without a mesh, where x is one device's own rows, or with rows that the devices don't divide, x comes back as it is.
     """
     mesh = jax.sharding.get_abstract_mesh()
     own = set(BATCH_AXES) & set(mesh.manual_axes)
-    if own or not set(BATCH_AXES) <= set(mesh.axis_names) or x.shape[0] % _row_ways(mesh):
+    if own or not set(AXES) <= set(mesh.axis_names) or x.shape[0] % _ways(mesh, BATCH_AXES):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+    positions = TIME_AXIS if x.shape[1] % mesh.shape[TIME_AXIS] == 0 else None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, positions))
 
 
-def over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function `(weights, *arrays)` that every device calls on its own rows of the arrays; its results are rows too.
+def by_heads(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Inside `jax.set_mesh`: from some positions of all heads on a device to all positions of some heads.
 
-    The weights come whole over data and fsdp, and their gradient is added up over devices once, after the function;
-    over tensor the compiler spreads both as it does elsewhere. Inside `jax.set_mesh`; without a mesh, or with rows that
-    the devices don't divide, it is the function itself.
+    So attention sees whole rows where positions are spread over sequence, and every device has the same work whatever
+    the mask (DeepSpeed-Ulysses, arXiv 2309.14509). Key-value heads that are fewer than the devices are repeated until
+    each device has its own. With one device along sequence and tensor, or heads that they don't divide, the arrays come
+    back as they are.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    ways = _row_ways(mesh)
+    if not set(AXES) <= set(mesh.axis_names) or set(TOKEN_AXES) & set(mesh.manual_axes):
+        return q_BTNH, k_BTKH, v_BTKH
+    ways, (N, K) = _ways(mesh, HEAD_AXES), (q_BTNH.shape[2], k_BTKH.shape[2])
+    if ways == 1 or N % ways:
+        return q_BTNH, k_BTKH, v_BTKH
+    repeats = math.lcm(K, ways) // K
+    rows = BATCH_AXES if q_BTNH.shape[0] % _ways(mesh, BATCH_AXES) == 0 else None
+    place = PartitionSpec(rows, None, HEAD_AXES)
+    heads = (q_BTNH, *(jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k_BTKH, v_BTKH)))
+    q_BTNH, k_BTKH, v_BTKH = (jax.lax.with_sharding_constraint(x, place) for x in heads)
+    return q_BTNH, k_BTKH, v_BTKH
+
+
+def over_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function `(weights, *arrays)` that every device calls on its own tokens of the arrays [B, T, ...].
+
+    Its results are [B, T] alike. The weights come whole over data, fsdp and sequence, and their gradient is added up
+    over devices once, after the function; over tensor the compiler spreads both as it does elsewhere. Inside
+    `jax.set_mesh`; without a mesh, or with tokens that the devices don't divide, it is the function itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(AXES) <= set(mesh.axis_names) or _ways(mesh, TOKEN_AXES) == 1:
+        return function
 
     def sharded(weights: Any, *arrays: jax.Array) -> Any:
-        if arrays[0].shape[0] % ways:
+        B, T = arrays[0].shape[:2]
+        if B % _ways(mesh, BATCH_AXES) or T % mesh.shape[TIME_AXIS]:
             return function(weights, *arrays)
-        rows = PartitionSpec(BATCH_AXES)
+        tokens = PartitionSpec(BATCH_AXES, TIME_AXIS)
 
         def own(weights: Any, *arrays: jax.Array) -> Any:
             # Each device's own copy: within a loop of the function, a shared one's gradient is added up at every turn.
-            return function(jax.lax.pcast(weights, BATCH_AXES, to="varying"), *arrays)
+            return function(jax.lax.pcast(weights, TOKEN_AXES, to="varying"), *arrays)
 
-        specs = (PartitionSpec(), *(rows for _ in arrays))
-        return jax.shard_map(own, in_specs=specs, out_specs=rows, axis_names=set(BATCH_AXES))(weights, *arrays)
+        specs = (PartitionSpec(), *(tokens for _ in arrays))
+        return jax.shard_map(own, in_specs=specs, out_specs=tokens, axis_names=set(TOKEN_AXES))(weights, *arrays)
 
-    return function if ways == 1 else sharded
+    return sharded
 
 
 def merging_axis() -> str | None:
@@ -112,9 +142,9 @@ def merging_axis() -> str | None:
     return "sequence" if "sequence" in mesh.manual_axes and mesh.shape["sequence"] > 1 else None
 
 
-def _row_ways(mesh: Mesh | AbstractMesh) -> int:
-    """Over how many devices rows are spread; 1 without a mesh."""
-    return math.prod(mesh.shape[name] for name in BATCH_AXES) if set(BATCH_AXES) <= set(mesh.axis_names) else 1
+def _ways(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> int:
+    """Over how many devices the mesh axes spread."""
+    return math.prod(mesh.shape[name] for name in axes)
 
 
 def over_shards(function: Callable[..., jax.Array], axes: Sequence[tuple[str, ...]]) -> Callable[..., jax.Array]:
@@ -128,7 +158,7 @@ def over_shards(function: Callable[..., jax.Array], axes: Sequence[tuple[str, ..
         return function
 
     def sharded(*arrays: jax.Array) -> jax.Array:
-        rows_divide = arrays[0].shape[0] % _row_ways(mesh) == 0
+        rows_divide = arrays[0].shape[0] % _ways(mesh, BATCH_AXES) == 0
         rules = TRAINING_RULES if rows_divide else {**TRAINING_RULES, "rows": None}
         specs = tuple(_spec("attention", a, x.shape, mesh, rules) for a, x in zip(axes, arrays, strict=True))
         return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)

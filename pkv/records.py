@@ -190,15 +190,20 @@ class Group:
 class Batch:
     """Packed rows, ready for the device; several sequences share a row and are told apart by `segments`.
 
-    tokens, positions, segments: int32 [B, T]; segment 0 is padding, positions restart at 0 in each segment.
-    targets: int32 [B, T], the next token of the same segment. mask: float32 [B, T], 1 where the target was generated.
+    tokens, positions, segments, branches: int32 [B, T]; segment 0 is padding, positions restart at 0 in each segment.
+    Branch 0 of a segment is its prompt but for the last token; each other branch, numbered anew in every row, is that
+    last token and a response, and goes on at the prompt's last position.
+    targets: int32 [B, T], the next token of the same branch. mask: float32 [B, T], 1 where the target was generated.
+    weights: float32 [B, T], what the target's loss counts in the sum.
     advantages, sampler_logprobs: float32 [B, T], aligned with `targets`, 0 where mask is 0.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
     segments: np.ndarray
+    branches: np.ndarray
     targets: np.ndarray
     mask: np.ndarray
+    weights: np.ndarray
     advantages: np.ndarray
     sampler_logprobs: np.ndarray

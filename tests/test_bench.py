@@ -28,7 +28,12 @@ ARCH = Arch(
 ENDS = (2, *range(340, 400))  # so many that responses end at unequal lengths
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS, RUNS = 2, 4, 9, 24, 2
 SAMPLING = {"temperature": 1.0, "slots": 4, "segment": 4}
-UPDATE = {"row_tokens": 64, "micro_rows": 8, "remat": "none"}  # 4 rows would not go over the tests' 8 devices
+UPDATE = {
+    "row_tokens": 64,
+    "micro_rows": 8,
+    "share_prompts": False,
+    "remat": "none",
+}  # 4 rows would not go over the tests' 8 devices
 PHASES = {"sample": ["sample"], "update": ["update"], "step": ["sample", "update"]}
 
 
@@ -73,6 +78,7 @@ def test_each_command_writes_one_object_of_the_contract(results, model, what):
     assert set(result) == {
         *("bench", "model", "settings", "device", "tokens_per_s", "step_s", "seconds", "lengths"),
         *("compile_s", "compilations", "compilations_in_runs", "peak_memory_gb", "runs"),
+        *(() if what == "sample" else ("update_tflops", "matrix_tflops")),
     }
     assert (result["bench"], result["model"]) == (what, model)
     assert len(result["runs"]) == RUNS and list(result["seconds"]) == PHASES[what]

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pkv.config import MeshConfig, ModelConfig, OptimizerConfig, UserError
-from pkv.grpo import Learner, Sequence, advantages_by_reward, pack, token_advantages
-from pkv.grpo.advantages import groups_with_signal
+from pkv.config import MeshConfig, ModelConfig, OptimizerConfig, PolicyLoss, RoundConfig, UserError
+from pkv.grpo import (
+    Layout,
+    Learner,
+    Sequence,
+    advantages_by_reward,
+    learning_rate,
+    pack,
+    reference_weights,
+    token_advantages,
+)
+from pkv.grpo.advantages import groups_with_signal, soft_overlong, total_advantages, whiten
 from pkv.grpo.logprobs import CHUNK, token_logprobs
-from pkv.grpo.losses import ClippedSurrogate, Supervised, token_losses
+from pkv.grpo.losses import Logprobs, Supervised, token_losses
+from pkv.grpo.moments import round_at_random
 from pkv.mesh import TRAINING_RULES, batch_sharding, make_mesh, shardings
 from pkv.model import Arch, forward, init_params, logits, param_axes
 
@@ -23,15 +33,26 @@ ARCH = Arch(
     vocab_size=48, hidden=16, layers=2, heads=4, kv_heads=2, head_size=8, ffn=32, qkv_bias=True, tied_embeddings=True
 )
 NAN = float("nan")
-CLIPPED = ClippedSurrogate(0.2, 0.28, 2.0)
+CLIPPED = PolicyLoss()
 
 
+@cache
 def one_device():
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
+@cache
 def learner(mesh=None, optimizer="adamw", **model) -> Learner:
     return Learner(ARCH, ModelConfig(**model), OptimizerConfig(optimizer), mesh or one_device())
+
+
+def layout(row_tokens: int = 64, micro_rows: int = 8, **kind) -> Layout:
+    return Layout(row_tokens, micro_rows, **kind)
+
+
+def whole_batch(batches):
+    """Micro-batches of one length as one."""
+    return type(batches[0])(**{name: np.concatenate([getattr(b, name) for b in batches]) for name in vars(batches[0])})
 
 
 def sequences(count: int = 6, seed: int = 0) -> list[Sequence]:
@@ -88,9 +109,51 @@ def test_sequence_credit_is_the_classic_scalar():
     np.testing.assert_allclose(found, [-3, -3, -3])
 
 
-def test_groups_without_signal_on_a_weighted_reward_are_found():
-    advantages = np.array([[[0.0, 0.0], [1.0, -1.0]], [[1.0, -1.0], [1.0, -1.0]]])
-    assert groups_with_signal(advantages, np.array([1.0, 0.0])).tolist() == [False, True]
+def test_groups_without_signal_are_found():
+    values = np.array([[[1.0, 1.0, NAN], [1.0, 0.0, 1.0], [NAN, NAN, 1.0]], [[0.5, 0.5, 0.5]] * 3])
+    assert groups_with_signal(values).tolist() == [False, True, False]
+
+
+def test_leave_one_out_compares_with_the_others_only():
+    found = advantages_by_reward(np.array([[[1.0, 0.0, 0.0, NAN]]]), "none", baseline="leave_one_out")
+    np.testing.assert_allclose(found[0, 0], [1.0, -0.5, -0.5, 0.0], rtol=1e-6)
+
+
+def test_a_rollout_is_compared_with_those_that_fared_alike():
+    # Two with one right fighter, two with two of them, and one alone.
+    alike = np.array([[[1, 1, 2, 2, 3]]])
+    found = advantages_by_reward(np.array([[[1.0, 0.0, 1.0, 1.0, 0.0]]]), "none", alike_KPG=alike)
+    np.testing.assert_allclose(found[0, 0], [0.5, -0.5, 0, 0, 0])
+
+
+def test_rewards_scaled_by_themselves_do_not_drown_in_the_sum():
+    values = np.array([[[0.0, 1.0, 1.0]], [[0.0, 0.0, 10.0]]])
+    apart = advantages_by_reward(values, "std").sum(axis=0)[0]
+    together = total_advantages(values, np.ones(2), "std", 0.25, "mean")[0]
+    np.testing.assert_allclose(apart, [-1.5 * 2**0.5, 0, 1.5 * 2**0.5], atol=1e-3)
+    np.testing.assert_allclose(together, (np.array([0, 1, 11]) - 4) / np.std([0, 1, 11]), rtol=1e-3)
+    assert together[1] < -0.5, "right in the first reward, and punished for it"
+
+
+def test_a_total_is_over_the_rewards_that_there_are():
+    values = np.array([[[1.0, NAN, NAN]], [[1.0, 4.0, NAN]]])
+    found = total_advantages(values, np.array([2.0, 1.0]), "none", 0.25, "mean")
+    np.testing.assert_allclose(found[0], [-0.5, 0.5, 0.0])
+
+
+def test_whitened_tokens_have_unit_deviation_and_owners_without_advantage_keep_none():
+    given = [np.array([2.0, 0.0], np.float32), np.array([-1.0, 0.0, 0.0], np.float32)]
+    tokens = np.concatenate(whiten(given, centre=False))
+    np.testing.assert_allclose(tokens, np.array([2, 0, -1, 0, 0]), rtol=1e-5)  # its mean square is 1 already
+    centred = np.concatenate(whiten(given, centre=True))
+    assert centred.mean() == pytest.approx(0, abs=1e-6) and centred.std() == pytest.approx(1, abs=1e-5)
+    assert whiten([], centre=True) == []
+
+
+def test_soft_overlong_by_hand():
+    # DAPO's numbers: 20,480 tokens, of which the last 4,096 are punished.
+    found = soft_overlong(np.array([100, 16_384, 18_432, 20_480, 30_000]), 20_480, 4096)
+    np.testing.assert_allclose(found, [0, 0, -0.5, -1, -1])
 
 
 # Packing.
@@ -98,9 +161,9 @@ def test_groups_without_signal_on_a_weighted_reward_are_found():
 
 def test_packing_places_every_response_token_once_and_in_order():
     given = sequences(9)
-    batch = pack(given, 32)
+    batches = pack(given, layout(32, 2))
     found = []
-    for row in range(len(batch.tokens)):
+    for batch, row in ((one, row) for one in batches for row in range(len(one.tokens))):
         for number in range(1, batch.segments[row].max() + 1):
             here = batch.segments[row] == number
             counted = here & (batch.mask[row] > 0)
@@ -108,12 +171,57 @@ def test_packing_places_every_response_token_once_and_in_order():
             found.append((batch.targets[row][counted].tolist(), batch.advantages[row][counted].tolist()))
     wanted = [(s.response.tolist(), s.advantages.tolist()) for s in given]
     assert sorted(found) == sorted(wanted)
-    assert batch.mask.sum() == sum(len(s.response) for s in given)
+    assert sum(batch.mask.sum() for batch in batches) == sum(len(s.response) for s in given)
+    assert sum(batch.weights.sum() for batch in batches) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_shared_prompt_stands_once_before_its_responses():
+    prompt = np.arange(5, dtype=np.int32)
+    given = [dataclasses.replace(s, prompt=prompt) for s in sequences(4)]
+    given.append(dataclasses.replace(sequences(1)[0], prompt=np.zeros(40, np.int32)))  # it makes rows long
+    (batch,) = (one for one in pack(given, layout(64, 1, share_prompts=True)) if one.branches.max() == 4)
+    assert (batch.segments > 0).sum() == 4 + sum(len(s.response) for s in given[:4])
+    assert (batch.segments[0].max(), batch.branches[0].max()) == (1, 4)
+    for branch in range(1, 5):
+        here = batch.branches[0] == branch
+        assert batch.tokens[0][here][0] == 4, "each branch begins with the prompt's last token"
+        np.testing.assert_array_equal(batch.positions[0][here], 4 + np.arange(here.sum()))
+
+
+def test_short_responses_go_into_short_rows_and_micro_batches_hold_as_many_tokens():
+    def of(size):
+        some = np.ones(size, np.float32)
+        return Sequence(np.zeros(2, np.int32), np.zeros(size, np.int32), some, some)
+
+    batches = pack([of(15) for _ in range(16)] + [of(60)], layout(64, 2))
+    shapes = [batch.tokens.shape for batch in batches]
+    assert all(rows * length <= 128 for rows, length in shapes)
+    assert (8, 16) in shapes and any(length == 64 for _, length in shapes)
+    assert sum(rows * length for rows, length in shapes) <= 16 * 16 + 64
+
+
+def test_rows_and_lengths_are_what_devices_divide():
+    for batch in pack(sequences(9), layout(60, 3, rows_multiple=4, time_multiple=8)):
+        assert len(batch.tokens) % 4 == 0 and batch.tokens.shape[1] % 8 == 0
+
+
+def test_token_weights_by_hand():
+    def of(size):
+        some = np.ones(size, np.float32)
+        return Sequence(np.zeros(2, np.int32), np.zeros(size, np.int32), some, some)
+
+    def weights(normalise):
+        (batch,) = pack([of(1), of(3)], layout(8, 1, normalise=normalise, budget=10))
+        return sorted(batch.weights[batch.mask > 0].tolist())
+
+    assert weights("tokens") == pytest.approx([1 / 4] * 4)
+    assert weights("sequences") == pytest.approx([1 / 6] * 3 + [1 / 2])
+    assert weights("constant") == pytest.approx([1 / 20] * 4)
 
 
 def test_a_sequence_longer_than_a_row_is_an_error_with_both_numbers():
     with pytest.raises(UserError, match=r"row_tokens: 8 .* 2\d|row_tokens: 8 .* 1\d"):
-        pack(sequences(9), 8)
+        pack(sequences(9), layout(8))
 
 
 # Log-probabilities and losses.
@@ -171,20 +279,85 @@ def flops(program) -> float:
     return int(turns) * program.cost_analysis()["flops"]
 
 
+def losses_of(loss, now, old, sampler, advantages, reference=None, average=lambda x: x.mean() + 0 * x, entropy=0.0):
+    """Of one sequence."""
+    return token_losses(loss, Logprobs(now, old, sampler, reference), entropy + 0 * now, advantages, average)
+
+
+RATIO = jnp.array([1.0, 1.5, 1.5, 0.5, 0.5])
+ADVANTAGE = jnp.array([2.0, 1.0, -1.0, 1.0, -1.0])
+OLD = jnp.full(5, -1.0)
+
+
 def test_clipped_surrogate_by_hand():
-    ratio = jnp.array([1.0, 1.5, 1.5, 0.5, 0.5])
-    advantage = jnp.array([2.0, 1.0, -1.0, 1.0, -1.0])
-    old = jnp.full(5, -1.0)
-    losses, clipped = token_losses(CLIPPED, old + jnp.log(ratio), old, old, advantage)
-    np.testing.assert_allclose(losses, [-2.0, -1.28, 1.5, -0.5, 0.8], rtol=1e-6)
-    assert clipped.tolist() == [0, 1, 0, 0, 1]
+    found = losses_of(CLIPPED, OLD + jnp.log(RATIO), OLD, OLD, ADVANTAGE)
+    np.testing.assert_allclose(found.loss, [-2.0, -1.28, 1.5, -0.5, 0.8], rtol=1e-6)
+    assert found.clipped_low.tolist() == [0, 0, 0, 0, 1] and found.clipped_high.tolist() == [0, 1, 0, 0, 0]
+
+
+def test_dual_clip_bounds_what_a_negative_advantage_can_cost():
+    loss = PolicyLoss(dual_clip=3.0)
+    found = losses_of(loss, OLD + jnp.log(jnp.array([2.0, 5.0, 5.0, 1.0, 1.0])), OLD, OLD, -ADVANTAGE)
+    np.testing.assert_allclose(found.loss, [4.0, 3.0, -1.28, 1.0, -1.0], rtol=1e-6)
+    assert found.clipped_high.tolist() == [0, 1, 1, 0, 0]
+
+
+def test_cispo_holds_weights_and_gives_every_token_its_gradient():
+    loss = PolicyLoss("cispo", cap=1.2)
+
+    def total(now):
+        return losses_of(loss, now, OLD, OLD, ADVANTAGE).loss.sum()
+
+    now = OLD + jnp.log(RATIO)
+    np.testing.assert_allclose(jax.grad(total)(now), -jnp.minimum(RATIO, 1.2) * ADVANTAGE, rtol=1e-6)
+    assert losses_of(loss, now, OLD, OLD, ADVANTAGE).clipped_high.tolist() == [0, 1, 1, 0, 0]
+
+
+def test_gspo_gives_a_sequence_one_ratio():
+    loss, advantages = PolicyLoss("gspo"), jnp.ones(5)
+    ratio = float(np.exp(np.mean(np.log(RATIO))))
+
+    def total(now):
+        return losses_of(loss, now, OLD, OLD, advantages).loss.sum()
+
+    now = OLD + jnp.log(RATIO)
+    np.testing.assert_allclose(losses_of(loss, now, OLD, OLD, advantages).loss, [-ratio] * 5, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(total)(now), [-ratio] * 5, rtol=1e-6)
+    far = now + 1.0
+    assert not jax.grad(total)(far).any() and losses_of(loss, far, OLD, OLD, advantages).clipped_high.all()
+
+
+def test_divergences_by_hand():
+    now, reference = jnp.log(jnp.array([0.5, 0.2])), jnp.log(jnp.array([0.25, 0.4]))
+    log2 = np.log(2)
+    for kl, wanted in (("k2", [log2**2 / 2] * 2), ("k3", [0.5 - 1 + log2, 2 - 1 - log2])):
+        found = losses_of(PolicyLoss(kl=kl, kl_weight=0.1), now, now, now, jnp.zeros(2), reference)
+        np.testing.assert_allclose(found.loss, 0.1 * np.array(wanted), rtol=1e-5)
+    # k1 in the reward: what is likelier than under the reference pays for it.
+    found = losses_of(PolicyLoss(kl="k1", kl_weight=0.1), now, now, now, jnp.zeros(2), reference)
+    np.testing.assert_allclose(found.loss, [0.1 * log2, -0.1 * log2], rtol=1e-5)
+    np.testing.assert_allclose(found.kl_reference, [0.5 - 1 + log2, 2 - 1 - log2], rtol=1e-5)
+
+
+def test_a_sequence_far_from_its_sampler_is_rejected_by_its_geometric_mean():
+    near, far = OLD + 0.01, OLD.at[0].add(1.0)  # geometric means of the ratios: exp(-0.01) and exp(-0.2)
+    for sampler, rejected in ((near, 0.0), (far, 1.0)):
+        found = losses_of(PolicyLoss(reject=1.05), OLD, OLD, sampler, ADVANTAGE, entropy=1.0)
+        assert found.rejected.tolist() == [rejected] * 5
+        assert bool(found.loss.any()) == (not rejected)
+
+
+def test_entropy_is_paid_for():
+    np.testing.assert_allclose(
+        losses_of(PolicyLoss(entropy=0.5), OLD, OLD, OLD, jnp.zeros(5), entropy=2.0).loss, [-1.0] * 5
+    )
 
 
 def test_importance_weights_are_truncated_and_carry_no_gradient():
     old, sampler = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.1, 0.4]))
 
     def loss(logprobs):
-        return token_losses(CLIPPED, logprobs, jax.lax.stop_gradient(old), sampler, jnp.ones(2))[0].sum()
+        return losses_of(CLIPPED, logprobs, jax.lax.stop_gradient(old), sampler, jnp.ones(2)).loss.sum()
 
     np.testing.assert_allclose(loss(old), -(2.0 + 1.25), rtol=1e-6)
     np.testing.assert_allclose(jax.grad(loss)(old), [-2.0, -1.25], rtol=1e-6)
@@ -193,9 +366,9 @@ def test_importance_weights_are_truncated_and_carry_no_gradient():
 # The update.
 
 
-def change(learner: Learner, batch, loss=CLIPPED, micro_rows: int = 8, epochs: int = 1):
+def change(learner: Learner, *minibatches, loss=CLIPPED, epochs: int = 1):
     state = learner.init(init_params(ARCH, jax.random.key(0)))
-    state, statistics = learner.update(state, batch, loss, 1e-2, micro_rows, epochs)
+    state, statistics = learner.update(state, minibatches, loss, 1e-2, epochs)
     return jax.device_get(state.params), statistics
 
 
@@ -206,40 +379,85 @@ def assert_same(a, b) -> None:
 
 @pytest.fixture(scope="module")
 def plain():
-    return change(learner(), pack(sequences(), 64))
+    return change(learner(), pack(sequences(), layout()))
 
 
 def test_packed_and_unpacked_updates_are_equal(plain):
-    alone = [pack([sequence], 64) for sequence in sequences()]
-    fields = {name: np.concatenate([getattr(b, name) for b in alone]) for name in vars(alone[0])}
-    assert_same(plain, change(learner(), type(alone[0])(**fields)))
+    tokens = sum(len(sequence.response) for sequence in sequences())
+    alone = []
+    for sequence in sequences():
+        (batch,) = pack([sequence], layout())
+        alone.append(dataclasses.replace(batch, weights=batch.mask / tokens))
+    assert_same(plain, change(learner(), alone))
+
+
+@pytest.mark.parametrize("loss", [CLIPPED, PolicyLoss("gspo", reject=1.5), PolicyLoss(normalise="sequences")])
+@pytest.mark.parametrize("window", [None, 5])
+def test_responses_behind_one_prompt_are_as_good_as_apart(loss, window):
+    arch = dataclasses.replace(ARCH, window=window, local_layers=(True, False) if window else ())
+    prompts = [s.prompt for s in sequences(2)]
+    given = [dataclasses.replace(s, prompt=prompts[i % 2]) for i, s in enumerate(sequences(8))]
+
+    def changed(shared):
+        trainer = Learner(arch, ModelConfig(), OptimizerConfig(), one_device())
+        micros = pack(given, layout(share_prompts=shared, normalise=loss.normalise))
+        state = trainer.init(init_params(arch, jax.random.key(0)))
+        state, statistics = trainer.update(state, [micros], loss, 1e-2, 2)
+        return jax.device_get(state.params), statistics, sum((micro.segments > 0).sum() for micro in micros)
+
+    apart, together = changed(False), changed(True)
+    assert_same(apart[:2], together[:2])
+    assert together[2] < apart[2], "tokens that are computed"
 
 
 def test_one_and_four_micro_batches_are_equal(plain):
-    batch = pack(sequences(), 24)
-    assert len(batch.tokens) >= 4
-    assert_same(plain, change(learner(), batch, micro_rows=1))
+    batches = pack(sequences(), layout(24, 1))
+    assert len(batches) >= 4
+    assert_same(plain, change(learner(), batches))
 
 
 def test_remat_changes_nothing(plain):
-    assert_same(plain, change(learner(remat="all"), pack(sequences(), 64)))
+    assert_same(plain, change(learner(remat="all"), pack(sequences(), layout())))
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)])
 def test_one_and_eight_devices_are_equal(plain, mesh):
     assert len(jax.devices()) == 8
-    assert_same(plain, change(learner(make_mesh(mesh)), pack(sequences(), 64)))
+    assert_same(plain, change(learner(make_mesh(mesh)), pack(sequences(), layout(rows_multiple=8))))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "kv_heads"),
+    [(MeshConfig(data=2, sequence=4), 1), (MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), 2)],
+)
+def test_rows_spread_over_devices_by_position_give_the_same_gradient(mesh, kv_heads):
+    arch = dataclasses.replace(ARCH, kv_heads=kv_heads, layers=1)
+    loss = PolicyLoss(entropy=0.01, reject=3.0)
+
+    def changed(mesh):
+        trainer = Learner(arch, ModelConfig(), OptimizerConfig(), mesh)
+        micros = pack(sequences(12), layout(rows_multiple=4, time_multiple=4, share_prompts=True))
+        state = trainer.init(init_params(arch, jax.random.key(0)))
+        state, statistics = trainer.update(state, [micros], loss, 1e-2)
+        return jax.device_get(state.params), statistics
+
+    assert_same(changed(one_device()), changed(make_mesh(mesh)))
+
+
+def test_heads_that_a_sequence_axis_does_not_divide_are_an_error_with_both_numbers():
+    with pytest.raises(UserError, match=r"mesh\.sequence: 4 heads .* 8"):
+        learner(make_mesh(MeshConfig(data=1, sequence=8)))
 
 
 def test_muon_is_equal_on_one_and_eight_devices():
-    batch = pack(sequences(), 64)
+    batches = pack(sequences(), layout(rows_multiple=4))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    assert_same(change(learner(optimizer="muon"), batch), change(learner(mesh, optimizer="muon"), batch))
+    assert_same(change(learner(optimizer="muon"), batches), change(learner(mesh, optimizer="muon"), batches))
 
 
 def test_muon_steps_orthogonally_in_every_matrix_of_a_layer_and_like_adam_elsewhere(plain):
     before = jax.device_get(init_params(ARCH, jax.random.key(0)))
-    after, _ = change(learner(optimizer="muon"), pack(sequences(), 64))
+    after, _ = change(learner(optimizer="muon"), pack(sequences(), layout()))
     step = jax.tree.map(np.subtract, after, before)
     for matrix in step["layers"]["ffn"]["gate"]:  # [D, F] of each layer
         values = np.linalg.svd(matrix, compute_uv=False)
@@ -250,18 +468,95 @@ def test_muon_steps_orthogonally_in_every_matrix_of_a_layer_and_like_adam_elsewh
 
 def test_several_epochs_hold_on_to_the_first_ones_policy():
     far = [Sequence(s.prompt, s.response, np.ones_like(s.advantages), s.logprobs) for s in sequences()]
-    _, first = change(learner(), pack(far, 64), epochs=1)
-    _, third = change(learner(), pack(far, 64), epochs=3)
-    assert first["clipped"] == 0.0, "exactly on-policy: every ratio is 1"
-    assert third["clipped"] > 0.05, "after two updates ratios have left the clip range"
+    _, first = change(learner(), pack(far, layout()), epochs=1)
+    _, third = change(learner(), pack(far, layout()), epochs=3)
+    assert first["clipped_low"] == first["clipped_high"] == 0.0, "exactly on-policy: every ratio is 1"
+    assert third["clipped_high"] > 0.05, "after two updates ratios have left the clip range"
+
+
+def test_later_minibatches_are_held_against_the_first_policy_too():
+    far = [Sequence(s.prompt, s.response, np.ones_like(s.advantages), s.logprobs) for s in sequences()]
+    one = pack(far, layout())
+    _, twice = change(learner(), one, one)
+    _, epochs = change(learner(), one, epochs=2)
+    assert twice == pytest.approx(epochs, rel=1e-5)
+    assert twice["clipped_high"] > 0
+
+
+def test_the_divergence_from_a_reference_holds_the_policy_back():
+    start = init_params(ARCH, jax.random.key(0))
+    trainer = Learner(
+        ARCH, ModelConfig(), OptimizerConfig(), one_device(), reference=reference_weights(start, jnp.float32)
+    )
+    batches = pack(sequences(), layout())
+
+    def divergence(weight):
+        state = trainer.init(jax.tree.map(jnp.copy, start))
+        for _ in range(8):
+            state, statistics = trainer.update(state, [batches], PolicyLoss(kl_weight=weight or 1e-9), 1e-2)
+        return statistics["kl_reference"]
+
+    free, held = divergence(0.0), divergence(3.0)
+    assert free > 0.01 and held < free / 2
+    with pytest.raises(ValueError, match="reference"):
+        change(learner(), batches, loss=PolicyLoss(kl_weight=0.1))
+
+
+def test_a_step_whose_gradient_is_not_finite_changes_nothing():
+    broken = [dataclasses.replace(s, advantages=s.advantages * np.inf) for s in sequences()]
+    trainer = learner()
+    state = trainer.init(init_params(ARCH, jax.random.key(0)))
+    before = jax.device_get(state)
+    state, statistics = trainer.update(state, [pack(broken, layout())], CLIPPED, 1e-2)
+    assert statistics["skipped"] == 1.0
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
+    state, statistics = trainer.update(state, [pack([], layout())], CLIPPED, 1e-2)
+    assert statistics["skipped"] == 0.0, "nothing to train on is no failure"
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "float8"])
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)])
+def test_small_moments_learn_as_the_large_ones_do(moments, mesh):
+    trainer = Learner(ARCH, ModelConfig(), OptimizerConfig(moments=moments), make_mesh(mesh) if mesh else one_device())
+    batches = pack(sequences(2), layout(rows_multiple=4))
+    state = trainer.init(init_params(ARCH, jax.random.key(0)))
+    held = sum(array.nbytes for array in jax.tree.leaves(state.optimizer)) / sum(
+        array.nbytes for array in jax.tree.leaves(state.params)
+    )
+    assert held < {"bfloat16": 1.01, "float8": 0.7}[moments], "of this narrow model a scale for every row is much"
+    losses = []
+    for _ in range(40):
+        state, statistics = trainer.update(state, [batches], Supervised(), 1e-2)
+        losses.append(statistics["loss"])
+    assert losses[-1] < 0.3
+
+
+def test_rounding_at_random_is_right_on_average_and_a_matter_of_place_and_step():
+    x = jnp.full((256, 256), 1.3)
+    rounded = round_at_random(x, 3, jnp.uint32(7))
+    assert set(np.unique(rounded)) == {1.25, 1.375}
+    assert float(rounded.mean()) == pytest.approx(1.3, abs=1e-3)
+    np.testing.assert_array_equal(rounded, round_at_random(x, 3, jnp.uint32(7)))
+    assert (rounded != round_at_random(x, 3, jnp.uint32(8))).mean() > 0.3
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [("constant", [1, 2, 2, 2, 2, 2]), ("linear", [1, 2, 2, 1.5, 1, 0.5]), ("cosine", [1, 2, 2, 1.625, 0.875, 0.5])],
+)
+def test_learning_rates_by_hand(schedule, wanted):
+    round_ = RoundConfig(steps=6, learning_rate=2.0, ramp_steps=2, schedule=schedule, final_learning_rate=0.5)
+    found = [learning_rate(round_, step) for step in range(6)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def test_supervised_updates_learn_a_sequence_by_heart():
-    trainer, batch = learner(), pack(sequences(2), 64)
+    trainer, batches = learner(), pack(sequences(2), layout())
     state = trainer.init(init_params(ARCH, jax.random.key(0)))
     losses = []
     for _ in range(40):
-        state, statistics = trainer.update(state, batch, Supervised(), 1e-2, 8)
+        state, statistics = trainer.update(state, [batches], Supervised(), 1e-2)
         losses.append(statistics["loss"])
     assert losses[0] == pytest.approx(np.log(48), rel=0.05)
     assert losses[-1] < 0.3
@@ -273,7 +568,7 @@ def test_positive_advantages_make_their_tokens_likelier():
         Sequence(s.prompt, s.response, np.full(len(s.response), 1.0 if i < 2 else -1.0, np.float32), s.logprobs)
         for i, s in enumerate(given)
     ]
-    params, _ = change(learner(), pack(given, 64))
+    params, _ = change(learner(), pack(given, layout()))
     before = init_params(ARCH, jax.random.key(0))
 
     def total(params, s):
@@ -290,8 +585,8 @@ def test_weight_decay_leaves_norms_and_biases_alone():
     trainer = Learner(ARCH, ModelConfig(), OptimizerConfig(weight_decay=0.5), one_device())
     params = init_params(ARCH, jax.random.key(0))
     state = trainer.init(jax.tree.map(jnp.ones_like, params))
-    batch = pack([Sequence(s.prompt, s.response, np.zeros_like(s.advantages), s.logprobs) for s in sequences()], 64)
-    state, _ = trainer.update(state, batch, CLIPPED, 0.1, 8)
+    still = [Sequence(s.prompt, s.response, np.zeros_like(s.advantages), s.logprobs) for s in sequences()]
+    state, _ = trainer.update(state, [pack(still, layout())], CLIPPED, 0.1)
     moved = {
         jax.tree_util.keystr(path, simple=True, separator="."): float(jnp.abs(x - 1).max())
         for path, x in jax.tree_util.tree_leaves_with_path(state.params)
@@ -303,7 +598,7 @@ def test_weight_decay_leaves_norms_and_biases_alone():
 def test_forced_tokens_are_not_trained_on():
     free = sequences(2)
     forced = [dataclasses.replace(one, forced=np.arange(len(one.response)) == 1) for one in free]
-    whole, without = pack(free, 64), pack(forced, 64)
+    (whole,), (without,) = pack(free, layout()), pack(forced, layout())
     np.testing.assert_array_equal(whole.tokens, without.tokens)
     assert whole.mask.sum() - without.mask.sum() == 2
     left_out = (whole.mask == 1) & (without.mask == 0)

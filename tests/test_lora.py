@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pkv.config import LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, SamplingConfig, UserError
-from pkv.grpo import Learner, Sequence, pack
+from pkv.config import LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, PolicyLoss, SamplingConfig, UserError
+from pkv.grpo import Layout, Learner, Sequence, pack
 from pkv.grpo.logprobs import token_logprobs
-from pkv.grpo.losses import ClippedSurrogate, Supervised
+from pkv.grpo.losses import Supervised
 from pkv.mesh import TRAINING_RULES, make_mesh, shardings
 from pkv.model import (
     Arch,
@@ -248,14 +248,15 @@ def train(base: str, mesh=None, steps: int = 1, loss=None, **model):
     weights = frozen(base, mesh=mesh)
     trainer, before = learner(weights, mesh, **model), jax.device_get(weights)
     state = trainer.init(join(init_adapters(ARCH, LORA, KEY, mesh), weights))
+    batches = pack(sequences(), Layout(64, 4, rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"]))
     seen = []
     for _ in range(steps):
-        state, statistics = trainer.update(state, pack(sequences(), 64), loss or CLIPPED, 1e-2, 4)
+        state, statistics = trainer.update(state, [batches], loss or CLIPPED, 1e-2)
         seen.append(statistics)
     return state, seen, before, weights
 
 
-CLIPPED = ClippedSurrogate(0.2, 0.28, 2.0)
+CLIPPED = PolicyLoss()
 
 
 @pytest.mark.parametrize("base", SOME_SLOW)

@@ -11,7 +11,7 @@ from pkv.mesh import (
     SAMPLING_RULES,
     TRAINING_RULES,
     batch_sharding,
-    constrain_rows,
+    constrain_tokens,
     fold,
     make_mesh,
     replicated,
@@ -101,10 +101,10 @@ def test_rows_are_spread_over_data_and_fsdp():
 def test_the_hint_on_rows_holds_inside_a_mesh_and_is_nothing_without_one():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4, tensor=1))
     x = jnp.arange(16.0).reshape(8, 2)
-    assert constrain_rows(x) is x
+    assert constrain_tokens(x) is x
     with jax.set_mesh(mesh):
-        spread = jax.jit(lambda x: constrain_rows(x * 1))(x)
-        odd = jax.jit(lambda x: constrain_rows(x * 1))(x[:3])
+        spread = jax.jit(lambda x: constrain_tokens(x * 1))(x)
+        odd = jax.jit(lambda x: constrain_tokens(x * 1))(x[:3])
     assert {shard.data.shape for shard in spread.addressable_shards} == {(1, 2)}
     np.testing.assert_array_equal(spread, x)
     np.testing.assert_array_equal(odd, x[:3])

@@ -49,7 +49,7 @@ class MeshConfig:
 
     data: int = -1
     fsdp: int = 1
-    sequence: int = 1  # of sampling: a row's KV pages lie on so many devices
+    sequence: int = 1  # a row's positions, and in sampling its KV pages, lie on so many devices
     tensor: int = 1
 
 
@@ -66,6 +66,11 @@ class DataConfig:
 
     train: str = "arithmetic:train"
     heldout: str = "arithmetic:heldout"
+    # The curriculum by difficulty: problems that were solved by a smaller or larger share of their last group are drawn
+    # `revisit` times as often as the others. The defaults switch it off.
+    hardest: float = 0.0
+    easiest: float = 1.0
+    revisit: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -100,11 +105,33 @@ class OptimizerConfig:
     """What turns gradients into steps."""
 
     name: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, AdamW for the rest
+    moments: Literal["float32", "bfloat16", "float8"] = "float32"  # how AdamW's are kept: 8, 4 or 2 bytes a weight
     b1: float = 0.9
     b2: float = 0.99
     momentum: float = 0.95  # muon's
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A surrogate of the policy gradient, and what is added to it."""
+
+    # clipped: PPO's, with DAPO's higher upper clip (arXiv 2503.14476, equation 8); gspo: clips the ratio of the whole
+    # sequence (2507.18071, equation 13); cispo: clips the weight of the gradient, and drops no token (2506.13585, 4).
+    surrogate: Literal["clipped", "gspo", "cispo"] = "clipped"
+    clip_low: float = 0.2  # how far a ratio may leave 1 below, in clipped and gspo; for gspo 3e-4 is usual,
+    clip_high: float = 0.28  # and above; for gspo 4e-4
+    cap: float = 5.0  # cispo's largest weight
+    dual_clip: float = 0.0  # with A < 0 the surrogate is at least this times A (1912.09729, equation 5); 0: off
+    importance_cap: float = 2.0  # truncated importance sampling, per token, against the sampler's log-probabilities
+    reject: float = 0.0  # a sequence whose geometric mean ratio to the sampler leaves [1/reject, reject] is left out
+    # What the sum over tokens is divided by: all of them (DAPO); each one's sequence, then the sequences (GRPO); or the
+    # sequences times max_new_tokens (Dr.GRPO).
+    normalise: Literal["tokens", "sequences", "constant"] = "tokens"
+    kl: Literal["k1", "k2", "k3"] = "k3"  # from the base model; k1 is taken off the advantages, k2 and k3 are losses
+    kl_weight: float = 0.0
+    entropy: float = 0.0  # the weight of a bonus for entropy
 
 
 @dataclass(frozen=True)
@@ -120,13 +147,20 @@ class GrpoConfig:
         "floored_std"  # what a centred reward is divided by, within its group
     )
     std_floor: float = 0.25
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    importance_cap: float = 2.0  # truncated importance sampling, per token, against the sampler's log-probabilities
-    epochs: int = 1  # updates a rollout batch; 1 is exactly on-policy
+    baseline: Literal["mean", "leave_one_out"] = "mean"  # of a group
+    combine: Literal["rewards", "total"] = "rewards"  # scaled each by itself (GDPO), or as one sum (credit: sequence)
+    whiten: bool = False  # token advantages at unit deviation over the batch; with credit: sequence at mean 0 too
+    alike: bool = True  # the judge's accuracy is compared where as many fighters were right
+    signal: tuple[str, ...] = ()  # rewards or families of which one must differ within a group; none: any with weight
+    refills: int = 0  # groups without signal are replaced by others, so many times a step at most
+    loss: PolicyLoss = field(default_factory=PolicyLoss)
+    epochs: int = 1  # passes over a rollout batch,
+    minibatches: int = 1  # in so many updates each; one update in all is exactly on-policy
     mask_truncated: bool = False  # rollouts that ended at their budget give no gradient
+    overlong_tokens: int = 0  # the last so many tokens of the budget cost up to 1 (DAPO's soft punishment); 0: nothing
     row_tokens: int = 1024  # T of a packed row; longrope has its long factors where it is above the original window
-    micro_rows: int = 4  # B of one forward and backward pass
+    micro_rows: int = 4  # such rows in one forward and backward pass, or as many tokens in shorter ones
+    share_prompts: bool = False  # responses packed behind one copy of their prompt, where attention is XLA's
 
 
 @dataclass(frozen=True)
@@ -149,12 +183,17 @@ class RoundConfig:
 
     name: str = ""
     steps: int = 0
+    samples: int = 0  # rollouts a prompt; 0: grpo.samples
     learning_rate: float = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # down to final_learning_rate
+    ramp_steps: int = 0  # linear increase at the start
+    final_learning_rate: float = 0.0
     weights: dict[str, float] = field(
         default_factory=dict
     )  # reward name -> weight; a family name sets all of its members
     length_optimum: int = 128  # a fighter's tokens that earn the most
     max_new_tokens: int = 1024
+    budgets: tuple[int, ...] = ()  # max_new_tokens in equal parts of the round before, such as [2048, 4096, 8192]
     fighter_tokens: int = 0  # where a fighter's block has so many, it is closed by force; 0: never
     require: dict[str, float] = field(
         default_factory=dict
@@ -202,6 +241,9 @@ class Config:
 BOUNDS: dict[str, tuple[float, float]] = {
     "model.lora.rank": (0, math.inf),
     "model.lora.alpha": (1e-6, math.inf),
+    "data.hardest": (0.0, 1.0),
+    "data.easiest": (0.0, 1.0),
+    "data.revisit": (1e-6, 1.0),
     "sampling.temperature": (0.0, 100.0),
     "sampling.top_p": (1e-6, 1.0),
     "sampling.top_k": (0, math.inf),
@@ -221,10 +263,18 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "grpo.prompts": (1, math.inf),
     "grpo.samples": (2, math.inf),
     "grpo.std_floor": (0.0, math.inf),
-    "grpo.clip_low": (0.0, 1.0),
-    "grpo.clip_high": (0.0, math.inf),
-    "grpo.importance_cap": (1.0, math.inf),
+    "grpo.refills": (0, 100),
+    "grpo.loss.clip_low": (0.0, 1.0),
+    "grpo.loss.clip_high": (0.0, math.inf),
+    "grpo.loss.cap": (1.0, math.inf),
+    "grpo.loss.dual_clip": (0.0, math.inf),
+    "grpo.loss.importance_cap": (1.0, math.inf),
+    "grpo.loss.reject": (0.0, math.inf),
+    "grpo.loss.kl_weight": (0.0, math.inf),
+    "grpo.loss.entropy": (0.0, math.inf),
     "grpo.epochs": (1, math.inf),
+    "grpo.minibatches": (1, math.inf),
+    "grpo.overlong_tokens": (0, math.inf),
     "grpo.row_tokens": (8, math.inf),
     "grpo.micro_rows": (1, math.inf),
     "warmup.steps": (0, math.inf),
@@ -239,7 +289,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "checkpoint.every": (1, math.inf),
     "checkpoint.keep": (1, math.inf),
     "rounds.*.steps": (0, math.inf),
+    "rounds.*.samples": (0, math.inf),
     "rounds.*.learning_rate": (0.0, 1.0),
+    "rounds.*.ramp_steps": (0, math.inf),
+    "rounds.*.final_learning_rate": (0.0, 1.0),
     "rounds.*.length_optimum": (1, math.inf),
     "rounds.*.max_new_tokens": (1, math.inf),
     "rounds.*.fighter_tokens": (0, math.inf),

@@ -84,6 +84,7 @@ def parse_config(raw: dict[str, Any]) -> Config:
         if name in names[:index]:
             raise ConfigError(f"rounds.{index}.name: {name!r} is used twice; names must differ")
     _check_lora(config)
+    _check_grpo(config)
     return config
 
 
@@ -101,6 +102,42 @@ def _check_lora(config: Config) -> None:
         raise ConfigError(
             "optimizer.name: muon steps along whole matrices, which LoRA leaves alone; expected adamw with model.lora"
         )
+
+
+def _check_grpo(config: Config) -> None:
+    grpo, loss = config.grpo, config.grpo.loss
+    if config.optimizer.name == "muon" and config.optimizer.moments != "float32":
+        raise ConfigError(f"optimizer.moments: {config.optimizer.moments} is for adamw; muon keeps its own in float32")
+    if grpo.combine == "total" and grpo.credit == "block":
+        raise ConfigError("grpo.combine: a total has no owner; expected rewards, or total with credit: sequence")
+    if grpo.refills and not grpo.signal:
+        raise ConfigError(
+            "grpo.refills: nearly every group differs in some reward; name those that must in grpo.signal"
+        )
+    if 0 < loss.reject <= 1:
+        raise ConfigError(f"grpo.loss.reject: expected 0 (off) or more than 1, such as 1.05; got {loss.reject:g}")
+    if 0 < loss.dual_clip <= 1:
+        raise ConfigError(f"grpo.loss.dual_clip: expected 0 (off) or more than 1, such as 3; got {loss.dual_clip:g}")
+    if loss.kl_weight and config.model.init == "random":
+        raise ConfigError("grpo.loss.kl_weight: random weights are no reference; expected 0 with model.init: random")
+    if config.data.hardest > config.data.easiest:
+        raise ConfigError(
+            f"data.hardest: expected at most data.easiest, {config.data.easiest:g}; got {config.data.hardest:g}"
+        )
+    for round_ in config.rounds:
+        grows = (*round_.budgets, round_.max_new_tokens)
+        if list(grows) != sorted(set(grows)) or grows[0] < 1:
+            raise ConfigError(
+                f"rounds.{round_.name}.budgets: expected growing numbers below max_new_tokens, "
+                f"{round_.max_new_tokens}; got {list(round_.budgets)}"
+            )
+        if round_.samples == 1:
+            raise ConfigError(f"rounds.{round_.name}.samples: expected 0 (grpo.samples) or at least 2; got 1")
+        if grpo.overlong_tokens >= min(grows):
+            raise ConfigError(
+                f"grpo.overlong_tokens: expected less than every budget, {min(grows)} is the smallest; "
+                f"got {grpo.overlong_tokens}"
+            )
 
 
 def as_plain(config: Any) -> Any:

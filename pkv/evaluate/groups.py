@@ -11,6 +11,7 @@ from pkv.model import Params
 from pkv.records import Group, Problem, Prompt, Rollout, Scorecard, Trace, Watch
 from pkv.rewards import ScoringPool
 from pkv.sampling import Completion, Engine, Request, row_keys
+from pkv.tracking import Clock
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,31 @@ def collect_groups(
     purpose: str,
     scoring: ScoringPool,
     on_rollout: Callable[[Rollout], None] | None = None,
+    clock: Clock | None = None,
 ) -> list[Group]:
     """`samples` scored rollouts of every prompt, groups in the order of the prompts.
 
-    The draws depend on seed, purpose, source.step, problem and sample only.
+    The draws depend on seed, purpose, source.step, problem and sample only. clock: told the seconds that were spent on
+    sampling, and those that only scoring took.
     """
+    clock = clock or Clock()
     requests = requests_for(source, prompts, samples, max_new_tokens, seed, purpose)
     found: dict[tuple[int, int], tuple[Rollout, Future[tuple[Trace, Scorecard]]]] = {}
-    for done in source.engine.sample(source.weights, requests):
-        problem = prompts[done.request].problem
-        rollout = _as_rollout(done, problem, source.step)
-        text, offsets = source.tokenizer.decode_with_offsets(done.tokens)
-        scored = scoring.submit(problem, text, offsets, done.finish == "length", rollout.forced)
-        found[done.request, done.sample] = rollout, scored
-        if on_rollout is not None:
-            on_rollout(rollout)
+    with clock("sample"):
+        for done in source.engine.sample(source.weights, requests):
+            problem = prompts[done.request].problem
+            rollout = _as_rollout(done, problem, source.step)
+            text, offsets = source.tokenizer.decode_with_offsets(done.tokens)
+            scored = scoring.submit(problem, text, offsets, done.finish == "length", rollout.forced)
+            found[done.request, done.sample] = rollout, scored
+            if on_rollout is not None:
+                on_rollout(rollout)
     groups = []
-    for number, prompt in enumerate(prompts):
-        members = [found[number, sample] for sample in range(samples)]
-        traces, cards = zip(*(future.result() for _, future in members), strict=True)
-        groups.append(Group(prompt, tuple(rollout for rollout, _ in members), traces, cards))
+    with clock("score"):
+        for number, prompt in enumerate(prompts):
+            members = [found[number, sample] for sample in range(samples)]
+            traces, cards = zip(*(future.result() for _, future in members), strict=True)
+            groups.append(Group(prompt, tuple(rollout for rollout, _ in members), traces, cards))
     return groups
 
 

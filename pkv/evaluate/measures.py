@@ -53,7 +53,8 @@ def summarise(groups: Sequence[Group]) -> dict[str, float]:
     """Means over all rollouts; a reward's mean is over those that it applies to, and a name without any is left out.
 
     accuracy: share of right final answers. format: share with all tags in order. overlap/<fighter>: with what it
-    could have copied. length/*: tokens. judge/*: see `rewards.judge.measure`; judge/winner_entropy: bits.
+    could have copied. length/*: tokens; length/terminated: of
+    responses that ended by themselves. judge/*: see `rewards.judge.measure`; judge/winner_entropy: bits.
     judge/position_bias: how far the winners are from an even draw where merit doesn't tell the fighters apart, all of
     them being right or all wrong (total variation; 0 even, 2/3 always the same one).
     """
@@ -65,6 +66,7 @@ def summarise(groups: Sequence[Group]) -> dict[str, float]:
         "reward/total": _mean(card.total for card in cards),
         "unscored": _mean(float(bool(card.unscored)) for card in cards),
         "length/tokens": _mean(len(rollout.tokens) for rollout in rollouts),
+        "length/terminated": _mean(len(rollout.tokens) for rollout in rollouts if rollout.finish != "length"),
         "truncated": _mean(float(rollout.finish == "length") for rollout in rollouts),
         "overlap/knight": _mean(card.facts["overlap/knight_pirate"] for card in cards),
         "overlap/viking": _mean(

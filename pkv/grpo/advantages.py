@@ -5,32 +5,62 @@ Letters: K rewards, P prompts, G samples a prompt, T tokens of one response.
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 Scale = Literal["std", "floored_std", "none"]
+Baseline = Literal["mean", "leave_one_out"]
 
 
-def advantages_by_reward(values_KPG: np.ndarray, scale: Scale, std_floor: float = 0.25) -> np.ndarray:
+def advantages_by_reward(
+    values_KPG: np.ndarray,
+    scale: Scale,
+    std_floor: float = 0.25,
+    baseline: Baseline = "mean",
+    alike_KPG: np.ndarray | None = None,
+) -> np.ndarray:
     """Each reward centred within its group and scaled: float32 [K, P, G]; 0 where there is no value.
 
     values_KPG: NaN where a reward does not apply or is unscored; such rollouts stay out of their group's mean and std.
-    "std" is GRPO (arXiv 2402.03300), "none" Dr.GRPO (2503.20783). "floored_std" divides by max(std, std_floor): a
-    reward that hardly varies within a group then makes a small advantage instead of a full-size one out of noise.
-    Every reward is scaled by itself, as in GDPO (2601.05242), so that none drowns in the sum.
+    scale: "std" is GRPO (arXiv 2402.03300, section 4.1.2), "none" Dr.GRPO (2503.20783). "floored_std" divides by
+    max(std, std_floor): a reward that hardly varies within a group then makes a small advantage instead of a full-size
+    one out of noise. Every reward is scaled by itself, as in GDPO (2601.05242), so that none drowns in the sum.
+    baseline: "leave_one_out" compares a rollout with the mean of the others (RLOO, 2402.14740, equation 8).
+    alike_KPG: whole numbers; a rollout is compared with those of its group that have its own number only, as in
+    Blockwise Advantage Estimation (2602.10231): a later block is not paid for what an earlier one did. One that is
+    alone has nothing to be compared with, and no advantage.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a group without any value has no mean: its advantages are 0
-        mean = np.nanmean(values_KPG, axis=-1, keepdims=True)
-        std = np.nanstd(values_KPG, axis=-1, keepdims=True)
-    centred = values_KPG - mean
+    alike_KPG = np.zeros(values_KPG.shape, int) if alike_KPG is None else alike_KPG
+    # [K, P, G, G]: who is compared with whom; a missing value with nobody.
+    there = np.isfinite(values_KPG)
+    peers = (alike_KPG[..., :, None] == alike_KPG[..., None, :]) & there[..., :, None] & there[..., None, :]
+    values = np.where(there, values_KPG, 0.0).astype(np.float64)
+    count = np.maximum(peers.sum(axis=-1), 1)
+    mean = (peers * values[..., None, :]).sum(axis=-1) / count
+    centred = np.where(there, values - mean, 0.0)
+    std = np.sqrt((peers * (values[..., None, :] - mean[..., :, None]) ** 2).sum(axis=-1) / count)
+    if baseline == "leave_one_out":
+        centred = centred * count / np.maximum(count - 1, 1)
     if scale == "std":
         centred = centred / (std + 1e-4)
     elif scale == "floored_std":
         centred = centred / np.maximum(std, std_floor)
-    return np.nan_to_num(centred, nan=0.0).astype(np.float32)
+    return centred.astype(np.float32)
+
+
+def total_advantages(
+    values_KPG: np.ndarray, weights_K: np.ndarray, scale: Scale, std_floor: float, baseline: Baseline
+) -> np.ndarray:
+    """The advantage of the weighted sum of all rewards, centred and scaled as one: float32 [P, G].
+
+    GRPO with several rewards as the field began it: what varies most drowns the rest. A rollout that lacks a value is
+    summed over those it has.
+    """
+    totals_PG = np.nansum(weights_K[:, None, None] * values_KPG, axis=0)
+    totals_PG[np.isnan(values_KPG).all(axis=0)] = np.nan
+    return advantages_by_reward(totals_PG[None], scale, std_floor, baseline)[0]
 
 
 def token_advantages(
@@ -45,6 +75,27 @@ def token_advantages(
     return ((weights_K * advantages_K) @ shares_KT).astype(np.float32)
 
 
-def groups_with_signal(advantages_KPG: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
-    """bool [P]: the groups in which some weighted reward differs between samples."""
-    return (np.abs(advantages_KPG) * (weights_K != 0)[:, None, None] > 1e-6).any(axis=(0, 2))
+def whiten(advantages: Sequence[np.ndarray], centre: bool) -> list[np.ndarray]:
+    """The token advantages [T] of a batch's responses at unit standard deviation over all its tokens, float32.
+
+    centre: their mean becomes 0 as well (REINFORCE++, arXiv 2501.03262, equation 5). With block credit it must not:
+    tokens that own nothing would be paid. The deviation is then taken from 0.
+    """
+    if not advantages:
+        return []
+    tokens = np.concatenate(advantages).astype(np.float64)
+    mean = tokens.mean() if centre else 0.0
+    size = np.sqrt(np.mean((tokens - mean) ** 2)) + 1e-8
+    return [((one - mean) / size).astype(np.float32) for one in advantages]
+
+
+def soft_overlong(lengths: np.ndarray, budget: int, cache: int) -> np.ndarray:
+    """DAPO's penalty for length in tokens: 0 up to budget - cache, then down to -1 (2503.14476, equation 13)."""
+    return -np.clip((lengths - (budget - cache)) / cache, 0.0, 1.0)
+
+
+def groups_with_signal(values_KPG: np.ndarray, tolerance: float = 1e-6) -> np.ndarray:
+    """bool [P]: the groups in which some of the K rewards differs between samples; NaN is no value."""
+    high = np.where(np.isnan(values_KPG), -np.inf, values_KPG).max(axis=-1)
+    low = np.where(np.isnan(values_KPG), np.inf, values_KPG).min(axis=-1)
+    return (high - low > tolerance).any(axis=0)

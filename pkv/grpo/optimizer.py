@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from pkv.config import OptimizerConfig
+from pkv.config import OptimizerConfig, RoundConfig
+from pkv.grpo.moments import scale_by_adam
 from pkv.model import Arch, param_axes
 
 
@@ -21,7 +23,7 @@ def make_optimizer(config: OptimizerConfig, arch: Arch) -> optax.GradientTransfo
     clip = optax.clip_by_global_norm(config.clip_norm)
     if config.name == "adamw":
         adamw = (
-            optax.scale_by_adam(config.b1, config.b2),
+            scale_by_adam(config.b1, config.b2, config.moments),
             optax.add_decayed_weights(config.weight_decay, mask=_decayed),
             optax.scale(-1.0),
         )
@@ -39,6 +41,20 @@ def make_optimizer(config: OptimizerConfig, arch: Arch) -> optax.GradientTransfo
             muon_weight_dimension_numbers=jax.tree.map(_sides, param_axes(arch), is_leaf=_is_axes),
         ),
     )
+
+
+def learning_rate(round_: RoundConfig, step: int) -> float:
+    """What a round's step, counted from 0, learns with: linear up over `ramp_steps`, then by its schedule down."""
+    peak, last, ramp = round_.learning_rate, round_.final_learning_rate, round_.ramp_steps
+    if step < ramp:
+        return peak * (step + 1) / ramp
+    steps = max(round_.steps - ramp - 1, 1)
+    falls = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, last, steps),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, steps, alpha=last / peak if peak else 0.0),
+    }
+    return np.asarray(falls[round_.schedule]()(step - ramp)).item()
 
 
 def _sides(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:

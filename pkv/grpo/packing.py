@@ -1,14 +1,21 @@
-"""Responses of unequal length into rows of equal length: first-fit-decreasing, told apart by segment numbers."""
+"""Responses of unequal length into rows, and rows into micro-batches of as many tokens, told apart by numbers."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
+from collections.abc import Sequence as List
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from pkv.config import UserError
 from pkv.records import Batch
+
+Normalise = Literal["tokens", "sequences", "constant"]
+EIGHTHS = 8  # rows are as long as so many parts of `row_tokens`, so that a bounded set of programs is compiled
+HALVINGS = 3  # short responses go into rows of a half, a quarter, an eighth of the longest
 
 
 @dataclass(frozen=True)
@@ -28,52 +35,164 @@ class Sequence:
     def size(self) -> int:
         return len(self.prompt) + len(self.response) - 1  # the last token is only ever a target
 
+    @property
+    def chosen(self) -> np.ndarray:
+        """float32 [T]: 1 for the tokens that are trained on."""
+        return np.ones(len(self.response), np.float32) if self.forced is None else (~self.forced).astype(np.float32)
 
-def pack(sequences: Iterable[Sequence], row_tokens: int, rows_multiple: int = 1) -> Batch:
-    """Rows of `row_tokens`, as few as first-fit-decreasing finds, padded to a multiple of `rows_multiple` rows.
 
-    The order of the sequences does not change what is computed from the batch, only where it stands. Raises UserError
-    for a sequence longer than a row.
+@dataclass(frozen=True)
+class Tree:
+    """Responses behind one copy of their prompt."""
+
+    members: tuple[Sequence, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.members[0].prompt) - 1 + sum(len(member.response) for member in self.members)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How sequences become micro-batches.
+
+    row_tokens: the longest a row may be. micro_rows: such rows in a micro-batch, or as many tokens in shorter rows.
+    rows_multiple, time_multiple: what a micro-batch's rows and their length must be multiples of.
+    normalise, budget: see `PolicyLoss.normalise`; the budget is max_new_tokens, read by "constant" only.
     """
-    rows: list[list[Sequence]] = []
-    room: list[int] = []
-    for sequence in sorted(sequences, key=lambda s: -s.size):
-        if sequence.size > row_tokens:
+
+    row_tokens: int
+    micro_rows: int
+    share_prompts: bool = False
+    rows_multiple: int = 1
+    time_multiple: int = 1
+    normalise: Normalise = "tokens"
+    budget: int = 1
+
+    def rounded(self, tokens: int) -> int:
+        """The next eighth of `row_tokens`, in whole multiples."""
+        step = -(-self.row_tokens // EIGHTHS)
+        step = -(-step // self.time_multiple) * self.time_multiple
+        return -(-tokens // step) * step
+
+    def rows(self, length: int) -> int:
+        """Rows of a whole micro-batch of that length."""
+        count = self.micro_rows * self.row_tokens // length
+        return max(1, count // self.rows_multiple) * self.rows_multiple
+
+
+def pack(sequences: Iterable[Sequence], layout: Layout) -> list[Batch]:
+    """The micro-batches of one update; their weights make its loss one sum over all tokens of all of them.
+
+    The order of the sequences does not change what is computed, only where it stands. Raises UserError for a sequence
+    longer than a row.
+    """
+    sequences = list(sequences)
+    for sequence in sequences:
+        if sequence.size > layout.row_tokens:
             raise UserError(
-                f"grpo.row_tokens: {row_tokens} is too short for a prompt and response of {sequence.size} tokens; "
-                "raise it, or lower max_new_tokens"
+                f"grpo.row_tokens: {layout.row_tokens} is too short for a prompt and response of {sequence.size} "
+                "tokens; raise it, or lower max_new_tokens"
             )
-        at = next((i for i, left in enumerate(room) if left >= sequence.size), len(rows))
+    longest = layout.rounded(max((sequence.size for sequence in sequences), default=1))
+    trees = _plant(sequences, longest) if layout.share_prompts else [Tree((sequence,)) for sequence in sequences]
+    weigh = _weights(sequences, layout)
+    return [_fill(rows, length, layout, weigh) for rows, length in _micro_batches(trees, longest, layout)]
+
+
+def _plant(sequences: List[Sequence], most: int) -> list[Tree]:
+    """Responses to the same prompt together, as many as `most` tokens hold."""
+    by_prompt: dict[bytes, list[list[Sequence]]] = {}
+    for sequence in sorted(sequences, key=lambda s: -s.size):
+        trees = by_prompt.setdefault(sequence.prompt.tobytes(), [])
+        home = next((tree for tree in trees if Tree((*tree, sequence)).size <= most), None)
+        if home is None:
+            trees.append([sequence])
+        else:
+            home.append(sequence)
+    return [Tree(tuple(tree)) for trees in by_prompt.values() for tree in trees]
+
+
+def _micro_batches(trees: List[Tree], longest: int, layout: Layout) -> list[tuple[list[list[Tree]], int]]:
+    """Rows with their length, by micro-batch.
+
+    Attention's work grows with a row's length, so short trees go into short rows, as long as these fill whole
+    micro-batches; what is left over goes with the next longer ones. The last micro-batch has as few rows as it needs.
+    """
+    lengths = sorted({layout.rounded(-(-longest // 2**halving)) for halving in range(HALVINGS + 1)})
+    found: list[tuple[list[list[Tree]], int]] = []
+    left: list[Tree] = []
+    shorter = 0
+    for length in lengths:
+        rows = _first_fit([*left, *(tree for tree in trees if shorter < tree.size <= length)], length)
+        shorter, whole = length, layout.rows(length)
+        full = len(rows) // whole * whole
+        found += [(rows[at : at + whole], length) for at in range(0, full, whole)]
+        left = [tree for row in rows[full:] for tree in row]
+    if left or not found:
+        found.append((_first_fit(left, longest), longest))
+    return found
+
+
+def _first_fit(trees: List[Tree], length: int) -> list[list[Tree]]:
+    """First-fit-decreasing, the fullest rows first."""
+    rows: list[list[Tree]] = []
+    room: list[int] = []
+    for tree in sorted(trees, key=lambda t: -t.size):
+        at = next((i for i, left in enumerate(room) if left >= tree.size), len(rows))
         if at == len(rows):
             rows.append([])
-            room.append(row_tokens)
-        rows[at].append(sequence)
-        room[at] -= sequence.size
-    count = max(1, -(-len(rows) // rows_multiple)) * rows_multiple
-    batch = _empty(count, row_tokens)
-    for row, members in enumerate(rows):
-        start = 0
-        for number, sequence in enumerate(members, 1):
-            _place(batch, row, start, number, sequence)
-            start += sequence.size
+            room.append(length)
+        rows[at].append(tree)
+        room[at] -= tree.size
+    return [rows[at] for at in sorted(range(len(rows)), key=room.__getitem__)]
+
+
+def _weights(sequences: List[Sequence], layout: Layout) -> dict[int, float]:
+    """What each trained token of a sequence counts, by the sequence's id()."""
+    counts = {id(sequence): float(sequence.chosen.sum()) for sequence in sequences}
+    several = max(len(sequences), 1)
+    if layout.normalise == "tokens":
+        return dict.fromkeys(counts, 1 / max(sum(counts[id(sequence)] for sequence in sequences), 1.0))
+    if layout.normalise == "constant":
+        return dict.fromkeys(counts, 1 / (several * layout.budget))
+    return {key: 1 / (several * max(count, 1.0)) for key, count in counts.items()}
+
+
+def _fill(rows: List[List[Tree]], length: int, layout: Layout, weigh: dict[int, float]) -> Batch:
+    used = max((sum(tree.size for tree in row) for row in rows), default=1)
+    length = min(length, layout.rounded(used))
+    whole, least = layout.rows(length), layout.rows_multiple
+    count = whole
+    while count // 2 >= max(len(rows), least) and (count // 2) % least == 0:
+        count //= 2
+    count = max(count, -(-len(rows) // least) * least)
+    names = {field.name: np.int32 for field in dataclasses.fields(Batch)}
+    names |= dict.fromkeys(("mask", "weights", "advantages", "sampler_logprobs"), np.float32)
+    batch = Batch(**{name: np.zeros((count, length), kind) for name, kind in names.items()})
+    for row, trees in enumerate(rows):
+        start, branch = 0, 0
+        for segment, tree in enumerate(trees, 1):
+            batch.segments[row, start : start + tree.size] = segment
+            trunk = tree.members[0].prompt[:-1]
+            here = np.s_[row, start : start + len(trunk)]
+            batch.tokens[here], batch.positions[here] = trunk, np.arange(len(trunk))
+            batch.targets[here] = tree.members[0].prompt[1:]
+            start += len(trunk)
+            for member in tree.members:
+                branch += 1
+                _place(batch, np.s_[row, start : start + len(member.response)], branch, member, weigh[id(member)])
+                start += len(member.response)
     return batch
 
 
-def _empty(rows: int, length: int) -> Batch:
-    whole = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "positions", "segments", "targets")}
-    real = {name: np.zeros((rows, length), np.float32) for name in ("mask", "advantages", "sampler_logprobs")}
-    return Batch(**whole, **real)
-
-
-def _place(batch: Batch, row: int, start: int, number: int, sequence: Sequence) -> None:
-    tokens = np.concatenate((sequence.prompt, sequence.response))
-    here = np.s_[row, start : start + sequence.size]
-    generated = np.s_[row, start + len(sequence.prompt) - 1 : start + sequence.size]
-    batch.tokens[here] = tokens[:-1]
-    batch.targets[here] = tokens[1:]
-    batch.positions[here] = np.arange(sequence.size)
-    batch.segments[here] = number
-    chosen = np.float32(1.0) if sequence.forced is None else ~sequence.forced
-    batch.mask[generated] = chosen
-    batch.advantages[generated] = sequence.advantages * chosen
-    batch.sampler_logprobs[generated] = sequence.logprobs * chosen
+def _place(batch: Batch, here: tuple[int, slice], branch: int, sequence: Sequence, weight: float) -> None:
+    chosen = sequence.chosen
+    batch.branches[here] = branch
+    batch.tokens[here] = np.concatenate((sequence.prompt[-1:], sequence.response[:-1]))
+    batch.positions[here] = len(sequence.prompt) - 1 + np.arange(len(sequence.response))
+    batch.targets[here] = sequence.response
+    batch.mask[here] = chosen
+    batch.weights[here] = chosen * weight
+    batch.advantages[here] = sequence.advantages * chosen
+    batch.sampler_logprobs[here] = sequence.logprobs * chosen

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pkv.config import ModelConfig, OptimizerConfig
+from pkv.config import ModelConfig, OptimizerConfig, PolicyLoss, UserError
 from pkv.grpo.logprobs import token_logprobs
-from pkv.grpo.losses import Loss, Supervised, token_losses
+from pkv.grpo.losses import Logprobs, Loss, Supervised, token_losses
 from pkv.grpo.optimizer import make_optimizer
-from pkv.mesh import TRAINING_RULES, batch_sharding, replicated, shardings
+from pkv.mesh import HEAD_AXES, TRAINING_RULES, batch_sharding, replicated, shardings
 from pkv.model import Arch, Kernel, Params, choose_kernel, forward, join, split, weight_axes
 from pkv.records import Batch
 
@@ -35,19 +35,38 @@ class TrainState(NamedTuple):
 class Learner:
     """Compiled gradient and update functions for one architecture on one mesh; the state goes in and comes out.
 
-    frozen: the weights that no step changes, from `pkv.model.split`; None where there are none.
+    frozen: the weights that no step changes, from `pkv.model.split`; None where there are none. reference: the weights
+    from which a loss may measure its divergence, from `reference_weights`. Raises UserError for heads that the mesh's
+    sequence axis doesn't divide.
     """
 
     def __init__(
-        self, arch: Arch, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, frozen: Params | None = None
+        self,
+        arch: Arch,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        mesh: Mesh,
+        frozen: Params | None = None,
+        reference: Params | None = None,
     ) -> None:
         self.mesh = mesh
-        self._arch, self._model, self._frozen = arch, model, frozen
+        self._arch, self._model, self._frozen, self._reference = arch, model, frozen, reference
+        ways = mesh.shape["tensor"] * mesh.shape["sequence"]
+        if mesh.shape["sequence"] > 1 and arch.heads % ways:
+            raise UserError(
+                f"mesh.sequence: {arch.heads} heads are not divisible by {' × '.join(HEAD_AXES)} = {ways}; "
+                "change the mesh"
+            )
         self._kernel: Kernel = choose_kernel(model.attention, mesh, arch, model.dtype)
         self._optimizer = make_optimizer(optimizer, arch)
         self._gradient = jax.jit(self._add_gradient, static_argnames="loss", donate_argnames=("sums",))
         self._apply = jax.jit(self._apply_gradient, donate_argnames="state")
         self._logprobs = jax.jit(lambda params, frozen, micro: self._predict(join(params, frozen), micro)[0])
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether responses may be packed behind one copy of their prompt."""
+        return self._kernel == "xla"
 
     def init(self, params: Params) -> TrainState:
         """A fresh state around what is trained of float32 weights, laid out by TRAINING_RULES."""
@@ -69,51 +88,67 @@ class Learner:
     def state_shardings(self, params: Params) -> TrainState:
         """Where every array of the state lies: moments beside their weights, scalars everywhere."""
         weights = shardings(weight_axes(params, self._arch), params, self.mesh, TRAINING_RULES)
+        shapes = {jax.tree_util.keystr(path): weight.shape for path, weight in jax.tree.leaves_with_path(params)}
         placed = {jax.tree_util.keystr(path): where for path, where in jax.tree.leaves_with_path(weights)}
 
-        def place(path: tuple[Any, ...], _: Any) -> Any:
-            names = (jax.tree_util.keystr(path[start:]) for start in range(len(path)))
-            return next((placed[name] for name in names if name in placed), replicated(self.mesh))
+        def place(path: tuple[Any, ...], array: Any) -> Any:
+            names = (jax.tree_util.keystr(path[a:b]) for b in range(len(path), 0, -1) for a in range(b))
+            name = next((name for name in names if name in placed), None)
+            if name is None or array.ndim != len(shapes[name]):
+                return replicated(self.mesh)
+            spec = (*placed[name].spec, *(None,) * array.ndim)[: array.ndim]
+            alike = zip(spec, array.shape, shapes[name], strict=True)  # of a scale the last axis is 1
+            return NamedSharding(self.mesh, PartitionSpec(*(axes if a == b else None for axes, a, b in alike)))
 
-        shapes = jax.eval_shape(self._optimizer.init, params)
-        return TrainState(weights, jax.tree_util.tree_map_with_path(place, shapes))
+        state = jax.eval_shape(self._optimizer.init, params)
+        return TrainState(weights, jax.tree_util.tree_map_with_path(place, state))
 
     def update(
-        self, state: TrainState, batch: Batch, loss: Loss, learning_rate: float, micro_rows: int, epochs: int = 1
+        self,
+        state: TrainState,
+        minibatches: Sequence[Sequence[Batch]],
+        loss: Loss,
+        learning_rate: float,
+        epochs: int = 1,
     ) -> tuple[TrainState, dict[str, float]]:
-        """`epochs` optimizer steps on one batch; also its statistics, means over the response tokens.
+        """An optimizer step on every minibatch, a list of micro-batches from `pack`, `epochs` times; also statistics.
 
-        With one epoch the update is exactly on-policy and no separate pass for the old log-probabilities is needed.
-        Statistics: loss, entropy (nats), clipped (share of tokens), kl_sampler (mean of r - log r - 1 with r the ratio
-        of the trainer's to the sampler's probability), gradient_norm (before clipping).
+        With one step in all the update is exactly on-policy, and needs no separate pass for the old log-probabilities.
+        A step whose gradient isn't finite, or without any token to train on, changes nothing. Statistics, means over
+        the trained tokens and over the steps: loss, entropy (nats), clipped_low, clipped_high and rejected (shares),
+        kl_sampler (mean of r - log r - 1 with r the ratio of the trainer's to the sampler's probability), kl_reference,
+        gradient_norm (before clipping), skipped (steps whose gradient wasn't finite). Raises ValueError for a loss
+        whose reference the learner lacks.
         """
+        held_to_reference = isinstance(loss, PolicyLoss) and loss.kl_weight > 0
+        if held_to_reference and self._reference is None:
+            raise ValueError("update: the loss asks for a divergence, and the learner has no reference")
         with jax.set_mesh(self.mesh):
-            return self._update(state, batch, loss, learning_rate, micro_rows, epochs)
+            placed = [[self._place(micro) for micro in micros] for micros in minibatches]
+            for micro in (micro for micros in placed for micro in micros):
+                if epochs * len(placed) > 1:
+                    micro["old_logprobs"] = self._logprobs(state.params, self._frozen, micro)
+                if held_to_reference:
+                    micro["reference_logprobs"] = self._logprobs(self._reference, None, micro)
+            tokens = [float(sum(micro.mask.sum() for micro in micros)) for micros in minibatches]
+            found = []
+            for micros, count in [*zip(placed, tokens, strict=True)] * epochs:
+                state, statistics = self._step(state, micros, count, loss, learning_rate)
+                found.append(statistics)
+            return state, {name: float(sum(one[name] for one in found)) / len(found) for name in found[0]}
 
-    def _update(
-        self, state: TrainState, batch: Batch, loss: Loss, learning_rate: float, micro_rows: int, epochs: int
-    ) -> tuple[TrainState, dict[str, float]]:
-        micros = [self._micro(batch, start, micro_rows) for start in range(0, len(batch.tokens), micro_rows)]
-        tokens = jnp.float32(max(float(batch.mask.sum()), 1.0))
-        if epochs > 1:
-            for micro in micros:
-                micro["old_logprobs"] = self._logprobs(state.params, self._frozen, micro)
-        statistics: Arrays = {}
-        for _ in range(epochs):
-            sums = (jax.tree.map(jnp.zeros_like, state.params), {name: jnp.zeros(()) for name in STATISTICS})
-            for micro in micros:
-                sums = self._gradient(state.params, self._frozen, sums, micro, tokens, loss=loss)
-            gradient, statistics = sums
-            state, norm = self._apply(state, gradient, jnp.float32(learning_rate))
-            statistics["gradient_norm"] = norm
-        return state, {name: float(value) for name, value in statistics.items()}
+    def _step(
+        self, state: TrainState, micros: Sequence[Arrays], tokens: float, loss: Loss, learning_rate: float
+    ) -> tuple[TrainState, Arrays]:
+        sums = (jax.tree.map(jnp.zeros_like, state.params), {name: jnp.zeros(()) for name in STATISTICS})
+        for micro in micros:
+            sums = self._gradient(state.params, self._frozen, sums, micro, max(tokens, 1.0), loss=loss)
+        gradient, statistics = sums
+        state, norm, skipped = self._apply(state, gradient, learning_rate, tokens > 0)
+        return state, {**statistics, "gradient_norm": norm, "skipped": skipped}
 
-    def _micro(self, batch: Batch, start: int, rows: int) -> Arrays:
-        length = _used_length(batch.segments[start : start + rows])
-        fields = {f.name: getattr(batch, f.name)[start : start + rows, :length] for f in dataclasses.fields(batch)}
-        short = rows - len(fields["tokens"])
-        padded = {name: np.pad(array, ((0, short), (0, 0))) for name, array in fields.items()}
-        return jax.device_put(padded, batch_sharding(self.mesh))
+    def _place(self, batch: Batch) -> Arrays:
+        return jax.device_put(vars(batch), batch_sharding(self.mesh))
 
     def _predict(self, params: Params, micro: Arrays) -> tuple[jax.Array, jax.Array]:
         hidden_BTD, _ = forward(
@@ -122,6 +157,7 @@ class Learner:
             micro["tokens"],
             micro["positions"],
             segments_BT=micro["segments"],
+            branches_BT=micro["branches"] if self.shares_prompts else None,
             dtype=jnp.dtype(self._model.dtype),
             remat=self._model.remat,
             kernel=self._kernel,
@@ -132,33 +168,48 @@ class Learner:
         self, params: Params, frozen: Params | None, sums: Any, micro: Arrays, tokens: jax.Array, *, loss: Loss
     ) -> Any:
         def total(params: Params) -> tuple[jax.Array, Arrays]:
-            logprobs, entropy = self._predict(join(params, frozen), micro)
-            old = micro.get("old_logprobs", jax.lax.stop_gradient(logprobs))
+            now, entropy = self._predict(join(params, frozen), micro)
+            old = micro.get("old_logprobs", jax.lax.stop_gradient(now))
             sampler = old if isinstance(loss, Supervised) else micro["sampler_logprobs"]
-            losses, clipped = token_losses(loss, logprobs, old, sampler, micro["advantages"])
+            logprobs = Logprobs(now, old, sampler, micro.get("reference_logprobs"))
+            average = partial(sequence_means, mask_BT=micro["mask"], branches_BT=micro["branches"])
+            losses = token_losses(loss, logprobs, entropy, micro["advantages"], average)
             difference = old - sampler
-            mismatch = jnp.exp(difference) - difference - 1
-            parts = {"loss": losses, "entropy": entropy, "clipped": clipped, "kl_sampler": mismatch}
-            means = {name: jnp.sum(micro["mask"] * part) / tokens for name, part in parts.items()}
+            watched = losses._asdict() | {
+                "entropy": entropy,
+                "kl_sampler": jnp.exp(difference) - difference - 1,
+            }
+            means = {name: jnp.sum(micro["mask"] * watched[name]) / tokens for name in STATISTICS}
+            means["loss"] = jnp.sum(micro["weights"] * losses.loss)
             return means["loss"], means
 
         gradient, means = jax.grad(total, has_aux=True)(params)
         return jax.tree.map(jnp.add, sums, (gradient, means))
 
     def _apply_gradient(
-        self, state: TrainState, gradient: Params, learning_rate: jax.Array
-    ) -> tuple[TrainState, jax.Array]:
+        self, state: TrainState, gradient: Params, learning_rate: jax.Array, trained: jax.Array
+    ) -> tuple[TrainState, jax.Array, jax.Array]:
         step, optimizer = self._optimizer.update(gradient, state.optimizer, state.params)
         params = jax.tree.map(lambda weight, change: weight + learning_rate * change, state.params, step)
-        return TrainState(params, optimizer), optax.tree.norm(gradient)
+        norm = optax.tree.norm(gradient)
+        sound = jnp.isfinite(norm)
+        kept = jax.tree.map(partial(jnp.where, sound & trained), TrainState(params, optimizer), state)
+        return kept, norm, 1.0 - sound
 
 
-def _used_length(segments_BT: np.ndarray) -> int:
-    """Where the padding at every row's end begins, in eighths of a row: at most eight programs are compiled."""
-    T = segments_BT.shape[1]
-    used = int(np.flatnonzero(segments_BT.any(axis=0)).max(initial=0)) + 1
-    step = -(-T // 8)
-    return min(T, -(-used // step) * step)
+def reference_weights(params: Params, dtype: Any) -> Params:
+    """The weights as they are now, in `dtype`, whatever updates come; of a model with adapters its base, not copied."""
+    _, base = split(params)
+    copy = jax.jit(lambda weights: jax.tree.map(lambda weight: jnp.copy(weight).astype(dtype), weights))
+    return copy(params) if base is None else base
 
 
-STATISTICS = ("loss", "entropy", "clipped", "kl_sampler")
+def sequence_means(x_BT: jax.Array, *, mask_BT: jax.Array, branches_BT: jax.Array) -> jax.Array:
+    """The mean of x over the trained tokens of each token's sequence, float32 [B, T]."""
+    T = x_BT.shape[1]
+    add = jax.vmap(partial(jax.ops.segment_sum, num_segments=T + 1))
+    sums_BS, counts_BS = add(x_BT * mask_BT, branches_BT), add(mask_BT, branches_BT)
+    return jnp.take_along_axis(sums_BS / jnp.maximum(counts_BS, 1.0), branches_BT, axis=1)
+
+
+STATISTICS = ("loss", "entropy", "clipped_low", "clipped_high", "rejected", "kl_sampler", "kl_reference")

@@ -21,6 +21,7 @@ def attend(
     scale: float,
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
+    tree: tuple[jax.Array, jax.Array] | None = None,
     window: int | None = None,
     local: bool | jax.Array = True,
     cap: float | None = None,
@@ -32,7 +33,9 @@ def attend(
     and values with H last, so that both products run along memory, and no layout makes XLA transpose the whole cache.
 
     Without positions_BT, key t belongs to query t, and a query sees the keys up to its own, with segments_BT those of
-    its own segment. With positions_BT the keys are slots, and a query at position p sees those up to p.
+    its own segment; of these, with tree = (branches_BT, positions_BT), those of its own branch and of branch 0, and
+    positions count, not places in the row. With positions_BT the keys are slots, and a query at position p sees those
+    up to p.
     window: a query sees this many keys at most, its own and those before it; what lies outside of a row's windows is
     not computed. local: False switches the window off; a traced bool (of one layer in a scan) does so in the mask only.
     scale: what scores are multiplied by. cap: a score s then becomes cap · tanh(s / cap).
@@ -58,14 +61,18 @@ def attend(
             return attend_splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, **kind)
         return attend_cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, window=window)
 
+    branches_BT, places_BT = (None, jnp.arange(T)[None]) if tree is None else tree
     size = max(CHUNK, -(-T // MOST_CHUNKS))
     parts = []
     for a in range(0, T, size):
         b = min(a + size, T)
-        first = 0 if window is None or local is not True else max(0, a - window + 1)
-        mask_BTS = sees(jnp.arange(a, b)[None], jnp.arange(first, b)[None])
+        first = 0 if window is None or local is not True or tree is not None else max(0, a - window + 1)
+        mask_BTS = sees(places_BT[:, a:b], places_BT[:, first:b])
         if segments_BT is not None:
             mask_BTS &= segments_BT[:, a:b, None] == segments_BT[:, None, first:b]
+        if branches_BT is not None:
+            trunk_BTS = branches_BT[:, None, first:b] == 0
+            mask_BTS &= (branches_BT[:, a:b, None] == branches_BT[:, None, first:b]) | trunk_BTS
         parts.append(mix(q_BTKGH[:, a:b], k_BKHS[..., first:b], v_BKSH[:, :, first:b], mask_BTS))
     return jnp.concatenate(parts, axis=1).reshape(B, T, N, H)
 

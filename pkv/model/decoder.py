@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pkv.mesh import constrain_rows
+from pkv.mesh import by_heads, constrain_tokens
 from pkv.model.arch import Arch
 from pkv.model.attention import attend
 from pkv.model.cache import Cache
@@ -37,6 +37,7 @@ def forward(
     positions_BT: jax.Array,
     *,
     segments_BT: jax.Array | None = None,
+    branches_BT: jax.Array | None = None,
     cache: Cache | Paged | None = None,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
@@ -45,20 +46,24 @@ def forward(
     """Hidden states after the final norm, [B, T, D] in `dtype`, and the cache with these tokens written into it.
 
     Without a cache a token sees the earlier tokens of its row, and with `segments_BT` (0 is padding) only those of its
-    own segment. With a cache, keys and values at position p are written into slot p of their row, and a query at p
-    sees the slots up to p: a prefill that is padded on the right needs no mask, because decoding overwrites the
-    padding's slots before it reaches them. What would be written beyond the cache's end is dropped. With a cache of
-    pages T is 1, and the stock of its last level comes back. In a local layer a query sees no further back than the
-    window.
+    own segment; with `branches_BT` of these those of its own branch and of branch 0, a trunk that all of them share,
+    where each goes on at the position after the trunk's last. With a cache, keys and values at position p are written
+    into slot p of their row, and a query at p sees the slots up to p: a prefill that is padded on the right needs no
+    mask, because decoding overwrites the padding's slots before it reaches them. What would be written beyond the
+    cache's end is dropped. With a cache of pages T is 1, and the stock of its last level comes back. In a local layer a
+    query sees no further back than the window.
 
     `params["layers"]` is stacked (scanned: compiles once for all layers) or a tuple (unrolled); the cache alike.
     remat: what the backward pass finds kept (see `rematerialised`). kernel: of attention over whole rows.
-    Raises ValueError for a cache together with segments, or in another form than the weights.
+    Raises ValueError for a cache together with segments, or in another form than the weights, and for branches that
+    the kernel doesn't know.
     """
     layers = params["layers"]
     stacked = not isinstance(layers, (tuple, list))
     if cache is not None and segments_BT is not None:
         raise ValueError("forward: segments are for packed rows without a cache")
+    if branches_BT is not None and (segments_BT is None or kernel != "xla"):
+        raise ValueError("forward: branches need segments, and XLA's attention")
     if cache is not None and stacked != isinstance(cache.levels[-1].stock if isinstance(cache, Paged) else cache, dict):
         raise ValueError("forward: weights and cache differ in form; pass both stacked or both as a tuple of layers")
     local_layers = arch.local_layers or (False,) * arch.layers
@@ -71,8 +76,11 @@ def forward(
         if isinstance(cache, Paged):
             return meet_pages(cache, memory, index, q, k, v, positions_BT=positions_BT, local=local, **sight)
         if memory is None:
+            q, k, v = by_heads(q, k, v)
             keys, values = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
-            return attend(q, keys, values, segments_BT=segments_BT, local=local, kernel=kernel, **sight), None
+            tree = None if branches_BT is None else (branches_BT, positions_BT)
+            packed = {"segments_BT": segments_BT, "tree": tree}
+            return attend(q, keys, values, local=local, kernel=kernel, **packed, **sight), None
         keys, values, memory = _write(memory, index, positions_BT, k, v)
         return attend(q, keys, values, positions_BT=positions_BT, local=local, **sight), memory
 
@@ -83,7 +91,7 @@ def forward(
 
     # Where the layers are not scanned, a layer's number is known when compiling, as `local` then is.
     layer = rematerialised(layer, remat, static_argnums=() if told else (4,) if stacked else (3, 4))
-    x_BTD = constrain_rows(embed(params, arch, tokens_BT, dtype))
+    x_BTD = constrain_tokens(embed(params, arch, tokens_BT, dtype))
     if stacked:
         # The stacked cache is carried and written in place; as scanned inputs and outputs it would be copied whole.
         def scanned(carry: tuple[jax.Array, Cache], step: tuple[Params, jax.Array, jax.Array]) -> tuple[Any, None]:
@@ -159,7 +167,7 @@ def decoder_layer(
     up_BTF = dense(normed_BTD, w["ffn"]["up"])
     down_BTD = dense(gate_BTF * up_BTF, w["ffn"]["down"])
     x_BTD = x_BTD + (_norm(down_BTD, w["ffn_post_norm"], arch) if arch.post_norms else down_BTD)
-    return constrain_rows(x_BTD), cache
+    return constrain_tokens(x_BTD), cache
 
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}

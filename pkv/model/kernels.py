@@ -78,8 +78,8 @@ def attend_splash(
             return (nearby if local else everywhere)(*arrays)
         return jax.lax.cond(local, nearby, everywhere, *arrays)
 
-    heads, kv_heads = ("rows", "heads", "time", "head"), ("rows", "kv_heads", "time", "head")
-    own = over_shards(by_kind, (heads, kv_heads, kv_heads, ("rows", "time")))
+    heads = ("rows", "row_heads", "time", "head")
+    own = over_shards(by_kind, (heads, heads, heads, ("rows", "time")))
     mixed_BNTH = own(q_BNTH, k_BKTH, v_BKTH, segments_BT)
     return mixed_BNTH.swapaxes(1, 2)[:, :T, :, :H]
 

@@ -7,6 +7,7 @@ computation is in `decoder.py` and works on those dicts.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -106,14 +107,18 @@ def init_params(arch: Arch, key: jax.Array, dtype: Any = jnp.float32, mesh: Mesh
 
     The draw depends on the key and the weight's name only: neither the mesh nor another weight changes it.
     """
+    return _maker(arch, jnp.dtype(dtype), mesh)(key)
+
+
+@lru_cache(maxsize=16)  # so that a second draw compiles nothing
+def _maker(arch: Arch, dtype: Any, mesh: Mesh | None) -> Callable[[jax.Array], Params]:
     placed = None if mesh is None else shardings(param_axes(arch), param_shapes(arch), mesh, TRAINING_RULES)
 
-    @partial(jax.jit, out_shardings=placed)
     def make(key: jax.Array) -> Params:
         weights = nnx.to_pure_dict(nnx.state(Decoder(arch, key)))
         return jax.tree.map(lambda weight: weight.astype(dtype), weights)
 
-    return make(key)
+    return jax.jit(make, out_shardings=placed)
 
 
 def param_axes(arch: Arch) -> dict[str, Any]:

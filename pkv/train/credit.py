@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,15 +11,17 @@ import numpy as np
 from pkv.config import GrpoConfig
 from pkv.grpo import Sequence as TrainingSequence
 from pkv.grpo import advantages_by_reward, token_advantages
-from pkv.grpo.advantages import groups_with_signal
-from pkv.records import OWNERS, Group
+from pkv.grpo.advantages import groups_with_signal, soft_overlong, total_advantages, whiten
+from pkv.records import FIGHTERS, OWNERS, Group, Scorecard
+
+OVERLONG = "overlong"  # the punishment for coming near the budget, beside the rewards; all tokens own it
 
 
 @dataclass(frozen=True)
 class Credit:
     """sequences: what is trained on. by_owner: [prompt][sample] -> mean advantage of each owner's tokens.
 
-    silent: the share of groups that were left out because no weighted reward differs in them.
+    silent: the share of groups that were left out because nothing that gives them a signal differs in them.
     """
 
     sequences: list[TrainingSequence]
@@ -27,19 +30,35 @@ class Credit:
 
 
 def assign_credit(
-    groups: Sequence[Group], weights: Mapping[str, float], whole_trace: Mapping[str, float], config: GrpoConfig
+    groups: Sequence[Group],
+    weights: Mapping[str, float],
+    whole_trace: Mapping[str, float],
+    config: GrpoConfig,
+    budget: int,
 ) -> Credit:
     """Advantages by reward, spread over the tokens of the blocks that own them.
 
-    whole_trace: reward -> the share of its advantage that all other tokens get too.
+    whole_trace: reward -> the share of its advantage that all other tokens get too. budget: max_new_tokens.
     """
     names = [name for name, weight in weights.items() if weight]
-    owners = [groups[0].cards[0].rewards[name].owner for name in names]
-    values_KPG = np.array([[[_value(card.rewards[n].value) for card in g.cards] for g in groups] for n in names])
-    advantages_KPG = advantages_by_reward(values_KPG, config.scale, config.std_floor)
+    values_KPG = _values(groups, names)
     weights_K = np.array([weights[name] for name in names], np.float32)
     whole_K = np.array([whole_trace[name] for name in names], np.float32)
-    signal_P = groups_with_signal(advantages_KPG, weights_K)
+    owners = [groups[0].cards[0].rewards[name].owner for name in names]
+    if config.overlong_tokens:
+        lengths_PG = np.array([[len(rollout.tokens) for rollout in group.rollouts] for group in groups])
+        punishment_PG = soft_overlong(lengths_PG, budget, config.overlong_tokens)
+        values_KPG = np.concatenate((values_KPG, punishment_PG[None]))
+        weights_K, whole_K = np.append(weights_K, 1.0), np.append(whole_K, 1.0)
+        names, owners = [*names, OVERLONG], [*owners, "trace"]
+    signal_P = with_signal(groups, weights, config)
+    if config.combine == "total":
+        scaled = config.scale, config.std_floor, config.baseline
+        advantages_KPG = total_advantages(values_KPG, weights_K, *scaled)[None]
+        owners, weights_K, whole_K = ["trace"], np.ones(1, np.float32), np.ones(1, np.float32)
+    else:
+        alike_KPG = np.array([_alike(name, groups, config) for name in names])
+        advantages_KPG = advantages_by_reward(values_KPG, config.scale, config.std_floor, config.baseline, alike_KPG)
     sequences: list[TrainingSequence] = []
     by_owner: list[list[dict[str, float]]] = []
     for p, group in enumerate(groups):
@@ -51,11 +70,39 @@ def assign_credit(
             if signal_P[p] and not (config.mask_truncated and rollout.finish == "length"):
                 said = rollout.tokens, advantages_T, rollout.logprobs, rollout.forced
                 sequences.append(TrainingSequence(group.prompt.tokens, *said))
+    if config.whiten:
+        whitened = whiten([sequence.advantages for sequence in sequences], centre=config.credit == "sequence")
+        sequences = [dataclasses.replace(s, advantages=a) for s, a in zip(sequences, whitened, strict=True)]
     return Credit(sequences, by_owner, 1.0 - float(signal_P.mean()))
 
 
-def _value(value: float | None) -> float:
+def with_signal(groups: Sequence[Group], weights: Mapping[str, float], config: GrpoConfig) -> np.ndarray:
+    """bool [P]: the groups in which one of the rewards of `config.signal`, or of all with a weight, differs.
+
+    Nearly every group differs in some reward that is a matter of degree, such as length: whoever wants groups without
+    anything to learn left out names what is to be learnt.
+    """
+    return groups_with_signal(_values(groups, config.signal or [name for name, weight in weights.items() if weight]))
+
+
+def _values(groups: Sequence[Group], names: Sequence[str]) -> np.ndarray:
+    """float64 [K, P, G], NaN where there is no value."""
+    return np.array([[[_value(card, name) for card in group.cards] for group in groups] for name in names])
+
+
+def _value(card: Scorecard, name: str) -> float:
+    value = card.rewards[name].value
     return float("nan") if value is None else value
+
+
+def _alike(name: str, groups: Sequence[Group], config: GrpoConfig) -> list[list[int]]:
+    """With whom a rollout is compared: for the judge's accuracy, with those of whose fighters as many were right."""
+    by_fighters = config.alike and name == "judge_accuracy"
+    return [[_right_fighters(card) if by_fighters else 0 for card in group.cards] for group in groups]
+
+
+def _right_fighters(card: Scorecard) -> int:
+    return sum(bool(card.facts.get(f"right/{name}")) for name in FIGHTERS)
 
 
 def _mean_by_owner(advantages_T: np.ndarray, token_owners: np.ndarray) -> dict[str, float]:

@@ -8,43 +8,66 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from pkv.config import UserError
+from pkv.evaluate import summarise
+from pkv.model.arithmetic import peak_flops, update_flops
 from pkv.records import Group
 from pkv.train.credit import Credit
 from pkv.train.rounds import Stage
+from pkv.train.run import Run
+from pkv.train.setup import Setup
+
+MOST_SKIPPED = 5
 
 
 def step_metrics(
+    setup: Setup,
     stage: Stage,
-    summary: Mapping[str, float],
+    groups: Sequence[Group],
     policy: Mapping[str, float],
     credit: Credit,
-    generated: int,
+    learning_rate: float,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl. perf/tokens_per_s: generated tokens a second of sampling, scoring included."""
-    trained = sum(len(sequence.response) for sequence in credit.sequences)
+    """One line of metrics.jsonl.
+
+    reward/<name>: the mean of a reward as it is; weighted/<name>: times its weight. advantage/<owner>: the mean size of
+    what the owner's tokens got. perf/tokens_per_s: generated tokens a second, from resharding the weights to the last
+    score. perf/update_mfu: the model's own arithmetic over what the chips could do at most, where that is known.
+    """
+    summary = summarise(groups)
+    generated = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
+    trained = [(sequence.size, len(sequence.response)) for sequence in credit.sequences]
+    flops = update_flops(setup.policy.arch, trained, setup.frozen is not None) / seconds["update"]
+    peak = peak_flops(jax.devices()[0].device_kind)
     owners = Counter(owner for group in credit.by_owner for sample in group for owner in sample)
     magnitude: Counter[str] = Counter()
     for group in credit.by_owner:
         for sample in group:
             magnitude.update({owner: abs(value) for owner, value in sample.items()})
+    paid = {name: weight for name, weight in stage.weights.items() if weight and f"reward/{name}" in summary}
     return {
         "round": stage.name,
         "phase": "grpo",
         **summary,
+        **{f"weighted/{name}": weight * summary[f"reward/{name}"] for name, weight in paid.items()},
         "loss": policy["loss"],
         **{f"policy/{name}": value for name, value in policy.items() if name != "loss"},
-        "policy/learning_rate": stage.required_round.learning_rate,
+        "policy/learning_rate": learning_rate,
         "groups/silent": credit.silent,
+        "groups/sampled": len(groups),
         **{f"advantage/{owner}": magnitude[owner] / count for owner, count in owners.items()},
-        "perf/tokens_per_s": generated / seconds["sample"],
-        "perf/update_tokens_per_s": trained / seconds["update"],
+        "perf/tokens_per_s": generated / sum(seconds[phase] for phase in ("reshard", "sample", "score")),
+        "perf/update_tokens_per_s": sum(response for _, response in trained) / seconds["update"],
+        "perf/update_tflops": flops / 1e12,
+        **({"perf/update_mfu": flops / peak / jax.device_count()} if peak else {}),
         **{f"perf/{phase}_s": value for phase, value in seconds.items()},
         "perf/step_s": sum(seconds.values()),
         "perf/host_memory_gb": peak_memory_gb(),
+        **({"perf/device_memory_gb": max(peaks)} if (peaks := device_peaks_gb()) else {}),
     }
 
 
@@ -91,6 +114,16 @@ def check_scored(groups: Sequence[Group], most: float) -> None:
     )
 
 
+def check_stepped(policy: Mapping[str, float], run: Run, step: int) -> None:
+    """Raise UserError when the gradient of too many steps in a row wasn't finite; such a step changes nothing."""
+    run.skipped = run.skipped + 1 if policy["skipped"] else 0
+    if run.skipped >= MOST_SKIPPED:
+        raise UserError(
+            f"step {step}: the gradient was not finite {run.skipped} times in a row, and nothing is learnt any more; "
+            "lower the learning rate or optimizer.clip_norm, and go on from an earlier checkpoint"
+        )
+
+
 def shown(metrics: Mapping[str, Any]) -> dict[str, float]:
     """What the progress bar says of a step."""
     return {
@@ -100,6 +133,12 @@ def shown(metrics: Mapping[str, Any]) -> dict[str, float]:
         "tokens": metrics["length/tokens"],
         "tokens_per_s": metrics["perf/tokens_per_s"],
     }
+
+
+def device_peaks_gb() -> list[float]:
+    """The most memory in use on each device of this process that keeps count, GiB; a CPU doesn't."""
+    found = (device.memory_stats() or {} for device in jax.local_devices())
+    return [stats["peak_bytes_in_use"] / 2**30 for stats in found if "peak_bytes_in_use" in stats]
 
 
 def peak_memory_gb() -> float:

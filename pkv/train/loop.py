@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pkv.config import Config
-from pkv.evaluate import collect_groups, evaluate, summarise
-from pkv.grpo import TrainState, pack
-from pkv.grpo.losses import ClippedSurrogate, Supervised
+from pkv.evaluate import evaluate
+from pkv.grpo import TrainState, learning_rate
+from pkv.grpo.losses import Supervised
 from pkv.rewards import ScoringPool
-from pkv.tracking import Progress
+from pkv.tracking import Clock, Progress
 from pkv.train.credit import assign_credit
 from pkv.train.interrupts import stop_requests
-from pkv.train.journal import check_scored, rollout_rows, shown, step_metrics
+from pkv.train.journal import check_scored, check_stepped, rollout_rows, shown, step_metrics
+from pkv.train.rollouts import gather
 from pkv.train.rounds import Stage, check_requirement, stages
 from pkv.train.run import Run
 from pkv.train.setup import Setup, build, open_training
-from pkv.train.warmup import demonstration_batch, warmup_learning_rate
+from pkv.train.warmup import demonstrations, warmup_learning_rate
 
 
 def train(config: Config, folder: Path, fresh: bool = False) -> Run:
@@ -29,8 +27,10 @@ def train(config: Config, folder: Path, fresh: bool = False) -> Run:
     """
     setup = build(config)
     run, state = open_training(setup, folder, fresh)
+    measured = None  # the limits of the last evaluation: a stage with others is measured when it starts
     with run, stop_requests() as asked_to_stop:
         for stage in stages(config):
+            before, measured = measured, stage.limits
             if run.step >= stage.stop:
                 continue
             if stage.round is not None:
@@ -40,13 +40,15 @@ def train(config: Config, folder: Path, fresh: bool = False) -> Run:
                 Progress(stage.stop - stage.first, stage.name, initial=run.step - stage.first) as progress,
             ):
                 setup.warm_up(state, stage, run.step)
+                if stage.round is not None and run.step == stage.first and before != stage.limits:
+                    measure(setup, run, state, stage, scoring, f"before {stage.name}")
                 for step in range(run.step, stage.stop):
                     if asked_to_stop() and run.step == step:  # saved: nothing is lost
                         raise KeyboardInterrupt
                     state, seen = (grpo_step if stage.round else warmup_step)(setup, run, state, stage, step, scoring)
                     progress.advance(1, **seen)
                     if step + 1 == stage.stop:
-                        measure(setup, run, state, stage, scoring)
+                        measure(setup, run, state, stage, scoring, f"after {stage.name}")
                     if (step + 1) % config.checkpoint.every == 0 or step + 1 == stage.stop or asked_to_stop():
                         run.save(step + 1, state, config.checkpoint.keep)
     return run
@@ -56,30 +58,18 @@ def grpo_step(
     setup: Setup, run: Run, state: TrainState, stage: Stage, step: int, scoring: ScoringPool
 ) -> tuple[TrainState, dict[str, float]]:
     """One step of judge-assisted GRPO."""
-    config, clock, round_ = setup.config, Clock(), stage.required_round
-    prompts = setup.draw_prompts(step)
-    with clock("sample"):
-        groups = collect_groups(
-            setup.source(state, stage, step),
-            prompts,
-            samples=config.grpo.samples,
-            max_new_tokens=round_.max_new_tokens,
-            seed=config.seed,
-            purpose="train",
-            scoring=scoring,
-        )
-    generated = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
-    check_scored(groups, config.rewards.max_unscored_share)
-    credit = assign_credit(groups, stage.weights, stage.whole_trace, config.grpo)
+    grpo, clock = setup.config.grpo, Clock()
+    groups = gather(setup, state, stage, step, scoring, run.pass_rates, clock)
+    check_scored(groups, setup.config.rewards.max_unscored_share)
+    with clock("credit"):
+        credit = assign_credit(groups, stage.weights, stage.whole_trace, setup.grpo, stage.budget(step))
+        minibatches = setup.pack(credit.sequences, stage.budget(step), grpo.minibatches)
     with clock("update"):
-        batch = pack(credit.sequences, config.grpo.row_tokens)
-        loss = ClippedSurrogate(config.grpo.clip_low, config.grpo.clip_high, config.grpo.importance_cap)
-        state, policy = setup.learner.update(
-            state, batch, loss, round_.learning_rate, config.grpo.micro_rows, config.grpo.epochs
-        )
-    metrics = step_metrics(stage, summarise(groups), policy, credit, generated, clock.seconds)
-    run.tracker.log(step, metrics)
-    run.tracker.rollouts(step, rollout_rows(stage, groups, credit))
+        rate = learning_rate(stage.required_round, step - stage.first)
+        state, policy = setup.learner.update(state, minibatches, grpo.loss, rate, grpo.epochs)
+    check_stepped(policy, run, step)
+    metrics = step_metrics(setup, stage, groups, policy, credit, rate, clock.seconds)
+    run.log(step, metrics, rollout_rows(stage, groups, credit), groups)
     if step % setup.TEXT_EVERY == 0:
         run.tracker.text(step, f"competition/{stage.name}", groups[0].traces[0].text)
     return state, shown(metrics)
@@ -91,21 +81,26 @@ def warmup_step(
     """One supervised step on synthetic competitions."""
     config, clock = setup.config, Clock()
     with clock("update"):
-        batch = demonstration_batch(config, step, setup.problems, setup.policy)
+        sequences = demonstrations(config, step, setup.problems, setup.policy)
         rate = warmup_learning_rate(config, step)
-        state, policy = setup.learner.update(state, batch, Supervised(), rate, config.grpo.micro_rows)
-    tokens = float(batch.mask.sum())
+        state, policy = setup.learner.update(state, setup.pack(sequences), Supervised(), rate)
+    check_stepped(policy, run, step)
+    trained = sum(len(sequence.response) for sequence in sequences) / clock.seconds["update"]
     metrics = {"round": stage.name, "phase": "warmup", "loss": policy["loss"], "policy/entropy": policy["entropy"]}
-    metrics |= {"perf/update_s": clock.seconds["update"], "perf/update_tokens_per_s": tokens / clock.seconds["update"]}
-    run.tracker.log(step, metrics)
-    return state, {"loss": policy["loss"], "tokens_per_s": metrics["perf/update_tokens_per_s"]}
+    metrics |= {"policy/gradient_norm": policy["gradient_norm"], "policy/learning_rate": rate}
+    metrics |= {"perf/update_s": clock.seconds["update"], "perf/update_tokens_per_s": trained}
+    run.log(step, metrics)
+    return state, {"loss": policy["loss"], "tokens_per_s": trained}
 
 
-def measure(setup: Setup, run: Run, state: TrainState, stage: Stage, scoring: ScoringPool) -> None:
-    """Held-out accuracy, format and judge metrics at a stage's end."""
+def measure(setup: Setup, run: Run, state: TrainState, stage: Stage, scoring: ScoringPool, name: str) -> None:
+    """Held-out accuracy, format and judge metrics at a stage's start or end."""
     config = setup.config
-    source = setup.source(state, stage, stage.stop, heldout=True)
-    with Progress(len(setup.heldout) * config.evaluate.samples, f"held-out, after {stage.name}") as progress:
+    if any(evaluation["name"] == name for evaluation in run.evaluations()):  # by the run that was stopped here
+        return
+    step = stage.stop if name.startswith("after") else stage.first
+    source = setup.source(state, stage, step, heldout=True)
+    with Progress(len(setup.heldout) * config.evaluate.samples, f"held-out, {name}") as progress:
         evaluation = evaluate(
             source,
             setup.heldout,
@@ -115,17 +110,4 @@ def measure(setup: Setup, run: Run, state: TrainState, stage: Stage, scoring: Sc
             seed=config.seed,
             on_rollout=lambda _: progress.advance(),
         )
-    run.add_evaluation(stage.stop, f"after {stage.name}", evaluation, config.evaluate.shown)
-
-
-class Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+    run.add_evaluation(step, name, evaluation, config.evaluate.shown)

@@ -31,6 +31,16 @@ class Stage:
     max_new_tokens: int
     fighter_tokens: int
 
+    def budget(self, step: int) -> int:
+        """max_new_tokens at a global step of the stage: in equal parts through the round's budgets up to its own."""
+        grows = (*(self.round.budgets if self.round else ()), self.max_new_tokens)
+        return grows[(step - self.first) * len(grows) // (self.stop - self.first)]
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """What bounds a response: two stages with the same limits are measured alike."""
+        return self.max_new_tokens, self.fighter_tokens
+
     @property
     def required_round(self) -> RoundConfig:
         """The round; a warm-up has none, which is a programmer's mistake."""
@@ -65,6 +75,13 @@ def stages(config: Config) -> list[Stage]:
             found.append(stage)
         first += steps
     return found
+
+
+def signal_rewards(config: Config) -> tuple[str, ...]:
+    """The rewards of which one must differ within a group, families resolved. Raises UserError for an unknown one."""
+    user = tuple(load_user_files(config.rewards.user_files))
+    named = resolve_weights(dict.fromkeys(config.grpo.signal, 1.0), user, "grpo.signal")
+    return tuple(name for name, wanted in named.items() if wanted)
 
 
 def reward_budgets(config: Config) -> str:

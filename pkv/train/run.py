@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pkv import checkpoint
 from pkv.config import Config, UserError, as_plain
 from pkv.evaluate import MADE_WITH, RUN_MODEL, SYSTEM_FILE, Evaluation, Policy
 from pkv.hub import pinned
+from pkv.records import Group
 from pkv.tracking import Tracker, cut_lines
 
 # Knobs that change how a run goes, not what it computes: they may differ when it goes on.
@@ -33,6 +34,8 @@ class Run:
         self.folder = folder
         self.step = step
         self.tracker = Tracker(folder, resume_step=step)
+        self.skipped = 0  # steps in a row whose gradient wasn't finite
+        self._pass_rates: dict[str, float] | None = None
         self._evaluations = folder / "evaluations.jsonl"
         cut_lines(self._evaluations, step + 1)  # one made at this very step is kept
 
@@ -44,6 +47,28 @@ class Run:
         """Write a checkpoint after `step` steps."""
         self.step = step
         checkpoint.save(self.folder / "checkpoints", step, state, {"step": step}, keep)
+
+    def log(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        rollouts: Sequence[Mapping[str, Any]] = (),
+        groups: Sequence[Group] = (),
+    ) -> None:
+        """Write a step's metrics and rollouts, and remember how its groups fared."""
+        self.tracker.log(step, metrics)
+        if rollouts:
+            self.tracker.rollouts(step, rollouts)
+        if self._pass_rates is not None:
+            self._pass_rates |= measured_pass_rates(groups)
+
+    def pass_rates(self) -> dict[str, float]:
+        """By problem id, the share of right answers in the last group of each; read from the rollouts at first."""
+        if self._pass_rates is None:
+            self._pass_rates = {}
+            for file in sorted((self.folder / "rollouts").glob("step-*.parquet")):
+                self._pass_rates |= stored_pass_rates(file)
+        return self._pass_rates
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluations so far: {"step", "name", "metrics", "samples"}."""
@@ -79,6 +104,28 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def measured_pass_rates(groups: Sequence[Group]) -> dict[str, float]:
+    """By problem id, the share of right final answers among those that could be judged."""
+    values = {g.prompt.problem.id: [card.rewards["correctness"].value for card in g.cards] for g in groups}
+    return _shares_right(values)
+
+
+def stored_pass_rates(file: Path) -> dict[str, float]:
+    """The same from a step's rollouts on disk."""
+    import pyarrow.parquet as parquet
+
+    table = parquet.read_table(file, columns=["problem_id", "reward/correctness"])
+    values: dict[str, list[float | None]] = {}
+    for name, value in zip(*(table[column].to_pylist() for column in table.column_names), strict=True):
+        values.setdefault(name, []).append(value)
+    return _shares_right(values)
+
+
+def _shares_right(values: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
+    known = {name: [value for value in found if value is not None] for name, found in values.items()}
+    return {name: sum(value == 1.0 for value in found) / len(found) for name, found in known.items() if found}
 
 
 def open_run(config: Config, folder: Path, policy: Policy, model_config: Mapping[str, Any], fresh: bool) -> Run:

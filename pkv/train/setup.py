@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,15 +13,16 @@ import jax
 import numpy as np
 
 from pkv.compiling import keep_compiled
-from pkv.config import Config, UserError
+from pkv.config import Config, GrpoConfig, UserError
 from pkv.data import open_source
 from pkv.evaluate import Policy, Source, load_policy, render_prompts, requests_for
-from pkv.grpo import Learner, TrainState
-from pkv.mesh import make_mesh
+from pkv.grpo import Layout, Learner, TrainState, pack, reference_weights
+from pkv.grpo import Sequence as TrainingSequence
+from pkv.mesh import BATCH_AXES, TIME_AXIS, make_mesh
 from pkv.model import Params, join, read_config, split
-from pkv.records import Problem, Prompt
+from pkv.records import Batch, Problem, Prompt
 from pkv.sampling import Engine, WarmUp
-from pkv.train.rounds import Stage, stages
+from pkv.train.rounds import Stage, signal_rewards, stages
 from pkv.train.run import Run, open_run
 
 
@@ -27,13 +30,15 @@ from pkv.train.run import Run, open_run
 class Setup:
     """The compiled parts and the data of one run. `engine` samples for training, `heldout_engine` for evaluation.
 
-    compile_ahead: what `engine` will be asked in a stage. frozen: what is not trained, laid out for both engines; None
+    grpo: the config's, with families of signal rewards resolved. compile_ahead: what `engine` will be asked in a stage.
+    frozen: what is not trained, laid out for both engines; None
     when everything is.
     """
 
     TEXT_EVERY: ClassVar[int] = 10  # steps between two competitions shown in TensorBoard
 
     config: Config
+    grpo: GrpoConfig
     policy: Policy
     engine: Engine
     heldout_engine: Engine
@@ -48,17 +53,65 @@ class Setup:
         """The policy as both engines sample from it."""
         return join(self.engine.load(state.params), self.frozen)
 
-    def draw_prompts(self, step: int) -> list[Prompt]:
-        """The prompts of a GRPO step: the problems in a new order each epoch, a function of seed and step only."""
-        count = self.config.grpo.prompts
-        first = (step - self.config.warmup.steps) * count
-        drawn = []
-        for place in range(first, first + count):
-            epoch, at = divmod(place, len(self.problems))
-            drawn.append(
-                self.problems[np.random.default_rng((self.config.seed, epoch)).permutation(len(self.problems))[at]]
-            )
+    def draw_prompts(
+        self,
+        step: int,
+        count: int,
+        pass_rates: Callable[[], Mapping[str, float]],
+        refill: int = 0,
+        asked: Collection[str] = (),
+    ) -> list[Prompt]:
+        """`count` prompts of a GRPO step: the problems in a new order each epoch, a function of seed and step only.
+
+        Refills, and with a curriculum all prompts, are drawn at random instead, without those that were `asked`, by id.
+        pass_rates: by problem id, of the last group of each; read by the curriculum only.
+        """
+        data = self.config.data
+        curriculum = (data.hardest, data.easiest) != (0.0, 1.0)
+        if refill or curriculum:
+            rates = pass_rates() if curriculum else {}
+            drawn = self._draw_at_random((self.config.seed, step, refill), count, rates, asked)
+        else:
+            first = (step - self.config.warmup.steps) * count
+            drawn = []
+            for place in range(first, first + count):
+                epoch, at = divmod(place, len(self.problems))
+                order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.problems))
+                drawn.append(self.problems[order[at]])
         return render_prompts(self.policy.tokenizer, drawn, self.policy.system)
+
+    def _draw_at_random(
+        self, seed: tuple[int, ...], count: int, rates: Mapping[str, float], asked: Collection[str]
+    ) -> list[Problem]:
+        data = self.config.data
+        left = [problem for problem in self.problems if problem.id not in asked]
+        fits = [data.hardest <= rates.get(problem.id, data.hardest) <= data.easiest for problem in left]
+        chances = np.where(fits, 1.0, data.revisit)
+        draw = np.random.default_rng(seed)
+        count = min(count, len(left))
+        return (
+            [left[at] for at in draw.choice(len(left), count, replace=False, p=chances / chances.sum())]
+            if count
+            else []
+        )
+
+    def pack(
+        self, sequences: Sequence[TrainingSequence], budget: int | None = None, minibatches: int = 1
+    ) -> list[list[Batch]]:
+        """The micro-batches of each of an update's minibatches; budget: max_new_tokens, or None for demonstrations."""
+        mesh, grpo = self.learner.mesh, self.grpo
+        layout = Layout(
+            grpo.row_tokens,
+            grpo.micro_rows,
+            share_prompts=grpo.share_prompts and self.learner.shares_prompts,
+            rows_multiple=math.prod(mesh.shape[name] for name in BATCH_AXES),
+            time_multiple=mesh.shape[TIME_AXIS],
+            normalise=grpo.loss.normalise if budget else "tokens",
+            budget=budget or 1,
+        )
+        size = max(1, -(-len(sequences) // minibatches))
+        starts = range(0, max(len(sequences), 1), size)
+        return [pack(sequences[start : start + size], layout) for start in starts]
 
     def source(self, state: TrainState, stage: Stage, step: int, *, heldout: bool = False) -> Source:
         """Where a stage's rollouts come from."""
@@ -70,8 +123,9 @@ class Setup:
         """Compile what a stage's rollouts will ask, the longest first: what doesn't fit fails now."""
         if stage.round is None or not self.config.sampling.warm_up:
             return
-        source, grpo = self.source(state, stage, step), self.config.grpo
-        asked = source, self.draw_prompts(step), grpo.samples, stage.max_new_tokens, self.config.seed, "train"
+        source, samples = self.source(state, stage, step), stage.round.samples or self.grpo.samples
+        prompts = self.draw_prompts(step, self.grpo.prompts, dict)
+        asked = source, prompts, samples, stage.max_new_tokens, self.config.seed, "train"
         self.compile_ahead(source.weights, requests_for(*asked))
 
 
@@ -109,13 +163,15 @@ def build(config: Config) -> Setup:
     engine = Engine(arch, config.sampling, stops, mesh, dtype)
     heldout_engine = engine if at_test == config.sampling else Engine(arch, at_test, stops, mesh, dtype)
     _, frozen = split(policy.params)
+    reference = reference_weights(policy.params, config.model.dtype) if config.grpo.loss.kl_weight else None
     return Setup(
         config,
+        dataclasses.replace(config.grpo, signal=signal_rewards(config)),
         policy,
         engine,
         heldout_engine,
         WarmUp(engine),
-        Learner(arch, config.model, config.optimizer, mesh, frozen),
+        Learner(arch, config.model, config.optimizer, mesh, frozen, reference),
         None if frozen is None else engine.load(frozen),
         problems,
         prompts,

@@ -11,13 +11,12 @@ from pkv.competition import render
 from pkv.config import Config, UserError
 from pkv.evaluate import Policy
 from pkv.grpo import Sequence as TrainingSequence
-from pkv.grpo import pack
-from pkv.records import Batch, Problem
+from pkv.records import Problem
 from pkv.train.demonstrations import can_demonstrate, demonstrate
 
 
-def demonstration_batch(config: Config, step: int, problems: Sequence[Problem], policy: Policy) -> Batch:
-    """The packed demonstrations of one warm-up step, a function of seed and step only. Raises UserError."""
+def demonstrations(config: Config, step: int, problems: Sequence[Problem], policy: Policy) -> list[TrainingSequence]:
+    """The demonstrations of one warm-up step, a function of seed and step only. Raises UserError."""
     draw = random.Random(f"{config.seed}/warm-up/{step}")
     solvable = [problem for problem in problems if can_demonstrate(problem)]
     if not solvable:
@@ -31,7 +30,7 @@ def demonstration_batch(config: Config, step: int, problems: Sequence[Problem], 
         prompt = render(policy.tokenizer, problem.question, policy.system)
         ones = np.ones(len(response), np.float32)
         sequences.append(TrainingSequence(prompt, response, ones, np.zeros_like(ones)))
-    return pack(sequences, config.grpo.row_tokens)
+    return sequences
 
 
 def warmup_learning_rate(config: Config, step: int) -> float:

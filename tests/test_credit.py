@@ -1,0 +1,136 @@
+"""Advantages of scored groups by hand: who owns what, who is compared with whom, which groups are left out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pkv.config import GrpoConfig
+from pkv.records import FIGHTERS, OWNERS, Group, Problem, Prompt, Reward, Rollout, Scorecard, Trace
+from pkv.train import rollouts
+from pkv.train.credit import assign_credit, with_signal
+
+OWNER = {"correctness": "answer", "length_pirate": "pirate", "judge_accuracy": "result", "tag_structure": "tags"}
+TOKENS = ("pirate", "pirate", "tags", "result", "answer")  # the owners of a response's five tokens
+WHOLE = dict.fromkeys(OWNER, 0.0)
+
+
+def group(values: dict[str, list[float | None]], right: list[int] | None = None, finish=None, name="p") -> Group:
+    """A group whose sample g has `values[reward][g]`, with `right[g]` fighters right."""
+    samples = len(next(iter(values.values())))
+    owners = np.array([OWNERS.index(owner) for owner in TOKENS], np.int8)
+    said, traces, cards = [], [], []
+    for g in range(samples):
+        tokens = np.arange(len(TOKENS), dtype=np.int32)
+        logprobs = np.full(len(TOKENS), -1.0, np.float32)
+        said.append(Rollout(name, g, tokens, logprobs, logprobs, (finish or ["stop"] * samples)[g]))
+        traces.append(Trace("", {}, (), owners))
+        rewards = {n: Reward(n, values.get(n, [0.0] * samples)[g], owner) for n, owner in OWNER.items()}
+        facts = {f"right/{f}": at < (right or [0] * samples)[g] for at, f in enumerate(FIGHTERS)}
+        cards.append(Scorecard(rewards, 0.0, facts=facts))
+    return Group(Prompt(Problem(name, "?", "1"), np.zeros(3, np.int32)), tuple(said), tuple(traces), tuple(cards))
+
+
+def credited(groups, weights, whole=None, budget=10, **config):
+    return assign_credit(groups, weights, WHOLE | (whole or {}), GrpoConfig(**{"scale": "none"} | config), budget)
+
+
+def test_every_block_gets_its_own_reward_and_the_whole_trace_its_share():
+    found = credited(
+        [group({"correctness": [1.0, 0.0], "length_pirate": [0.0, 0.4]})],
+        {"correctness": 2.0, "length_pirate": 1.0},
+        {"correctness": 0.5},
+    )
+    # correctness: ±0.5 times weight 2, half of it for tokens that aren't the answer's; the pirate's length: ∓0.2
+    np.testing.assert_allclose(found.sequences[0].advantages, [0.3, 0.3, 0.5, 0.5, 1.0], rtol=1e-5)
+    np.testing.assert_allclose(found.sequences[1].advantages, [-0.3, -0.3, -0.5, -0.5, -1.0], rtol=1e-5)
+    assert found.by_owner[0][0] == pytest.approx({"pirate": 0.3, "tags": 0.5, "result": 0.5, "answer": 1.0})
+
+
+def test_a_judge_is_not_paid_for_fighters_that_were_right_more_often():
+    # With two fighters right any judge does better: the groups' mean would praise it for that.
+    values = {"judge_accuracy": [0.0, 1.0, 1.0, 1.0]}
+    given = [group(values, right=[1, 1, 2, 2])]
+    advantages = [s.advantages[3] for s in credited(given, {"judge_accuracy": 1.0}).sequences]
+    np.testing.assert_allclose(advantages, [-0.5, 0.5, 0, 0])
+    advantages = [s.advantages[3] for s in credited(given, {"judge_accuracy": 1.0}, alike=False).sequences]
+    np.testing.assert_allclose(advantages, [-0.75, 0.25, 0.25, 0.25])
+
+
+def test_groups_are_left_out_that_do_not_differ_in_what_gives_a_signal():
+    given = [
+        group({"correctness": [1.0, 0.0], "length_pirate": [0.1, 0.2]}),
+        group({"correctness": [1.0, 1.0], "length_pirate": [0.1, 0.2]}),
+        group({"correctness": [None, 1.0], "length_pirate": [0.1, 0.1]}),
+    ]
+    weights = {"correctness": 1.0, "length_pirate": 1.0}
+    assert with_signal(given, weights, GrpoConfig()).tolist() == [True, True, False]
+    assert with_signal(given, weights, GrpoConfig(signal=("correctness",))).tolist() == [True, False, False]
+    found = credited(given, weights, signal=("correctness",))
+    assert len(found.sequences) == 2 and found.silent == pytest.approx(2 / 3)
+
+
+def test_a_response_near_its_budget_pays_with_all_its_tokens():
+    given = [group({"correctness": [1.0, 1.0]})]
+    long, short = given[0].rollouts
+    long = Rollout("p", 0, *(np.tile(a, 2) for a in (long.tokens, long.logprobs, long.logprobs)), "stop")
+    traces = (Trace("", {}, (), np.tile(given[0].traces[0].token_owners, 2)), given[0].traces[1])
+    given = [Group(given[0].prompt, (long, short), traces, given[0].cards)]
+    # 10 tokens of a budget of 12, of which the last 4 cost: -0.5 against 0.
+    found = credited(given, {"correctness": 1.0}, budget=12, overlong_tokens=4, signal=())
+    assert found.silent == 1.0, "the punishment alone is no signal"
+    given[0].cards[0].rewards["correctness"] = Reward("correctness", 0.0, "answer")  # type: ignore[index]
+    found = credited(given, {"correctness": 1.0}, budget=12, overlong_tokens=4)
+    np.testing.assert_allclose(found.sequences[0].advantages[:5], [-0.25] * 4 + [-0.75])
+
+
+def test_truncated_responses_may_be_masked():
+    given = [group({"correctness": [1.0, 0.0]}, finish=["stop", "length"])]
+    assert len(credited(given, {"correctness": 1.0}).sequences) == 2
+    assert len(credited(given, {"correctness": 1.0}, mask_truncated=True).sequences) == 1
+
+
+def test_a_total_is_one_scalar_for_all_tokens():
+    given = [group({"correctness": [1.0, 0.0], "length_pirate": [0.0, 0.5]})]
+    found = credited(given, {"correctness": 1.0, "length_pirate": 1.0}, combine="total", credit="sequence")
+    np.testing.assert_allclose(found.sequences[0].advantages, [0.25] * 5)
+
+
+def test_whitening_is_over_the_tokens_that_are_trained_on():
+    given = [group({"correctness": [1.0, 0.0]}), group({"correctness": [1.0, 1.0]}, name="silent")]
+    tokens = np.concatenate([s.advantages for s in credited(given, {"correctness": 3.0}, whiten=True).sequences])
+    assert np.mean(tokens**2) == pytest.approx(1.0, rel=1e-4) and (tokens == 0).sum() == 8
+
+
+def gathered(monkeypatch, silent: set[str], refills: int):
+    """What `gather` asks, where the problems in `silent` give no signal; problems are named by their order."""
+    asked = []
+
+    def draw(step, count, pass_rates, refill=0, left_out=()):
+        first = 3 * refill
+        names = [f"p{n}" for n in range(first, first + count)]
+        assert not set(names) & set(left_out)
+        return [SimpleNamespace(problem=SimpleNamespace(id=name)) for name in names]
+
+    def collect(source, prompts, **_):
+        asked.append([prompt.problem.id for prompt in prompts])
+        return [group({"correctness": [1.0, float(n in silent)]}, name=n) for n in asked[-1]]
+
+    monkeypatch.setattr(rollouts, "collect_groups", collect)
+    grpo = GrpoConfig(prompts=3, signal=("correctness",), refills=refills)
+    setup = SimpleNamespace(
+        source=lambda *_: SimpleNamespace(weights={}), draw_prompts=draw, grpo=grpo, config=SimpleNamespace(seed=0)
+    )
+    stage = SimpleNamespace(required_round=SimpleNamespace(samples=0), weights={"correctness": 1.0}, budget=lambda _: 8)
+    return rollouts.gather(setup, None, stage, 0, None, dict, rollouts.Clock()), asked
+
+
+def test_groups_without_signal_are_replaced_and_the_search_is_bounded(monkeypatch):
+    groups, asked = gathered(monkeypatch, {"p0", "p3"}, refills=5)
+    assert asked == [["p0", "p1", "p2"], ["p3"], ["p6"]] and len(groups) == 5
+    groups, asked = gathered(monkeypatch, {"p0", "p3"}, refills=1)
+    assert asked == [["p0", "p1", "p2"], ["p3"]]
+    groups, asked = gathered(monkeypatch, set(), refills=5)
+    assert len(asked) == 1
