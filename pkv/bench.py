@@ -26,7 +26,7 @@ from pkv.grpo import Layout, Learner, advantages_by_reward, pack
 from pkv.grpo import Sequence as TrainingSequence
 from pkv.mesh import BATCH_AXES, TIME_AXIS, make_mesh
 from pkv.model import Arch, Params, join, split
-from pkv.model.arithmetic import update_flops
+from pkv.model.arithmetic import crossover, update_flops
 from pkv.sampling import Completion, Engine, Request, row_keys
 from pkv.tracking import Clock, Progress
 from pkv.train.journal import device_peaks_gb, peak_memory_gb
@@ -216,6 +216,7 @@ class Trainer:
             share_prompts=config.grpo.share_prompts and self._learner.shares_prompts,
             rows_multiple=task.row_ways,
             time_multiple=self._learner.mesh.shape[TIME_AXIS],
+            crossover=crossover(self.arch),
         )
         self._state = self._learner.init(policy.params)
 

@@ -259,9 +259,7 @@ class Bench:
     temperature: float | None = None  # sample, step: 1 unless given
     row_tokens: int | None = None  # update, step: of a packed row; what a response needs, in 256s, unless given
     micro_rows: int | None = None  # update, step: rows of one pass, in multiples of the devices; 4 unless given
-    share_prompts: bool | None = (
-        None  # update, step: responses packed behind one copy of their prompt; not unless given
-    )
+    apart: bool = False  # update, step: every response is packed behind a prompt of its own
     remat: Literal["none", "cheap", "all", "offload"] | None = None  # update, step: see model.remat; none unless given
     seed: int = 0
     json: bool = False  # JSON only on stdout, which it is anyway
@@ -270,10 +268,13 @@ class Bench:
         for name in ("prompts", "samples", "max_new_tokens", "prompt_tokens", "runs"):
             at_least(name.replace("_", "-"), getattr(self, name))
         sampling = self._given("slots", "segment", "temperature")
-        packing, model = self._given("row_tokens", "micro_rows", "share_prompts"), self._given("remat")
+        packing, model = self._given("row_tokens", "micro_rows"), self._given("remat")
+        if self.apart and self.what == "sample":
+            raise UserError("--apart: pkv bench sample has no use for it; leave it out")
         for name in {"sample": packing | model, "update": sampling}.get(self.what, {}):
             raise UserError(f"--{name.replace('_', '-')}: pkv bench {self.what} has no use for it; leave it out")
         packing = {"row_tokens": -(-(self.prompt_tokens + self.max_new_tokens) // 256) * 256} | packing
+        packing |= {"share_prompts": not self.apart}
         asked = {"seed": self.seed, "model": {"path": self.model} | model, "sampling": sampling, "grpo": packing}
         config = parse_config(asked)
         from pkv.bench import Task, bench, in_words

@@ -31,7 +31,7 @@ SAMPLING = {"temperature": 1.0, "slots": 4, "segment": 4}
 UPDATE = {
     "row_tokens": 64,
     "micro_rows": 8,
-    "share_prompts": False,
+    "share_prompts": True,
     "remat": "none",
 }  # 4 rows would not go over the tests' 8 devices
 PHASES = {"sample": ["sample"], "update": ["update"], "step": ["sample", "update"]}

@@ -200,6 +200,20 @@ def test_short_responses_go_into_short_rows_and_micro_batches_hold_as_many_token
     assert sum(rows * length for rows, length in shapes) <= 16 * 16 + 64
 
 
+def test_of_the_ways_to_pack_the_one_with_the_least_work_is_taken():
+    prompt = np.arange(20, dtype=np.int32)
+    given = [dataclasses.replace(s, prompt=prompt) for s in sequences(8)]
+
+    def work(batches, crossover):
+        return sum(b.tokens.size * (1 + b.tokens.shape[1] / crossover) for b in batches)
+
+    for crossover in (10.0, 1000.0):  # attention weighs much, or hardly anything
+        apart = pack(given, layout(128, 1, crossover=crossover))
+        best = pack(given, layout(128, 1, crossover=crossover, share_prompts=True))
+        assert work(best, crossover) < work(apart, crossover)
+    assert max(b.tokens.shape[1] for b in best) > max(b.tokens.shape[1] for b in apart), "all behind one prompt"
+
+
 def test_rows_and_lengths_are_what_devices_divide():
     for batch in pack(sequences(9), layout(60, 3, rows_multiple=4, time_multiple=8)):
         assert len(batch.tokens) % 4 == 0 and batch.tokens.shape[1] % 8 == 0
@@ -211,8 +225,8 @@ def test_token_weights_by_hand():
         return Sequence(np.zeros(2, np.int32), np.zeros(size, np.int32), some, some)
 
     def weights(normalise):
-        (batch,) = pack([of(1), of(3)], layout(8, 1, normalise=normalise, budget=10))
-        return sorted(batch.weights[batch.mask > 0].tolist())
+        batches = pack([of(1), of(3)], layout(8, 1, normalise=normalise, budget=10))
+        return sorted(float(weight) for batch in batches for weight in batch.weights[batch.mask > 0])
 
     assert weights("tokens") == pytest.approx([1 / 4] * 4)
     assert weights("sequences") == pytest.approx([1 / 6] * 3 + [1 / 2])

@@ -160,7 +160,8 @@ class GrpoConfig:
     overlong_tokens: int = 0  # the last so many tokens of the budget cost up to 1 (DAPO's soft punishment); 0: nothing
     row_tokens: int = 1024  # T of a packed row; longrope has its long factors where it is above the original window
     micro_rows: int = 4  # such rows in one forward and backward pass, or as many tokens in shorter ones
-    share_prompts: bool = False  # responses packed behind one copy of their prompt, where attention is XLA's
+    # Responses are packed behind one copy of their prompt where that is less work; with XLA's attention, so not on TPU.
+    share_prompts: bool = True
 
 
 @dataclass(frozen=True)

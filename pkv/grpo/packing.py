@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -15,6 +17,7 @@ from pkv.records import Batch
 
 Normalise = Literal["tokens", "sequences", "constant"]
 EIGHTHS = 8  # rows are as long as so many parts of `row_tokens`, so that a bounded set of programs is compiled
+QUARTERS = 4  # and micro-batches have so many parts of a whole one's rows
 HALVINGS = 3  # short responses go into rows of a half, a quarter, an eighth of the longest
 
 
@@ -53,11 +56,22 @@ class Tree:
 
 
 @dataclass(frozen=True)
+class Micro:
+    """A micro-batch to be: rows of trees, and the B and T of its arrays."""
+
+    rows: list[list[Tree]]
+    count: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """How sequences become micro-batches.
 
     row_tokens: the longest a row may be. micro_rows: such rows in a micro-batch, or as many tokens in shorter rows.
+    share_prompts: responses may stand behind one copy of their prompt, where that is less work.
     rows_multiple, time_multiple: what a micro-batch's rows and their length must be multiples of.
+    crossover: the row length at which attention is as much work as all matrices (`pkv.model.arithmetic`).
     normalise, budget: see `PolicyLoss.normalise`; the budget is max_new_tokens, read by "constant" only.
     """
 
@@ -66,6 +80,7 @@ class Layout:
     share_prompts: bool = False
     rows_multiple: int = 1
     time_multiple: int = 1
+    crossover: float = math.inf
     normalise: Normalise = "tokens"
     budget: int = 1
 
@@ -94,10 +109,25 @@ def pack(sequences: Iterable[Sequence], layout: Layout) -> list[Batch]:
                 f"grpo.row_tokens: {layout.row_tokens} is too short for a prompt and response of {sequence.size} "
                 "tokens; raise it, or lower max_new_tokens"
             )
-    longest = layout.rounded(max((sequence.size for sequence in sequences), default=1))
-    trees = _plant(sequences, longest) if layout.share_prompts else [Tree((sequence,)) for sequence in sequences]
     weigh = _weights(sequences, layout)
-    return [_fill(rows, length, layout, weigh) for rows, length in _micro_batches(trees, longest, layout)]
+    return [_fill(micro, weigh) for micro in min(_plans(sequences, layout), key=partial(_work, layout))]
+
+
+def _plans(sequences: List[Sequence], layout: Layout) -> Iterator[list[Micro]]:
+    """Ways to pack: prompts shared or not, and rows from as long as the longest response up to as long as they may be.
+
+    In long rows less room is left over, in short ones attention has less to do.
+    """
+    least, most = layout.rounded(max((sequence.size for sequence in sequences), default=1)), layout.row_tokens
+    for longest in range(least, max(most, least) + 1, layout.rounded(1)):
+        yield _micro_batches([Tree((sequence,)) for sequence in sequences], longest, layout)
+        if layout.share_prompts:
+            yield _micro_batches(_plant(sequences, longest), longest, layout)
+
+
+def _work(layout: Layout, micros: List[Micro]) -> float:
+    """What a plan costs, padding included: a token's matrices are 1."""
+    return sum(micro.count * micro.length * (1 + micro.length / layout.crossover) for micro in micros)
 
 
 def _plant(sequences: List[Sequence], most: int) -> list[Tree]:
@@ -113,25 +143,33 @@ def _plant(sequences: List[Sequence], most: int) -> list[Tree]:
     return [Tree(tuple(tree)) for trees in by_prompt.values() for tree in trees]
 
 
-def _micro_batches(trees: List[Tree], longest: int, layout: Layout) -> list[tuple[list[list[Tree]], int]]:
-    """Rows with their length, by micro-batch.
+def _micro_batches(trees: List[Tree], longest: int, layout: Layout) -> list[Micro]:
+    """Rows of trees, by micro-batch.
 
     Attention's work grows with a row's length, so short trees go into short rows, as long as these fill whole
     micro-batches; what is left over goes with the next longer ones. The last micro-batch has as few rows as it needs.
     """
     lengths = sorted({layout.rounded(-(-longest // 2**halving)) for halving in range(HALVINGS + 1)})
-    found: list[tuple[list[list[Tree]], int]] = []
+    found: list[Micro] = []
     left: list[Tree] = []
     shorter = 0
     for length in lengths:
         rows = _first_fit([*left, *(tree for tree in trees if shorter < tree.size <= length)], length)
         shorter, whole = length, layout.rows(length)
         full = len(rows) // whole * whole
-        found += [(rows[at : at + whole], length) for at in range(0, full, whole)]
+        found += [_micro(rows[at : at + whole], length, layout) for at in range(0, full, whole)]
         left = [tree for row in rows[full:] for tree in row]
     if left or not found:
-        found.append((_first_fit(left, longest), longest))
+        found.append(_micro(_first_fit(left, longest), longest, layout))
     return found
+
+
+def _micro(rows: list[list[Tree]], length: int, layout: Layout) -> Micro:
+    """As short as its rows allow, with as many quarters of a whole micro-batch's rows as they need."""
+    used = max((sum(tree.size for tree in row) for row in rows), default=1)
+    step = -(-layout.rows(length) // QUARTERS)
+    step = -(-step // layout.rows_multiple) * layout.rows_multiple
+    return Micro(rows, max(1, -(-len(rows) // step)) * step, min(length, layout.rounded(used)))
 
 
 def _first_fit(trees: List[Tree], length: int) -> list[list[Tree]]:
@@ -159,18 +197,11 @@ def _weights(sequences: List[Sequence], layout: Layout) -> dict[int, float]:
     return {key: 1 / (several * max(count, 1.0)) for key, count in counts.items()}
 
 
-def _fill(rows: List[List[Tree]], length: int, layout: Layout, weigh: dict[int, float]) -> Batch:
-    used = max((sum(tree.size for tree in row) for row in rows), default=1)
-    length = min(length, layout.rounded(used))
-    whole, least = layout.rows(length), layout.rows_multiple
-    count = whole
-    while count // 2 >= max(len(rows), least) and (count // 2) % least == 0:
-        count //= 2
-    count = max(count, -(-len(rows) // least) * least)
+def _fill(micro: Micro, weigh: dict[int, float]) -> Batch:
     names = {field.name: np.int32 for field in dataclasses.fields(Batch)}
     names |= dict.fromkeys(("mask", "weights", "advantages", "sampler_logprobs"), np.float32)
-    batch = Batch(**{name: np.zeros((count, length), kind) for name, kind in names.items()})
-    for row, trees in enumerate(rows):
+    batch = Batch(**{name: np.zeros((micro.count, micro.length), kind) for name, kind in names.items()})
+    for row, trees in enumerate(micro.rows):
         start, branch = 0, 0
         for segment, tree in enumerate(trees, 1):
             batch.segments[row, start : start + tree.size] = segment

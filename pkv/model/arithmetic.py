@@ -51,6 +51,12 @@ def forward_flops(arch: Arch, sizes: Iterable[tuple[int, int]]) -> float:
     return total
 
 
+def crossover(arch: Arch) -> float:
+    """The length of a causal row at which its attention is as much work as its matrices, tokens."""
+    matrices = sum(math.prod(w.shape) for w in _matrices(param_shapes(arch)["layers"]))
+    return matrices / (arch.layers * arch.heads * arch.head_size)
+
+
 def update_flops(arch: Arch, sizes: Iterable[tuple[int, int]], frozen: bool) -> float:
     """Of a forward and backward pass; where the matrices are frozen, no gradient of them is computed."""
     return (2.0 if frozen else 3.0) * forward_flops(arch, sizes)

@@ -20,6 +20,7 @@ from pkv.grpo import Layout, Learner, TrainState, pack, reference_weights
 from pkv.grpo import Sequence as TrainingSequence
 from pkv.mesh import BATCH_AXES, TIME_AXIS, make_mesh
 from pkv.model import Params, join, read_config, split
+from pkv.model.arithmetic import crossover
 from pkv.records import Batch, Problem, Prompt
 from pkv.sampling import Engine, WarmUp
 from pkv.train.rounds import Stage, signal_rewards, stages
@@ -106,6 +107,7 @@ class Setup:
             share_prompts=grpo.share_prompts and self.learner.shares_prompts,
             rows_multiple=math.prod(mesh.shape[name] for name in BATCH_AXES),
             time_multiple=mesh.shape[TIME_AXIS],
+            crossover=crossover(self.policy.arch),
             normalise=grpo.loss.normalise if budget else "tokens",
             budget=budget or 1,
         )
