@@ -16,9 +16,10 @@ from pkv.config import UserError
 from pkv.records import Batch
 
 Normalise = Literal["tokens", "sequences", "constant"]
-EIGHTHS = 8  # rows are as long as so many parts of `row_tokens`, so that a bounded set of programs is compiled
-QUARTERS = 4  # and micro-batches have so many parts of a whole one's rows
-HALVINGS = 3  # short responses go into rows of a half, a quarter, an eighth of the longest
+# Every shape of a micro-batch is a program to be compiled, so there are few: lengths are eighths of `row_tokens`,
+EIGHTHS = 8
+QUARTERS = 4  # the longest rows quarters of it; micro-batches have quarters of a whole one's rows;
+HALVINGS = 2  # and short responses go into rows of a half or a quarter of the longest.
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,9 @@ def _plans(sequences: List[Sequence], layout: Layout) -> Iterator[list[Micro]]:
 
     In long rows less room is left over, in short ones attention has less to do.
     """
-    least, most = layout.rounded(max((sequence.size for sequence in sequences), default=1)), layout.row_tokens
-    for longest in range(least, max(most, least) + 1, layout.rounded(1)):
+    needed = max((sequence.size for sequence in sequences), default=1)
+    quarters = {layout.rounded(-(-layout.row_tokens * part // QUARTERS)) for part in range(1, QUARTERS + 1)}
+    for longest in sorted(length for length in quarters if length >= needed):
         yield _micro_batches([Tree((sequence,)) for sequence in sequences], longest, layout)
         if layout.share_prompts:
             yield _micro_batches(_plant(sequences, longest), longest, layout)

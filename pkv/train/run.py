@@ -108,7 +108,10 @@ class Run:
 
 def measured_pass_rates(groups: Sequence[Group]) -> dict[str, float]:
     """By problem id, the share of right final answers among those that could be judged."""
-    values = {g.prompt.problem.id: [card.rewards["correctness"].value for card in g.cards] for g in groups}
+    values: dict[str, list[float | None]] = {}
+    for group in groups:
+        found = values.setdefault(group.prompt.problem.id, [])
+        found += [card.rewards["correctness"].value for card in group.cards]
     return _shares_right(values)
 
 
