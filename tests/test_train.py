@@ -36,6 +36,14 @@ from pkv.train.setup import build, open_training
 from pkv.train.summary import closing_summary
 from pkv.train.warmup import demonstrations
 
+VARIED = """
+def varied(problem, trace):
+    return sum(map(ord, trace.text)) % 7 / 7
+
+def rewards():
+    return {"varied": ("trace", varied)}
+"""
+
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
@@ -62,16 +70,23 @@ def config_file(tmp_path_factory) -> Path:
         "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
         "prompt": {"system": "brief"},
         "sampling": {"slots": 8, "segment": 8, "page_tokens": 64},
-        "rewards": {"workers": 0},
+        "rewards": {"workers": 0, "user_files": ["varied.py"]},
         "grpo": {"prompts": 2, "samples": 4, "row_tokens": 512, "micro_rows": 4},
         "warmup": {"steps": 2, "demonstrations": 4, "learning_rate": 1e-2},
         "evaluate": {"problems": 2, "shown": 2},
         "checkpoint": {"every": 1, "keep": 9},
         "rounds": [
-            {"name": "first", "steps": 2, "max_new_tokens": 24, "weights": {"length": 1.0, "format": 1.0}},
-            {"name": "second", "steps": 1, "max_new_tokens": 32, "weights": {"length": 1.0}},
+            {
+                "name": "first",
+                "steps": 2,
+                "max_new_tokens": 24,
+                "weights": {"length": 1.0, "format": 1.0, "varied": 1.0},
+            },
+            {"name": "second", "steps": 1, "max_new_tokens": 32, "weights": {"length": 1.0, "varied": 1.0}},
         ],
     }
+    # What random weights say earns nothing: without a reward that differs nothing would be trained on at all.
+    (folder / "varied.py").write_text(VARIED)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder / "config.yaml"
 
@@ -115,6 +130,7 @@ def test_a_run_leaves_what_the_contract_says(whole):
 
 def test_on_policy_updates_agree_with_the_sampler(whole):
     for line in lines(whole)[2:]:
+        assert line["groups/silent"] == 0 and line["policy/gradient_norm"] > 0
         assert line["policy/kl_sampler"] < 1e-6
         assert line["policy/clipped_low"] == line["policy/clipped_high"] == 0
 
@@ -355,6 +371,7 @@ def test_every_round_says_what_can_be_earned(config_file, tmp_path):
     )
     weights = "{format: 1.0, correctness: 4.0, brevity: 0.5}"
     flags = ["--rewards.user_files", f"[{mine}]", "--rounds.second.weights", weights]
+    flags += ["--rounds.first.weights", "{length: 1.0, format: 1.0}"]
     first, second = reward_budgets(load_config(config_file, flags)).split("\n\n")
     assert first.startswith("Round first") and "warning: a right answer is worth 0" in first
     assert second.startswith("Round second") and "a right answer is worth 4, everything else together 2" in second
@@ -406,7 +423,7 @@ ALL_AT_ONCE = [
     "--grpo.share_prompts=true",
     "--grpo.whiten=true",
     "--grpo.baseline=leave_one_out",
-    "--grpo.signal=[format, correctness, length]",
+    "--grpo.signal=[format, correctness, varied]",
     "--grpo.refills=1",
     "--grpo.overlong_tokens=4",
     "--grpo.loss.surrogate=gspo",
@@ -425,5 +442,6 @@ ALL_AT_ONCE = [
 def test_all_options_together_make_a_run_that_is_resumed_bit_for_bit(config_file, tmp_path, monkeypatch):
     train(load_config(config_file, ALL_AT_ONCE), tmp_path / "whole")
     (first, *_) = [line for line in lines(tmp_path / "whole") if line["phase"] == "grpo"]
-    assert {"policy/rejected", "groups/silent", "weighted/tag_structure"} <= set(first)
+    assert {"policy/rejected", "weighted/varied"} <= set(first)
+    assert first["groups/silent"] < 1 and first["policy/gradient_norm"] > 0
     check_resumed(tmp_path / "whole", config_file, tmp_path / "run", monkeypatch, 3, ALL_AT_ONCE)
