@@ -20,6 +20,7 @@ from pkv.model import Arch, Kernel, Params, choose_kernel, forward, join, split,
 from pkv.records import Batch
 
 Arrays = dict[str, jax.Array]
+FEW_LAYERS = 8  # at most so many are unrolled, which compiles the longer the more there are
 
 
 class TrainState(NamedTuple):
@@ -57,6 +58,9 @@ class Learner:
                 f"mesh.sequence: {arch.heads} heads are not divisible by {' × '.join(HEAD_AXES)} = {ways}; "
                 "change the mesh"
             )
+        # A scan copies what the backward pass will need into stacks: on a CPU a sixth of the update's time.
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._unroll = arch.layers if on_cpu and arch.layers <= FEW_LAYERS else 1
         self._kernel: Kernel = choose_kernel(model.attention, mesh, arch, model.dtype)
         self._optimizer = make_optimizer(optimizer, arch)
         self._gradient = jax.jit(self._add_gradient, static_argnames="loss", donate_argnames=("sums",))
@@ -161,6 +165,7 @@ class Learner:
             dtype=jnp.dtype(self._model.dtype),
             remat=self._model.remat,
             kernel=self._kernel,
+            unroll=self._unroll,
         )
         return token_logprobs(params, self._arch, hidden_BTD, micro["targets"])
 

@@ -42,6 +42,7 @@ def forward(
     dtype: Any = jnp.float32,
     remat: Remat = "none",
     kernel: Kernel = "xla",
+    unroll: int = 1,
 ) -> tuple[jax.Array, Cache | Stock | None]:
     """Hidden states after the final norm, [B, T, D] in `dtype`, and the cache with these tokens written into it.
 
@@ -54,7 +55,8 @@ def forward(
     query sees no further back than the window.
 
     `params["layers"]` is stacked (scanned: compiles once for all layers) or a tuple (unrolled); the cache alike.
-    remat: what the backward pass finds kept (see `rematerialised`). kernel: of attention over whole rows.
+    remat: what the backward pass finds kept (see `rematerialised`). kernel: of attention over whole rows. unroll: how
+    many stacked layers one turn of the scan goes through.
     Raises ValueError for a cache together with segments, or in another form than the weights, and for branches that
     the kernel doesn't know.
     """
@@ -99,7 +101,7 @@ def forward(
             return layer(x_BTD, weights, memory, index, local if told else local_layers[0]), None
 
         steps = (layers, jnp.arange(arch.layers), jnp.array(local_layers))
-        (x_BTD, memory), _ = jax.lax.scan(scanned, (x_BTD, memory), steps)
+        (x_BTD, memory), _ = jax.lax.scan(scanned, (x_BTD, memory), steps, unroll=unroll)
     else:
         for number, (weights, local) in enumerate(zip(layers, local_layers, strict=True)):
             x_BTD, memory = layer(x_BTD, weights, memory, number, local)
