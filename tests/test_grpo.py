@@ -214,6 +214,12 @@ def test_of_the_ways_to_pack_the_one_with_the_least_work_is_taken():
     assert max(b.tokens.shape[1] for b in best) > max(b.tokens.shape[1] for b in apart), "all behind one prompt"
 
 
+@pytest.mark.parametrize("micro_rows", [1, 2, 3, 5, 7])
+def test_no_micro_batch_has_more_tokens_than_asked(micro_rows):
+    for batch in pack(sequences(40), layout(24, micro_rows)):
+        assert batch.tokens.size <= 24 * micro_rows
+
+
 def test_rows_and_lengths_are_what_devices_divide():
     for batch in pack(sequences(9), layout(60, 3, rows_multiple=4, time_multiple=8)):
         assert len(batch.tokens) % 4 == 0 and batch.tokens.shape[1] % 8 == 0

@@ -169,9 +169,10 @@ def _micro_batches(trees: List[Tree], longest: int, layout: Layout) -> list[Micr
 def _micro(rows: list[list[Tree]], length: int, layout: Layout) -> Micro:
     """As short as its rows allow, with as many quarters of a whole micro-batch's rows as they need."""
     used = max((sum(tree.size for tree in row) for row in rows), default=1)
-    step = -(-layout.rows(length) // QUARTERS)
-    step = -(-step // layout.rows_multiple) * layout.rows_multiple
-    return Micro(rows, max(1, -(-len(rows) // step)) * step, min(length, layout.rounded(used)))
+    whole, least = layout.rows(length), layout.rows_multiple
+    step = -(-whole // (QUARTERS * least)) * least
+    count = min(max(1, -(-len(rows) // step)) * step, whole)
+    return Micro(rows, count, min(length, layout.rounded(used)))
 
 
 def _first_fit(trees: List[Tree], length: int) -> list[list[Tree]]:
