@@ -7,6 +7,7 @@ need; what is compiled in them all the same is counted as `compilations_in_runs`
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
@@ -22,11 +23,11 @@ from pkv.competition import Tokenizer
 from pkv.config import Config, UserError
 from pkv.evaluate import Policy, load_policy
 from pkv.evaluate.policy import sampling_mesh
-from pkv.grpo import Layout, Learner, advantages_by_reward, pack
+from pkv.grpo import Learner, advantages_by_reward, pack
 from pkv.grpo import Sequence as TrainingSequence
-from pkv.mesh import BATCH_AXES, TIME_AXIS, make_mesh
+from pkv.mesh import BATCH_AXES, make_mesh
 from pkv.model import Arch, Params, join, split
-from pkv.model.arithmetic import crossover, update_flops
+from pkv.model.arithmetic import update_flops
 from pkv.sampling import Completion, Engine, Request, row_keys
 from pkv.tracking import Clock, Progress
 from pkv.train.journal import device_peaks_gb, peak_memory_gb
@@ -74,13 +75,9 @@ class Task:
     @property
     def micro_rows(self) -> int:
         """B of one forward and backward pass: as asked, rounded up to what the devices divide."""
-        return -(-self.config.grpo.micro_rows // self.row_ways) * self.row_ways
-
-    @property
-    def row_ways(self) -> int:
-        """Over how many devices rows are spread."""
         mesh = make_mesh(self.config.mesh)
-        return math.prod(mesh.shape[name] for name in BATCH_AXES)
+        ways = math.prod(mesh.shape[name] for name in BATCH_AXES)
+        return -(-self.config.grpo.micro_rows // ways) * ways
 
 
 def bench(what: What, task: Task, runs: int) -> dict[str, Any]:
@@ -210,14 +207,7 @@ class Trainer:
         _, self.frozen = split(policy.params)
         self._loss, self._prompt_tokens = config.grpo.loss, task.prompt_tokens
         self._learner = Learner(self.arch, config.model, config.optimizer, make_mesh(config.mesh), self.frozen)
-        self._layout = Layout(
-            config.grpo.row_tokens,
-            task.micro_rows,
-            share_prompts=config.grpo.share_prompts and self._learner.shares_prompts,
-            rows_multiple=task.row_ways,
-            time_multiple=self._learner.mesh.shape[TIME_AXIS],
-            crossover=crossover(self.arch),
-        )
+        self._layout = self._learner.layout(dataclasses.replace(config.grpo, micro_rows=task.micro_rows))
         self._state = self._learner.init(policy.params)
 
     @property

@@ -9,8 +9,10 @@ import pytest
 
 from pkv.config import GrpoConfig
 from pkv.records import FIGHTERS, OWNERS, Group, Problem, Prompt, Reward, Rollout, Scorecard, Trace
+from pkv.tracking import Tracker
 from pkv.train import rollouts
 from pkv.train.credit import assign_credit, with_signal
+from pkv.train.run import measured_pass_rates, stored_pass_rates
 
 OWNER = {"correctness": "answer", "length_pirate": "pirate", "judge_accuracy": "result", "tag_structure": "tags"}
 TOKENS = ("pirate", "pirate", "tags", "result", "answer")  # the owners of a response's five tokens
@@ -100,8 +102,28 @@ def test_a_total_is_one_scalar_for_all_tokens():
 
 def test_whitening_is_over_the_tokens_that_are_trained_on():
     given = [group({"correctness": [1.0, 0.0]}), group({"correctness": [1.0, 1.0]}, name="silent")]
-    tokens = np.concatenate([s.advantages for s in credited(given, {"correctness": 3.0}, whiten=True).sequences])
+    found = credited(given, {"correctness": 3.0}, whiten=True)
+    tokens = np.concatenate([sequence.advantages for sequence in found.sequences])
+    assert found.by_owner[0][0]["answer"] == found.sequences[0].advantages[-1], "logged is what is trained on"
     assert np.mean(tokens**2) == pytest.approx(1.0, rel=1e-4) and (tokens == 0).sum() == 8
+
+
+def test_pass_rates_are_of_the_answers_that_could_be_judged_on_disk_as_in_memory(tmp_path):
+    given = [
+        group({"correctness": [1.0, 0.0, None]}, name="half"),
+        group({"correctness": [1.0, 1.0, -1.0]}, name="twice"),
+        group({"correctness": [0.0, 0.0, 0.0]}, name="twice"),
+        group({"correctness": [None, None, None]}, name="never"),
+    ]
+    wanted = {"half": 1 / 2, "twice": 1 / 3}
+    assert measured_pass_rates(given) == pytest.approx(wanted)
+    rows = [
+        {"problem_id": one.prompt.problem.id, "rewards": {"correctness": card.rewards["correctness"].value}}
+        for one in given
+        for card in one.cards
+    ]
+    with Tracker(tmp_path) as tracker:
+        assert stored_pass_rates(tracker.rollouts(0, rows)) == pytest.approx(wanted)
 
 
 def gathered(monkeypatch, silent: set[str], refills: int):

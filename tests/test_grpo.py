@@ -448,7 +448,11 @@ def test_one_and_eight_devices_are_equal(plain, mesh):
 
 @pytest.mark.parametrize(
     ("mesh", "kv_heads"),
-    [(MeshConfig(data=2, sequence=4), 1), (MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), 2)],
+    [
+        (MeshConfig(data=2, sequence=4), 1),
+        (MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), 2),
+        (MeshConfig(data=4, tensor=2), 1),  # heads that tensor doesn't divide are repeated
+    ],
 )
 def test_rows_spread_over_devices_by_position_give_the_same_gradient(mesh, kv_heads):
     arch = dataclasses.replace(ARCH, kv_heads=kv_heads, layers=1)

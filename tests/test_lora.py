@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pkv.config import LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, PolicyLoss, SamplingConfig, UserError
-from pkv.grpo import Layout, Learner, Sequence, pack
+from pkv.grpo import Layout, Learner, Sequence, pack, reference_weights
 from pkv.grpo.logprobs import token_logprobs
 from pkv.grpo.losses import Supervised
 from pkv.mesh import TRAINING_RULES, make_mesh, shardings
@@ -265,6 +265,20 @@ def test_an_adapter_learns_by_heart_and_its_base_stays_as_it_is(base):
     assert seen[-1]["loss"] < 0.5 * seen[0]["loss"]
     equal(before, jax.device_get(after))
     assert set(flat(state.params)) == {name for name in flat(before) if name.rpartition(".")[2] in LORA.targets}
+
+
+@pytest.mark.parametrize("base", [pytest.param("float32", marks=pytest.mark.slow), "nf4"])
+def test_the_reference_is_the_model_without_its_adapters(base):
+    weights = frozen(base)
+    whole = join(init_adapters(ARCH, LORA, KEY), weights)
+    reference = reference_weights(whole, "float32")
+    assert reference is not whole and jax.tree.leaves(reference)[0] is jax.tree.leaves(weights)[0], "not copied"
+    trainer = Learner(ARCH, ModelConfig(), OptimizerConfig(), one_device(), weights, reference)
+    state, batches, seen = trainer.init(whole), pack(sequences(), Layout(64, 4)), []
+    for _ in range(3):
+        state, statistics = trainer.update(state, [batches], PolicyLoss(kl_weight=0.01), 1e-2)
+        seen.append(statistics["kl_reference"])
+    assert seen[0] == pytest.approx(0, abs=1e-6) and seen[2] > 1e-4, "fresh adapters change nothing, trained ones do"
 
 
 @pytest.mark.parametrize("base", [pytest.param("float32", marks=pytest.mark.slow), "nf4"])

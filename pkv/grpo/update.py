@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pkv.config import ModelConfig, OptimizerConfig, PolicyLoss, UserError
+from pkv.config import GrpoConfig, ModelConfig, OptimizerConfig, PolicyLoss, UserError
 from pkv.grpo.logprobs import token_logprobs
 from pkv.grpo.losses import Logprobs, Loss, Supervised, token_losses
 from pkv.grpo.optimizer import make_optimizer
-from pkv.mesh import HEAD_AXES, TRAINING_RULES, batch_sharding, replicated, shardings
+from pkv.grpo.packing import Layout
+from pkv.mesh import BATCH_AXES, HEAD_AXES, TIME_AXIS, TRAINING_RULES, batch_sharding, replicated, shardings
 from pkv.model import Arch, Kernel, Params, choose_kernel, forward, join, split, weight_axes
+from pkv.model.arithmetic import crossover
 from pkv.records import Batch
 
 Arrays = dict[str, jax.Array]
@@ -67,10 +70,18 @@ class Learner:
         self._apply = jax.jit(self._apply_gradient, donate_argnames="state")
         self._logprobs = jax.jit(lambda params, frozen, micro: self._predict(join(params, frozen), micro)[0])
 
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether responses may be packed behind one copy of their prompt."""
-        return self._kernel == "xla"
+    def layout(self, config: GrpoConfig, budget: int | None = None) -> Layout:
+        """How `pack` makes batches for this learner; budget: max_new_tokens, or None for demonstrations."""
+        return Layout(
+            config.row_tokens,
+            config.micro_rows,
+            share_prompts=config.share_prompts and self._kernel == "xla",
+            rows_multiple=math.prod(self.mesh.shape[name] for name in BATCH_AXES),
+            time_multiple=self.mesh.shape[TIME_AXIS],
+            crossover=crossover(self._arch),
+            normalise=config.loss.normalise if budget else "tokens",
+            budget=budget or 1,
+        )
 
     def init(self, params: Params) -> TrainState:
         """A fresh state around what is trained of float32 weights, laid out by TRAINING_RULES."""
@@ -161,7 +172,7 @@ class Learner:
             micro["tokens"],
             micro["positions"],
             segments_BT=micro["segments"],
-            branches_BT=micro["branches"] if self.shares_prompts else None,
+            branches_BT=micro["branches"] if self._kernel == "xla" else None,
             dtype=jnp.dtype(self._model.dtype),
             remat=self._model.remat,
             kernel=self._kernel,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,21 +58,27 @@ def assign_credit(
     else:
         alike_KPG = np.array([_alike(name, groups, config) for name in names])
         advantages_KPG = advantages_by_reward(values_KPG, config.scale, config.std_floor, config.baseline, alike_KPG)
-    sequences: list[TrainingSequence] = []
-    by_owner: list[list[dict[str, float]]] = []
-    for p, group in enumerate(groups):
-        by_owner.append([])
-        for g, (rollout, trace) in enumerate(zip(group.rollouts, group.traces, strict=True)):
-            owners_KT = np.array([trace.owner_mask(owner) for owner in owners])
-            advantages_T = token_advantages(advantages_KPG[:, p, g], weights_K, owners_KT, whole_K)
-            by_owner[-1].append(_mean_by_owner(advantages_T, trace.token_owners))
-            if signal_P[p] and not (config.mask_truncated and rollout.finish == "length"):
-                said = rollout.tokens, advantages_T, rollout.logprobs, rollout.forced
-                sequences.append(TrainingSequence(group.prompt.tokens, *said))
+    places = [(p, g) for p, group in enumerate(groups) for g in range(len(group.rollouts))]
+    found: dict[tuple[int, int], np.ndarray] = {}
+    for p, g in places:
+        owners_KT = np.array([groups[p].traces[g].owner_mask(owner) for owner in owners])
+        found[p, g] = token_advantages(advantages_KPG[:, p, g], weights_K, owners_KT, whole_K)
+    masked = {at for at in places if config.mask_truncated and groups[at[0]].rollouts[at[1]].finish == "length"}
+    trained = [(p, g) for p, g in places if signal_P[p] and (p, g) not in masked]
     if config.whiten:
-        whitened = whiten([sequence.advantages for sequence in sequences], centre=config.credit == "sequence")
-        sequences = [dataclasses.replace(s, advantages=a) for s, a in zip(sequences, whitened, strict=True)]
+        whitened = whiten([found[at] for at in trained], centre=config.credit == "sequence")
+        found |= zip(trained, whitened, strict=True)
+    sequences = [_sequence(groups[p], g, found[p, g]) for p, g in trained]
+    by_owner = [
+        [_mean_by_owner(found[p, g], trace.token_owners) for g, trace in enumerate(group.traces)]
+        for p, group in enumerate(groups)
+    ]
     return Credit(sequences, by_owner, 1.0 - float(signal_P.mean()))
+
+
+def _sequence(group: Group, sample: int, advantages_T: np.ndarray) -> TrainingSequence:
+    rollout = group.rollouts[sample]
+    return TrainingSequence(group.prompt.tokens, rollout.tokens, advantages_T, rollout.logprobs, rollout.forced)
 
 
 def with_signal(groups: Sequence[Group], weights: Mapping[str, float], config: GrpoConfig) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,10 @@ from pkv.compiling import keep_compiled
 from pkv.config import Config, GrpoConfig, UserError
 from pkv.data import open_source
 from pkv.evaluate import Policy, Source, load_policy, render_prompts, requests_for
-from pkv.grpo import Layout, Learner, TrainState, pack, reference_weights
+from pkv.grpo import Learner, TrainState, pack, reference_weights
 from pkv.grpo import Sequence as TrainingSequence
-from pkv.mesh import BATCH_AXES, TIME_AXIS, make_mesh
+from pkv.mesh import make_mesh
 from pkv.model import Params, join, read_config, split
-from pkv.model.arithmetic import crossover
 from pkv.records import Batch, Problem, Prompt
 from pkv.sampling import Engine, WarmUp
 from pkv.train.rounds import Stage, signal_rewards, stages
@@ -100,17 +98,7 @@ class Setup:
         self, sequences: Sequence[TrainingSequence], budget: int | None = None, minibatches: int = 1
     ) -> list[list[Batch]]:
         """The micro-batches of each of an update's minibatches; budget: max_new_tokens, or None for demonstrations."""
-        mesh, grpo = self.learner.mesh, self.grpo
-        layout = Layout(
-            grpo.row_tokens,
-            grpo.micro_rows,
-            share_prompts=grpo.share_prompts and self.learner.shares_prompts,
-            rows_multiple=math.prod(mesh.shape[name] for name in BATCH_AXES),
-            time_multiple=mesh.shape[TIME_AXIS],
-            crossover=crossover(self.policy.arch),
-            normalise=grpo.loss.normalise if budget else "tokens",
-            budget=budget or 1,
-        )
+        layout = self.learner.layout(self.grpo, budget)
         size = max(1, -(-len(sequences) // minibatches))
         starts = range(0, max(len(sequences), 1), size)
         return [pack(sequences[start : start + size], layout) for start in starts]
