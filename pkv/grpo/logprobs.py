@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from pkv.mesh import over_tokens
 from pkv.model import Arch, Params, head, logits
 
-CHUNK = 512  # positions whose logits exist at the same time on a device, at most,
-CHUNK_LOGITS = 2**26  # and so many logits: 256 MiB in 32 bits
+CHUNK = 512  # positions whose logits exist at the same time on a device
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -31,7 +30,7 @@ def token_logprobs(params: Params, arch: Arch, hidden_BTD: jax.Array, targets_BT
 
 def _in_chunks(params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array, *, arch: Arch) -> Pair:
     B, T, D = hidden_BTD.shape
-    size = min(CHUNK, B * T, max(1, CHUNK_LOGITS // arch.vocab_size))
+    size = min(CHUNK, B * T)
     pad = -(B * T) % size
     hidden_CSD = jnp.pad(hidden_BTD.reshape(B * T, D), ((0, pad), (0, 0))).reshape(-1, size, D)
     targets_CS = jnp.pad(targets_BT.reshape(B * T), (0, pad)).reshape(-1, size)
@@ -49,7 +48,6 @@ def _forward(arch: Arch, params: Params, hidden_CSD: jax.Array, targets_CS: jax.
         hidden_SD, targets_S = xs
         scores_SV = logits(params, arch, hidden_SD)
         whole_S = jax.nn.logsumexp(scores_SV, axis=-1)
-        # Of shares that are 0 the logarithm is only very low, so that no 0 · -inf can come of them.
         mean_S = jnp.sum(jnp.exp(scores_SV - whole_S[:, None]) * scores_SV, axis=-1)
         chosen_S = jnp.take_along_axis(scores_SV, targets_S[:, None], axis=-1)[:, 0]
         return carry, (chosen_S - whole_S, whole_S - mean_S, whole_S)

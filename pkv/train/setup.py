@@ -86,13 +86,10 @@ class Setup:
         left = [problem for problem in self.problems if problem.id not in asked]
         fits = [data.hardest <= rates.get(problem.id, data.hardest) <= data.easiest for problem in left]
         chances = np.where(fits, 1.0, data.revisit)
-        draw = np.random.default_rng(seed)
-        count = min(count, len(left))
-        return (
-            [left[at] for at in draw.choice(len(left), count, replace=False, p=chances / chances.sum())]
-            if count
-            else []
-        )
+        if not left:
+            return []
+        draw, count = np.random.default_rng(seed), min(count, len(left))
+        return [left[at] for at in draw.choice(len(left), count, replace=False, p=chances / chances.sum())]
 
     def pack(
         self, sequences: Sequence[TrainingSequence], budget: int | None = None, minibatches: int = 1
