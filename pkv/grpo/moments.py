@@ -34,7 +34,8 @@ def scale_by_adam(b1: float, b2: float, kind: Kind, eps: float = 1e-8) -> optax.
     """Adam's step (arXiv 1412.6980) with moments kept in `kind`: 8, 4 or 2 bytes a weight for both.
 
     Rounded to the nearest, a second moment that changes by 1 - b2 = 0.01 of itself would stay for ever where a number's
-    neighbours are at least 0.06 of it apart. Rounded up or down at random, as likely as near (2010.06192), it moves as far on average.
+    neighbours are at least 0.06 of it apart. Rounded up or down at random, the likelier the nearer (2010.06192), it
+    moves as far on average.
     The draws depend on the step and the weight's place only, so that a run can be made again on any mesh.
     """
     if kind == "float32":
