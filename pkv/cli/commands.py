@@ -1,52 +1,19 @@
-"""The commands: parsing and calling, nothing else. `pkv --help` and `pkv score` must start without jax."""
+"""The commands, one class each: its fields are its flags, and calling it runs it."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import difflib
-import io
-import itertools
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, Union
+from typing import Any, Literal
 
-import tyro
-from tyro.conf import Positional, subcommand
+from tyro.conf import Positional
 
-from pkv.config import Config, SamplingConfig, UserError, find_config, load_config, parse_config
-
-if TYPE_CHECKING:
-    import numpy as np
-
-USER_ERROR, INTERRUPTED = 2, 130
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where a command's results go; with `--json` people's text goes to stderr, so that `results` holds JSON only."""
-
-    results: TextIO
-    json: bool
-
-    def say(self, text: str) -> None:
-        """Text for people."""
-        print(text, file=sys.stderr if self.json else self.results, flush=True)
-
-    def record(self, value: Any) -> None:
-        """One line of JSON."""
-        print(json.dumps(value, ensure_ascii=False), file=self.results, flush=True)
-
-    def result(self, text: str, value: Any) -> None:
-        """A result: as text, or as JSON."""
-        if self.json:
-            self.record(value)
-        else:
-            self.say(text)
+from pkv.cli.output import Output, at_least, offsets_of, sampling_of
+from pkv.config import UserError, find_config, load_config, parse_config
 
 
 @dataclass(frozen=True)
@@ -293,103 +260,3 @@ class Bench:
 
 
 Command = Train | Eval | Sample | Score | Chat | Export | Report | Bench
-_COMMANDS = tuple(Command.__args__)
-_FORM = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 fine, 2 the user's mistake, 130 interrupted, 1 anything else."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing: pkv has no use for it
-    try:
-        if arguments == ["--version"]:
-            import pkv
-
-            print(pkv.__version__)
-            return 0
-        command, flags = parse(arguments)
-        return execute(command, flags)
-    except UserError as error:
-        print(f"pkv: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        hint = "; the same command resumes at the last checkpoint" if arguments[:1] == ["train"] else ""
-        print(f"\npkv: interrupted{hint}", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # who read the results has enough, as in `pkv sample ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-def execute(command: Command, flags: Sequence[str]) -> int:
-    """Call a command, its results on stdout; whatever else prints is kept off it when it carries JSON."""
-    out = Output(sys.stdout, command.json or isinstance(command, Sample | Score | Bench))
-    with contextlib.redirect_stdout(sys.stderr) if out.json else contextlib.nullcontext():
-        command(out, flags)
-    return 0
-
-
-def parse(arguments: Sequence[str]) -> tuple[Command, list[str]]:
-    """The command of a line, and what `train` leaves to the config. Raises UserError; SystemExit after `--help`."""
-    names = [kind.__name__.lower() for kind in _COMMANDS]
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
-        near = difflib.get_close_matches(arguments[0], names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(names)}"
-        raise UserError(f"{arguments[0]}: no such command; {hint}")
-    choices: Any = Union[tuple(Annotated[kind, subcommand(kind.__name__.lower())] for kind in _COMMANDS)]  # noqa: UP007
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            command, rest = tyro.cli(
-                choices, prog="pkv", description=_ABOUT, args=arguments, config=_FORM, return_unknown_args=True
-            )
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise UserError(f"{one_line(box.getvalue())}; see pkv {' '.join(arguments[:1])} --help") from None
-    if rest and not isinstance(command, Train):
-        known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(command)]
-        near = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"see pkv {type(command).__name__.lower()} --help"
-        raise UserError(f"{rest[0]}: unknown argument; {hint}")
-    return command, rest
-
-
-_ABOUT = "Teaches a language model to answer by competition, with judge-assisted GRPO."
-
-
-def one_line(box: str) -> str:
-    """tyro's framed message as one line: no frame, no title, nothing below its rule."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    message = itertools.takewhile(lambda line: line.strip("─╰╯"), lines)
-    return " ".join(message).rstrip(".")
-
-
-def sampling_of(
-    temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0, stop: Sequence[str] = ()
-) -> SamplingConfig:
-    """Checked sampling settings. Raises UserError."""
-    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "stop": list(stop)}
-    return parse_config({"sampling": asked}).sampling
-
-
-def at_least(name: str, value: int, least: int = 1) -> None:
-    """Raise UserError for a flag below its least value."""
-    if value < least:
-        raise UserError(f"--{name} {value}: expected at least {least}")
-
-
-def offsets_of(config: Config | None) -> Callable[[str], np.ndarray] | None:
-    """How the tokenizer of the config's model cuts a text, so that lengths are in tokens; None without a model."""
-    if config is None or not config.model.path:
-        return None
-    from pkv.competition import Tokenizer, split_tokens
-
-    tokenizer = Tokenizer.load(config.model.path, light=True)
-
-    def offsets(text: str) -> np.ndarray:
-        decoded, found = tokenizer.decode_with_offsets(tokenizer.encode(text))
-        # A tokenizer that normalises has not the same characters: there words stand in for its tokens.
-        return found if decoded == text else split_tokens(text)
-
-    return offsets
