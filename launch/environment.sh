@@ -22,7 +22,8 @@ find_python() {
     stop "pkv needs Python 3.11 or newer, found none; install one, or name it: PYTHON=/path/to/python bash $0"
 }
 
-# make_environment DIR EXTRAS: DIR has pkv (editable) with these extras; made once, again when pyproject.toml changes.
+# make_environment DIR EXTRAS: DIR has pkv (editable) with these extras; made once, again when pyproject.toml or the
+# lock changes.
 make_environment() {
     local folder=$1 extras=$2 python wanted
     local stamp=$folder/.pkv-installed-$extras
@@ -33,6 +34,7 @@ make_environment() {
             stop "$python cannot make virtual environments; install its venv module (Debian, Ubuntu: apt install python3-venv)"
     fi
     wanted="$PWD"$'\n'"$(<pyproject.toml)"
+    if [[ -f requirements.lock ]]; then wanted+=$'\n'"$(<requirements.lock)"; fi
     if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
         echo "Using $folder"
         return

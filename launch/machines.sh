@@ -1,0 +1,190 @@
+# Sourced by tpu_vm.sh and tpu_gce.sh: what both do with rented machines. Not run by itself.
+# Each of them gives: shape_options, check_shape, create_machines, delete_machines, describe_machines,
+# state_of_machines (prints NONE, ACTIVE, a name of waiting, or one that means gone), on_workers WORKER COMMAND and
+# copy_to_workers FILE NAME.
+# shellcheck shell=bash
+# shellcheck source=launch/shipping.sh
+source launch/shipping.sh
+
+common_options="--zone --project --prepare --env --worker --lines --max-restarts --every"
+shape_options='' # what the script that sources this takes besides
+verb='' name='' zone='' project='' prepare='' worker=0 lines=100 follow=false max_restarts=10 every=60
+# shellcheck disable=SC2034
+spot=false
+environment=() # NAME=VALUE for pkv
+arguments=()   # the pkv command, behind --
+trouble=0      # commands that failed one after another, while babysitting
+patience=10    # so many end it
+
+# options ARGUMENTS...: VERB NAME [--option value]... [-- PKV COMMAND]
+options() {
+    verb=${1-}
+    case $verb in
+    create | setup | run | logs | status | stop | delete | babysit) ;;
+    '' | help | -h | --help) usage && exit 0 ;;
+    *) stop "$verb: no such verb; expected create, setup, run, logs, status, stop, delete or babysit" ;;
+    esac
+    name=${2-}
+    must_be_name "$verb NAME" "$name"
+    shift 2
+    while (($#)); do
+        case $1 in
+        --) arguments=("${@:2}") && break ;;
+        --dry-run) dry_run=true ;;
+        --allow-dirty) allow_dirty=true ;;
+        --spot) take spot true ;;
+        --follow) follow=true ;;
+        --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
+        *)
+            [[ " $shape_options $common_options " == *" $1 "* ]] ||
+                stop "$(quoted "$1"): unknown option; see launch/$(basename "$0") help"
+            (($# > 1)) || stop "$1: expected a value after it"
+            take "${1#--}" "$2" && shift
+            ;;
+        esac
+        shift
+    done
+    check
+}
+
+# take OPTION VALUE: into the variable of that name.
+take() {
+    if [[ $1 == env ]]; then environment+=("$2"); else printf -v "${1//-/_}" %s "$2"; fi
+}
+
+check() {
+    local whole='[0-9]+' pair
+    must_match --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]|[a-z]+-[a-z]+[0-9]+-ai[0-9]+[a-z]' "a zone such as us-east5-b"
+    [[ -z $project ]] ||
+        must_match --project "$project" '([a-z][-.a-z0-9]*:)?[a-z][-a-z0-9]{4,28}[a-z0-9]' "a project id"
+    must_match --worker "$worker" "all|$whole" "a number or all"
+    must_match --lines "$lines" "$whole" "a whole number"
+    must_match --max-restarts "$max_restarts" "$whole" "a whole number"
+    must_match --every "$every" '[1-9][0-9]*' "seconds, at least 1"
+    for pair in ${environment[@]+"${environment[@]}"}; do
+        must_match --env "${pair%%=*}=" '[A-Za-z_][A-Za-z0-9_]*=' "NAME=VALUE"
+        [[ $pair == *=* ]] || stop "--env: got $(quoted "$pair"), expected NAME=VALUE"
+    done
+    check_shape
+    if [[ $verb == run || $verb == babysit ]]; then must_be_given "$verb" "${#arguments[@]}"; fi
+    if [[ $verb == babysit ]]; then must_last /mnt/pkv "${arguments[@]}"; fi
+    case $verb in setup | run | babysit) pin_commit ;; esac
+}
+
+# The verbs whose commands are the same for both.
+setup() {
+    local unpack="git init --quiet pkv && git -C pkv fetch --quiet ../pkv.bundle HEAD"
+    unpack+=" && git -C pkv checkout --quiet --force --detach $commit"
+    pack && copy_to_workers "$bundle" pkv.bundle &&
+        on_workers all "$unpack && $(quoted bash pkv/launch/worker.sh setup tpu "$prepare")"
+}
+
+# What is written below /mnt/pkv is meant to last, so a mount must be there.
+run() {
+    local where=- words=(env ${environment[@]+"${environment[@]}"} bash pkv/launch/worker.sh run "$commit")
+    if [[ $(run_folder "${arguments[@]}") == /mnt/pkv/* ]]; then where=/mnt/pkv; fi
+    on_workers all "$(quoted "${words[@]}" "$where" tpu "${arguments[@]}")"
+}
+
+logs() {
+    local command="bash pkv/launch/worker.sh logs $lines"
+    if $follow; then command+=" --follow"; fi
+    on_workers "$worker" "$command"
+}
+
+ask_jobs() {
+    # shellcheck disable=SC2016
+    on_workers all 'bash pkv/launch/worker.sh status 2>/dev/null || echo "job: none, $(hostname)"'
+}
+
+status() {
+    describe_machines && ask_jobs
+}
+
+stop_job() {
+    on_workers all 'bash pkv/launch/worker.sh stop'
+    echo "NOTICE: pkv saves its step and leaves; the machines stay, and cost, until they are deleted" >&2
+}
+
+say() {
+    printf '%s %s: %s\n' "$(date -u +%H:%M:%S)" "$name" "$*"
+}
+
+# survive WHAT COMMAND...: run it; `patience` failures one after another end the babysitting.
+survive() {
+    if "${@:2}"; then
+        trouble=0
+    elif ((++trouble >= patience)); then
+        say "$1 failed $trouble times; given up" >&2 && exit 1
+    else
+        say "$1 failed; tried again in $every s"
+    fi
+}
+
+recreate() {
+    delete_machines && create_machines
+}
+
+begin() {
+    setup && run
+}
+
+# Look every so many seconds; what was preempted is made anew, and the same pkv command resumes from its checkpoint.
+babysit() {
+    local state jobs restarts=0 failed=false
+    if $dry_run; then babysit_in_words && return; fi
+    while true; do
+        state=$(state_of_machines) || state=UNKNOWN
+        jobs=
+        if [[ $state == ACTIVE ]]; then jobs=$(ask_jobs) || jobs=; fi
+        say "$state" "$(grep -o 'job: [a-z]*[ 0-9]*' <<<"$jobs" | sort | uniq -c | tr -s ' \n' ' ')"
+        case $state/$jobs in
+        NONE/*) survive create create_machines ;;
+        SUSPENDED/* | PREEMPTED/* | TERMINATED/* | FAILED/*)
+            count_restart "machines $state" && failed=false
+            survive "delete and create" recreate
+            ;;
+        ACTIVE/*"job: running"*) trouble=0 failed=false ;;
+        ACTIVE/*"job: stopped"*) say "stopped by hand; not started again" && return ;;
+        ACTIVE/*"job: exited 2,"*) say "pkv exited with 2, a mistake in the command or config" >&2 && exit 1 ;;
+        ACTIVE/*"job: exited "[1-9]*)
+            # A host that is being preempted ends the others before it is known to be: look a second time.
+            if $failed; then
+                count_restart "pkv failed" && failed=false
+                survive run begin
+            else
+                failed=true
+            fi
+            ;;
+        ACTIVE/*"job: none"*) survive "setup and run" begin ;;
+        ACTIVE/*"job: exited 0"*) say "done; the machines stay, and cost, until they are deleted" && return ;;
+        ACTIVE/* | UNKNOWN/*) survive "asking" false ;;
+        esac
+        sleep "$every"
+    done
+}
+
+# count_restart WHY: one more, or the end; `restarts` is babysit's.
+count_restart() {
+    if ((restarts >= max_restarts)); then
+        say "$1, after $restarts restarts; --max-restarts $max_restarts reached" >&2 && exit 1
+    fi
+    say "$1; restart $((++restarts)) of at most $max_restarts"
+}
+
+babysit_in_words() {
+    echo "# every $every s:" && state_of_machines && ask_jobs
+    echo "# where nothing is there:" && create_machines
+    echo "# where nothing was started yet:" && begin
+    echo "# after a preemption, at most $max_restarts times:" && delete_machines && create_machines
+}
+
+# act: the verb that was asked for.
+act() {
+    case $verb in
+    create) create_machines ;;
+    delete) delete_machines ;;
+    stop) stop_job ;;
+    *) "$verb" ;;
+    esac
+}

@@ -1,0 +1,83 @@
+# Sourced by the scripts that start pkv on other machines: values checked, commands run or only printed, and the commit
+# that is shipped. Not run by itself.
+# shellcheck shell=bash
+# shellcheck source=launch/environment.sh
+source launch/environment.sh
+
+dry_run=false     # --dry-run: print the commands, run none
+allow_dirty=false # --allow-dirty: ship the commit, though there are changes beside it
+commit=''         # what is shipped, in `bundle`
+bundle=''
+
+# quoted WORDS...: one line that bash takes apart into the same words.
+quoted() {
+    local word line='' apostrophe="'\\''"
+    for word in "$@"; do
+        case $word in
+        *[[:cntrl:]]*) printf -v word %q "$word" ;;
+        '' | *[!-_=+,.:/@%A-Za-z0-9]*) word=\'${word//\'/"$apostrophe"}\' ;;
+        esac
+        line+=" $word"
+    done
+    printf '%s\n' "${line# }"
+}
+
+# perform COMMAND...: run it, or with --dry-run print it.
+perform() {
+    if $dry_run; then quoted "$@"; else "$@"; fi
+}
+
+# must_match WHAT VALUE REGEX EXPECTED: stop unless the whole value matches.
+must_match() {
+    [[ $2 =~ ^($3)$ ]] || stop "$1: got $(quoted "$2"), expected $4"
+}
+
+must_be_name() {
+    must_match "$1" "$2" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' "a letter, then letters, digits, hyphens, lower case, up to 40"
+}
+
+# must_be_given WHO COUNT: stop without a pkv command.
+must_be_given() {
+    (($2)) || stop "$1: expected a pkv command behind --, as in: -- train CONFIG --run /mnt/pkv/NAME"
+}
+
+# The header of the script that runs, as its help.
+usage() {
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "launch/$(basename "$0")"
+}
+
+# run_folder WORDS...: the directory that `--run` names in a pkv command, or nothing.
+run_folder() {
+    local word before=''
+    for word in "$@"; do
+        if [[ $before == --run ]]; then printf '%s\n' "$word"; fi
+        if [[ $word == --run=* ]]; then printf '%s\n' "${word#--run=}"; fi
+        before=$word
+    done | tail -n 1
+}
+
+# must_last WHERE WORDS...: stop unless the pkv command trains into a directory that outlives the machines.
+must_last() {
+    local where=$1 folder
+    shift
+    [[ ${1-} == train ]] || stop "expected a command that resumes behind --, as in: -- train CONFIG --run $where/NAME"
+    folder=$(run_folder "$@")
+    [[ $folder == "$where"/?* ]] ||
+        stop "--run: got $(quoted "$folder"), expected a directory below $where, on a bucket or a persistent disk:" \
+            "the machines' own disks go with them"
+}
+
+# pin_commit: what is shipped is HEAD; nothing is fetched from any host.
+pin_commit() {
+    commit=$(git rev-parse --verify --quiet HEAD) || stop "$PWD: no commit here; what is shipped is a commit"
+    bundle=build/pkv-$commit.bundle
+    [[ -n $(git status --porcelain) ]] || return 0
+    $allow_dirty || stop "there are changes that are not committed, and a commit is what is shipped: commit them," \
+        "or leave them here with --allow-dirty"
+    echo "NOTICE: what is not committed stays here; shipped is $commit" >&2
+}
+
+# Put HEAD into `bundle`.
+pack() {
+    perform mkdir -p build && perform git bundle create --quiet "$bundle" HEAD
+}

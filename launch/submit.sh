@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# A pkv command as a job of a scheduler, at the commit that is checked out here.
+#   bash launch/submit.sh WHERE NAME [options] [--dry-run] [--allow-dirty] -- train CONFIG --run ...
+#   slurm  [--nodes N] [--gpus N, of a node] [--partition P] [--account A] [--time D-HH:MM:SS]       by slurm.sbatch
+#          --run as a whole path, which all nodes see; the code runs from a copy of the commit in build/
+#   gke    --accelerator tpu-v6e-slice --topology 4x4 --claim VOLUME [--slices N] [--chips N, of a machine] [--image I]
+#          [--spot] [--max-restarts N]; --run below /mnt/pkv, where the claim is mounted              by gke_jobset.yaml
+#   sky    --accelerator tpu-v6e-8 --bucket BUCKET [--runtime VERSION] [--spot: a managed job that recovers]
+#          --run below /mnt/pkv, where the bucket is mounted                                            by skypilot.yaml
+# Checked against fakes of sbatch, kubectl and sky only.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/shipping.sh
+source launch/shipping.sh
+
+nodes=1 gpus=8 partition='' account='' time=''
+accelerator='' topology='' claim='' slices=1 chips=4 image=python:3.12 max_restarts=10 bucket='' runtime='' spot=false
+arguments=()
+whole='[1-9][0-9]*'
+word='[A-Za-z0-9][-_.A-Za-z0-9]*'
+
+options() {
+    local known option
+    where=${1-}
+    case $where in
+    slurm) known="--nodes --gpus --partition --account --time" ;;
+    gke) known="--accelerator --topology --claim --slices --chips --image --max-restarts" ;;
+    sky) known="--accelerator --bucket --runtime" ;;
+    '' | help | -h | --help) usage && exit 0 ;;
+    *) stop "$where: no such scheduler; expected slurm, gke or sky" ;;
+    esac
+    name=${2-}
+    must_be_name "$where NAME" "$name"
+    shift 2
+    while (($#)); do
+        case $1 in
+        --) arguments=("${@:2}") && break ;;
+        --dry-run) dry_run=true ;;
+        --allow-dirty) allow_dirty=true ;;
+        --spot) spot=true ;;
+        --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
+        *)
+            [[ " $known " == *" $1 "* ]] || stop "$(quoted "$1"): unknown option of $where; see launch/submit.sh help"
+            (($# > 1)) || stop "$1: expected a value after it"
+            option=${1#--}
+            printf -v "${option//-/_}" %s "$2" && shift
+            ;;
+        esac
+        shift
+    done
+    must_be_given "$where" "${#arguments[@]}"
+}
+
+# filled TEMPLATE KEY VALUE...: the file with every @KEY@ replaced, without its comment.
+filled() {
+    local text
+    text=$(grep -v '^#' "$1")
+    shift
+    while (($#)); do
+        text=${text//"@$1@"/"$2"}
+        shift 2
+    done
+    printf '%s\n' "$text"
+}
+
+# yaml_list WORDS...: as YAML reads strings, on one line.
+yaml_list() {
+    local one list=''
+    for one in "$@"; do
+        one=${one//\\/\\\\}
+        one=${one//\"/\\\"}
+        list+=", \"${one//$'\n'/\\n}\""
+    done
+    printf '[%s]\n' "${list#, }"
+}
+
+# written FILE: what stands on stdin into build/, or with --dry-run to stdout, indented.
+written() {
+    if $dry_run; then
+        echo "# $1:" && sed 's/^/#   /'
+    else
+        mkdir -p build && cat >"$1"
+    fi
+}
+
+on_slurm() {
+    local limits=()
+    must_match --nodes "$nodes" "$whole" "a whole number"
+    must_match --gpus "$gpus" "$whole" "the GPUs of a node"
+    must_match --partition "$partition" "($word)?" "a partition's name"
+    must_match --account "$account" "($word)?" "an account's name"
+    must_match --time "$time" '|([0-9]+-)?[0-9]+:[0-9]{2}:[0-9]{2}|[0-9]+' "D-HH:MM:SS, HH:MM:SS or minutes"
+    if [[ -n $partition ]]; then limits+=(--partition="$partition"); fi
+    if [[ -n $account ]]; then limits+=(--account="$account"); fi
+    if [[ -n $time ]]; then limits+=(--time="$time"); fi
+    [[ $(run_folder "${arguments[@]}") == /* || ${arguments[0]} != train ]] ||
+        stop "--run: expected a whole path that all nodes see, such as $PWD/runs/$name"
+    pack
+    perform sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" \
+        ${limits[@]+"${limits[@]}"} launch/slurm.sbatch "$commit" "${arguments[@]}"
+}
+
+on_gke() {
+    local total hosts code=pkv-${commit:0:12} archive=build/pkv-$commit.tar.gz file=build/$name.yaml selector
+    must_match --accelerator "$accelerator" 'tpu-(v4-podslice|v5-lite-podslice|v5p-slice|v6e-slice)|tpu7x' \
+        "GKE's name of a TPU such as tpu-v6e-slice"
+    must_match --topology "$topology" '[1-9][0-9]*x[1-9][0-9]*(x[1-9][0-9]*)?' "a topology such as 4x4 or 2x2x4"
+    must_match --chips "$chips" '1|4|8' "1, 4 or 8 chips of a machine"
+    must_match --slices "$slices" "$whole" "a whole number"
+    must_match --max-restarts "$max_restarts" '[0-9]+' "a whole number"
+    must_be_name --claim "$claim"
+    must_match --image "$image" '[A-Za-z0-9][-_.:/@A-Za-z0-9]*' "a container image with bash and Python 3.11 or newer"
+    total=$((${topology//x/*})) hosts=$((total / chips))
+    ((hosts * chips == total)) ||
+        stop "--topology $topology: $total chips are no multiple of the $chips of a machine (--chips)"
+    must_last /mnt/pkv "${arguments[@]}"
+    if $spot; then selector='cloud.google.com/gke-spot: "true"'; else selector='# on demand'; fi
+    local parts=(pkv configs launch pyproject.toml README.md LICENSE)
+    if [[ -f requirements.lock ]]; then parts+=(requirements.lock); fi
+    perform mkdir -p build
+    # A ConfigMap holds 1 MiB; without tests and pictures the code is a quarter of that.
+    perform git archive --format=tar.gz --output="$archive" HEAD "${parts[@]}"
+    filled launch/gke_jobset.yaml NAME "$name" COMMIT "$commit" RESTARTS "$max_restarts" SLICES "$slices" \
+        HOSTS "$hosts" ACCELERATOR "$accelerator" TOPOLOGY "$topology" SPOT "$selector" IMAGE "$image" CHIPS "$chips" \
+        CLAIM "$claim" CODE "$code" ARGUMENTS "$(yaml_list "${arguments[@]}")" | written "$file"
+    if $dry_run || ! kubectl get configmap "$code" >/dev/null 2>&1; then
+        perform kubectl create configmap "$code" --from-file=pkv.tar.gz="$archive"
+    fi
+    perform kubectl apply --filename="$file"
+}
+
+on_sky() {
+    local kind=gpu file=build/$name.yaml
+    case $accelerator in
+    tpu-v5litepod-*) : "${runtime:=v2-alpha-tpuv5-lite}" ;;
+    tpu-v5p-*) : "${runtime:=v2-alpha-tpuv5}" ;;
+    tpu-v6e-*) : "${runtime:=v2-alpha-tpuv6e}" ;;
+    esac
+    if [[ $accelerator == tpu-* ]]; then kind=tpu; fi
+    must_match --accelerator "$accelerator" "tpu-(v4|v5litepod|v5p|v6e)-$whole|[A-Z][-A-Za-z0-9]*(:$whole)?" \
+        "a TPU such as tpu-v6e-8 or GPUs such as H100:8"
+    must_match --bucket "$bucket" '[a-z0-9][-_.a-z0-9]{1,61}[a-z0-9]' "a bucket's name, without gs://"
+    must_match --runtime "${runtime:=none}" '[a-z0-9][-.a-z0-9]*' "a TPU software version such as v2-alpha-tpuv6e"
+    must_last /mnt/pkv "${arguments[@]}"
+    pack
+    filled launch/skypilot.yaml NAME "$name" ACCELERATOR "$accelerator" RUNTIME "$runtime" SPOT "$spot" \
+        BUNDLE "$PWD/$bundle" BUCKET "$bucket" COMMIT "$commit" KIND "$kind" ARGUMENTS "$(quoted "${arguments[@]}")" |
+        if [[ $kind == tpu ]]; then cat; else grep -v accelerator_args; fi | written "$file"
+    if $spot; then
+        perform sky jobs launch --yes --detach-run --name "$name" "$file"
+    else
+        perform sky launch --yes --detach-run --cluster "$name" "$file"
+    fi
+}
+
+options "$@"
+pin_commit
+"on_$where"

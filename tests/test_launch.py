@@ -1,0 +1,486 @@
+"""Launching on machines elsewhere: which commands are given, that the commit arrives, and that a preempted run goes on.
+
+`gcloud`, `kubectl`, `sbatch`, `sky` and `srun` are one fake, which writes its arguments down as a JSON line, answers
+with states that a test gives, and does what is sent to a worker in a folder that stands for that worker's home.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ("launch", "pyproject.toml", "README.md", "LICENSE", ".gitignore")
+FAKES = ("gcloud", "kubectl", "sbatch", "sky", "srun", "sleep", "sudo", "mountpoint")
+FAKE = f"""#!{sys.executable} -SE
+import json, os, shutil, subprocess, sys
+
+folder, name, words = os.environ["FAKE"], os.path.basename(sys.argv[0]), sys.argv[1:]
+with open(f"{{folder}}/calls.jsonl", "a") as file:
+    file.write(json.dumps([name, *words]) + "\\n")
+
+def answer(what):
+    with open(f"{{folder}}/{{what}}") as file:
+        now, *later = file.read().splitlines()
+    if later:
+        with open(f"{{folder}}/{{what}}", "w") as file:
+            file.write("\\n".join(later))
+    return now
+
+given = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+if name == "mountpoint":
+    sys.exit(os.path.exists(f"{{folder}}/no_mounts"))
+if words[:1] == ["get"]:
+    sys.exit("no such configmap")
+if name in ("sleep", "sudo"):
+    sys.exit()
+if name == "srun":
+    sys.exit(subprocess.call(words[1:]))
+if "describe" in words and (state := answer("states")) == "NONE":
+    sys.exit("ERROR: NOT_FOUND: no such resource")
+elif "describe" in words:
+    print(state)
+elif words[1:3] == ["instances", "list"]:
+    machines = [line.split(":") for line in answer("machines").split()]
+    print(*[each[given["--format"] == "value(status)"] for each in machines], sep="\\n")
+elif words[1:4] == ["instance-groups", "managed", "list"]:
+    print(answer("groups"))
+elif "ssh" in words and os.path.exists(f"{{folder}}/jobs") and "worker.sh status" in given["--command"]:
+    print(answer("jobs"))
+elif "ssh" in words or "scp" in words:
+    homes = sorted(os.listdir(f"{{folder}}/homes"))
+    if (one := given.get("--worker", "all")) != "all":
+        homes = homes[int(one) : int(one) + 1]
+    for home in homes:
+        if "scp" in words:
+            at = words.index("scp")
+            shutil.copy(words[at + 1], f"{{folder}}/homes/{{home}}/" + words[at + 2].split(":")[1])
+            continue
+        environment = {{**os.environ, "HOME": f"{{folder}}/homes/{{home}}"}}
+        if code := subprocess.call(["bash", "-c", given["--command"]], cwd=environment["HOME"], env=environment):
+            sys.exit(code)
+"""
+# On a worker pip is only written down, and pkv says what it was given and ends as its first word says.
+PYTHON = '#!/bin/bash\n[[ $1 == -c ]] || echo "$PIP_CONSTRAINT $*" >>"$HOME/pip"\n'
+PKV = """#!/bin/bash
+trap 'echo saved; exit 130' TERM
+printf '%q ' "$@"; echo "$JAX_PLATFORMS $EXTRA"
+while [[ $1 == train ]]; do /bin/sleep 0.05; done
+exit "${1#exit-}"
+"""
+
+
+def write_program(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    file.chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A commit with the scripts in it."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in SHIPPED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    for name in ("pkv", "configs"):
+        (folder / name).mkdir()
+        (folder / name / "file").write_text("")
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, *ANOTHER)
+    return folder
+
+
+ANOTHER = ("-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "--quiet", "--allow-empty", "--message=a")
+
+
+def git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True, text=True).stdout.strip()
+
+
+class Launch:
+    """A script called as a user calls it, and what the fakes wrote down."""
+
+    def __init__(self, repository: Path, folder: Path):
+        self.repository, self.folder = repository, folder
+        self.commit = git(repository, "rev-parse", "HEAD")
+        for name in FAKES:
+            write_program(folder / "bin" / name, FAKE)
+        for home in ("w0", "w1"):
+            write_program(folder / "homes" / home / "pkv/.venv/bin/python", PYTHON)
+            write_program(folder / "homes" / home / "pkv/.venv/bin/pkv", PKV)
+
+    def answers(self, **lines: list[str]) -> None:
+        for name, each in lines.items():
+            (self.folder / name).write_text("\n".join(each))
+
+    def __call__(self, script: str, *words: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
+        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        given = {"PATH": path, "FAKE": str(self.folder), "HOME": str(self.folder), "PYTHON": sys.executable}
+        keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "SLURM_", "PIP_"))}
+        command = ["bash", str(self.repository / "launch" / script), *map(str, words)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=keep | given | environment, timeout=60, check=False
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    def calls(self, but: tuple[str, ...] = ("sleep", "sudo", "mountpoint")) -> list[list[str]]:
+        file = self.folder / "calls.jsonl"
+        lines = map(json.loads, file.read_text().splitlines()) if file.exists() else []
+        return [call for call in lines if call[0] not in but]
+
+    def verbs(self) -> list[str]:
+        """What was asked of gcloud, a word each; what was sent to a worker by the verb of worker.sh."""
+        found = []
+        for call in self.calls():
+            sent = next((word for word in call if word.startswith("--command=")), "")
+            verb = re.search(r"worker\.sh (\w+)", sent)
+            found.append(verb[1] if verb else call[4])
+        return found
+
+
+@pytest.fixture
+def launch(repository, tmp_path) -> Launch:
+    return Launch(repository, tmp_path)
+
+
+HERE = ("--zone", "us-east5-b")
+VM = ("tpu_vm.sh", "create", "a1", *HERE, "--type", "v6e-8")
+BABYSIT = ("tpu_vm.sh", "babysit", "a1", *HERE, "--type", "v6e-8", "--spot", "--every", 1)
+TRAIN = ("--", "train", "tiny", "--run", "/mnt/pkv/a")
+GCE = ("--zone", "us-central1-c", "--project", "project-1")
+
+
+def test_a_slice_is_asked_for_by_queued_resources(launch):
+    launch(*VM, "--spot", "--project=my-project")
+    launch("tpu_vm.sh", "create", "a2", *HERE, "--type", "v5e-32", "--slices", 2)
+    launch("tpu_vm.sh", "delete", "a1", *HERE)
+    first, second, third = (call[4:] for call in launch.calls())
+    words = ["create", "a1", "--node-id=a1", "--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e", "--spot"]
+    assert first == [*words, "--zone=us-east5-b", "--project=my-project", "--quiet"]
+    assert {"--node-count=2", "--node-prefix=a2", "--accelerator-type=v5litepod-32"} <= set(second)
+    assert "--runtime-version=v2-alpha-tpuv5-lite" in second and "--spot" not in second
+    assert third == ["delete", "a1", "--force", "--zone=us-east5-b", "--quiet"]
+
+
+def test_the_same_commit_and_lock_come_to_every_worker(launch):
+    (launch.repository / "build").mkdir(exist_ok=True)
+    done = launch("tpu_vm.sh", "setup", "a1", *HERE, "--prepare", "echo 'it is' mounted >>~/prepared")
+    assert done.stdout.count("no requirements.lock in this commit") == 2
+    scp, ssh = launch.calls()
+    assert {"--node=all", "--worker=all"} <= set(scp) & set(ssh)
+    for home in (launch.folder / "homes").iterdir():
+        assert git(home / "pkv", "rev-parse", "HEAD") == launch.commit
+        assert (home / "prepared").read_text() == "it is mounted\n"
+        assert "--editable .[report,tpu]" in (home / "pip").read_text()
+
+
+def test_a_lock_constrains_what_is_installed(launch, tmp_path):
+    home = launch.folder / "homes/w0"
+    shutil.copytree(launch.repository / "launch", home / "pkv/launch")
+    shutil.copy(launch.repository / "pyproject.toml", home / "pkv")
+    (home / "pkv/requirements.lock").write_text("jax==0.10.2\n")
+    command = ["bash", str(home / "pkv/launch/worker.sh"), "setup", "cpu"]
+    environment = {**os.environ, "HOME": str(home), "PYTHON": sys.executable}
+    for lock in ("jax==0.10.2\n", "jax==0.10.2\n", "jax==0.10.3\n"):
+        (home / "pkv/requirements.lock").write_text(lock)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert "NOTICE" not in done.stdout
+    installed = (home / "pip").read_text().splitlines()
+    assert len(installed) == 2, "once, and again when the lock has changed"
+    assert all(line.startswith(str(home / "pkv/requirements.lock")) for line in installed)
+
+
+def test_a_run_starts_in_the_background_says_how_it_is_and_stops(launch):
+    launch("tpu_vm.sh", "setup", "a1", *HERE)
+    odd = ["train", "tiny", "--run", "/mnt/pkv/a b", "--data.train", """it's "$HOME" \\ `x`; 1""", "--empty", ""]
+    launch("tpu_vm.sh", "run", "a1", *HERE, "--env", "EXTRA=1 2", "--", *odd)
+    launch.answers(states=["ACTIVE"])
+    assert launch("tpu_vm.sh", "status", "a1", *HERE).stdout.count("job: running") == 2
+    assert "already runs" in launch("tpu_vm.sh", "run", "a1", *HERE, *TRAIN, code=2).stderr
+    said = launch("tpu_vm.sh", "logs", "a1", *HERE, "--worker", 1).stdout
+    assert shlex.split(said) == [*odd, "tpu,cpu", "1", "2"]
+    assert "the machines stay" in launch("tpu_vm.sh", "stop", "a1", *HERE).stderr
+    wait_for(lambda: launch("tpu_vm.sh", "status", "a1", *HERE).stdout.count("job: stopped") == 2)
+    assert launch("tpu_vm.sh", "logs", "a1", *HERE, "--lines=1").stdout == "saved\n"
+    for code in (0, 3):
+        launch("tpu_vm.sh", "run", "a1", *HERE, "--", f"exit-{code}")
+        wait_for(lambda code=code: f"job: exited {code}," in launch("tpu_vm.sh", "status", "a1", *HERE).stdout)
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_run_needs_its_commit_and_a_mount(launch):
+    launch("tpu_vm.sh", "setup", "a1", *HERE)
+    (launch.folder / "no_mounts").touch()
+    assert "/mnt/pkv is not a mount" in launch("tpu_vm.sh", "run", "a1", *HERE, *TRAIN, code=2).stderr
+    git(launch.folder / "homes/w0/pkv", *ANOTHER)
+    assert f"expected {launch.commit}: run setup" in launch("tpu_vm.sh", "run", "a1", *HERE, "--", "x", code=2).stderr
+    assert "no log yet" in launch("tpu_vm.sh", "logs", "a1", *HERE, code=2).stderr
+
+
+def test_what_is_not_committed_is_not_shipped_in_silence(launch):
+    stray = launch.repository / "configs/mine.yaml"
+    stray.write_text("seed: 1")
+    try:
+        for words in (("tpu_vm.sh", "setup", "a1", *HERE), ("submit.sh", "slurm", "a1", "--", "x")):
+            done = launch(*words, code=2)
+            assert "not committed" in done.stderr and done.stderr.count("\n") == 1 and launch.calls() == []
+        assert launch.commit in launch("tpu_vm.sh", "setup", "a1", *HERE, "--allow-dirty").stderr
+        assert not (launch.folder / "homes/w0/pkv/configs/mine.yaml").exists()
+    finally:
+        stray.unlink()
+
+
+EVERY = [
+    *[("tpu_vm.sh", verb, "a1", *HERE) for verb in ("setup", "logs", "status", "stop", "delete")],
+    VM,
+    ("tpu_vm.sh", "run", "a1", *HERE, *TRAIN),
+    (*BABYSIT, *TRAIN),
+    *[("tpu_gce.sh", verb, "a1", *GCE) for verb in ("setup", "logs", "status", "stop", "delete")],
+    *[("tpu_gce.sh", "create", "a1", *GCE, "--topology", shape) for shape in ("2x2x1", "2x2x2")],
+    ("tpu_gce.sh", "run", "a1", *GCE, *TRAIN),
+    ("tpu_gce.sh", "babysit", "a1", *GCE, "--topology", "2x2x2", *TRAIN),
+    ("submit.sh", "slurm", "a1", *TRAIN),
+    ("submit.sh", "gke", "a1", "--accelerator", "tpu-v6e-slice", "--topology", "4x4", "--claim", "runs", *TRAIN),
+    ("submit.sh", "sky", "a1", "--accelerator", "tpu-v6e-8", "--bucket", "runs", *TRAIN),
+]
+
+
+@pytest.mark.parametrize("words", EVERY, ids=lambda words: "-".join(map(str, words[:2])))
+def test_a_dry_run_prints_the_commands_and_runs_nothing(launch, words):
+    shutil.rmtree(launch.repository / "build", ignore_errors=True)
+    at = words.index("--") if "--" in words else len(words)
+    done = launch(*words[:at], "--dry-run", *words[at:])
+    assert launch.calls(but=()) == [] and not (launch.repository / "build").exists()
+    printed = [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("#")]
+    assert printed and all(shutil.which(line[0]) or line[0] in FAKES for line in printed), done.stdout
+
+
+def test_a_dry_run_prints_what_would_be_run(launch):
+    printed = launch(*VM, "--dry-run").stdout
+    launch(*VM)
+    assert shlex.split(printed) == launch.calls()[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("tpu_vm.sh", "creat", "a1"), "creat: no such verb; expected create,"),
+        (("tpu_vm.sh", "create"), "create NAME: got ''"),
+        (("tpu_vm.sh", "create", "A1", *HERE), "create NAME: got A1"),
+        (("tpu_vm.sh", "create", "a1;ls", *HERE), "create NAME: got 'a1;ls'"),
+        (("tpu_vm.sh", "delete", "a" * 41, *HERE), "lower case, up to 40"),
+        (("tpu_vm.sh", "create", "a1", "--type", "v6e-8"), "--zone: got ''"),
+        (("tpu_vm.sh", "create", "a1", "--zone", "us-east5"), "--zone: got us-east5, expected a zone"),
+        (("tpu_vm.sh", "create", "a1", "--zone", "us-east5-b\nx"), "--zone: got $'us-east5-b\\nx'"),
+        (("tpu_vm.sh", "create", "a1", *HERE), "--type: got ''"),
+        (("tpu_vm.sh", "create", "a1", *HERE, "--type", "v9-8"), "--type: got v9-8"),
+        (("tpu_vm.sh", "create", "a1", *HERE, "--type", "tpu7x-8"), "use launch/tpu_gce.sh"),
+        ((*VM, "--slices", "0"), "--slices: got 0"),
+        ((*VM, "--project", "A"), "--project: got A"),
+        ((*VM, "--zonne", "b"), "--zonne: unknown option"),
+        ((*VM, "--runtime"), "--runtime: expected a value"),
+        (("tpu_vm.sh", "run", "a1", *HERE), "run: expected a pkv command behind --"),
+        (("tpu_vm.sh", "run", "a1", *HERE, "--env", "A-B=1", *TRAIN), "--env: got A-B="),
+        (("tpu_vm.sh", "run", "a1", *HERE, "--env", "A", *TRAIN), "--env: got A, expected NAME=VALUE"),
+        (("tpu_vm.sh", "logs", "a1", *HERE, "--worker", "x"), "--worker: got x"),
+        ((*BABYSIT, "--", "train", "tiny"), "--run: got '', expected a directory below /mnt/pkv"),
+        ((*BABYSIT, "--", "train", "tiny", "--run", "runs/a"), "on a bucket or a persistent disk"),
+        ((*BABYSIT, "--", "eval", "m"), "expected a command that resumes"),
+        ((*BABYSIT, "--every", "0", *TRAIN), "--every: got 0"),
+        ((*BABYSIT, "--max-restarts", "x", *TRAIN), "--max-restarts: got x"),
+        (("tpu_gce.sh", "create", "a1", *HERE, "--topology", "2x2x1"), "--project: expected"),
+        (("tpu_gce.sh", "create", "a1", *GCE, "--topology", "4x4"), "--topology: got 4x4"),
+        (("tpu_gce.sh", "create", "a1", *GCE, "--topology", "1x1x1"), "1 chips; expected a multiple of the 4"),
+        (("tpu_gce.sh", "create", "a1", *GCE, "--type", "v6e-8"), "--type: unknown option"),
+        (("submit.sh", "lsf", "a1"), "lsf: no such scheduler"),
+        (("submit.sh", "slurm", "a1"), "expected a pkv command behind --"),
+        (("submit.sh", "slurm", "a1", "--", "train", "tiny", "--run", "runs/a"), "--run: expected a whole path"),
+        (("submit.sh", "slurm", "a1", "--gpus", "many", *TRAIN), "--gpus: got many"),
+        (("submit.sh", "slurm", "a1", "--time", "soon", *TRAIN), "--time: got soon"),
+        (("submit.sh", "slurm", "a1", "--topology", "4x4", *TRAIN), "--topology: unknown option of slurm"),
+        (("submit.sh", "gke", "a1", "--accelerator", "v6e", *TRAIN), "--accelerator: got v6e"),
+        (("submit.sh", "sky", "a1", "--accelerator", "tpu-v6e-8", *TRAIN), "--bucket: got ''"),
+        (("slurm.sbatch", "main"), "COMMIT: got main"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(launch, words, said):
+    done = launch(*words, code=2)
+    assert said in done.stderr and done.stderr.count("\n") == 1 and done.stdout == "" and launch.calls() == []
+
+
+def test_help_is_the_header_of_the_script(launch):
+    for script in ("tpu_vm.sh", "tpu_gce.sh", "submit.sh"):
+        said = launch(script, "help").stdout
+        assert f"bash launch/{script}" in said and "set -euo" not in said
+
+
+def test_a_preempted_slice_is_made_anew_and_the_same_command_goes_on(launch):
+    launch.answers(
+        states=["NONE", "PROVISIONING", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED", "ACTIVE", "PREEMPTED", "ACTIVE"],
+        jobs=["job: none, a", "job: running, a", "job: none, a", "job: exited 0, a"],
+    )
+    done = launch(*BABYSIT, "--max-restarts", 2, *TRAIN)
+    begin = ["scp", "setup", "run"]
+    asked = [verb for verb in launch.verbs() if verb not in ("describe", "status")]
+    assert asked == ["create", *begin, "delete", "create", *begin, "delete", "create"]
+    sent = [call for call in launch.calls() if "worker.sh run" in " ".join(call)]
+    assert sent[0] == sent[1] and "train tiny --run /mnt/pkv/a" in " ".join(sent[0])
+    assert "restart 2 of at most 2" in done.stdout and "done; the machines stay" in done.stdout
+    assert launch.calls(but=("gcloud", "sudo", "mountpoint"))[0] == ["sleep", "1"]
+
+
+def test_restarts_are_bounded(launch):
+    launch.answers(states=["SUSPENDED"])
+    done = launch(*BABYSIT, "--max-restarts", 2, *TRAIN, code=1)
+    assert launch.verbs().count("create") == 2 and "--max-restarts 2 reached" in done.stderr
+
+
+def test_a_run_that_fails_is_started_again_after_a_second_look(launch):
+    failed = "job: exited 1, a\njob: exited 0, b".splitlines()[0]
+    launch.answers(states=["ACTIVE"], jobs=[failed, failed, "job: running, a", "job: exited 0, a"])
+    launch(*BABYSIT, *TRAIN)
+    assert [verb for verb in launch.verbs() if verb not in ("describe", "status")] == ["scp", "setup", "run"]
+
+
+@pytest.mark.parametrize(
+    ("job", "code", "said"),
+    [("exited 2, a", 1, "a mistake in the command or config"), ("stopped, a", 0, "stopped by hand")],
+)
+def test_what_a_person_ended_or_must_mend_is_not_started_again(launch, job, code, said):
+    launch.answers(states=["ACTIVE"], jobs=[f"job: {job}"])
+    done = launch(*BABYSIT, *TRAIN, code=code)
+    assert said in done.stdout + done.stderr and launch.verbs() == ["describe", "status"]
+
+
+def test_babysitting_gives_up_when_nothing_works(launch):
+    launch.answers(states=["ACTIVE"], jobs=["nobody answers"])
+    done = launch(*BABYSIT, *TRAIN, code=1)
+    assert "asking failed 10 times; given up" in done.stderr
+
+
+def test_tpu7x_is_one_machine_or_a_group_with_a_topology(launch):
+    launch("tpu_gce.sh", "create", "a1", *GCE, "--topology", "2x2x1", "--spot")
+    launch("tpu_gce.sh", "create", "a2", *GCE, "--topology", "2x2x4")
+    one, policy, template, group = launch.calls()
+    assert one[2:5] == ["instances", "create", "a1"] and "--provisioning-model=SPOT" in one
+    assert (
+        policy[2:5] == ["resource-policies", "create", "workload-policy"] and "--accelerator-topology=2x2x4" in policy
+    )
+    assert template[2:4] == ["instance-templates", "create"] and "--provisioning-model=STANDARD" in template
+    assert {"--machine-type=tpu7x-standard-4t", "--maintenance-policy=TERMINATE"} <= set(one) & set(template)
+    assert {"--size=4", "--target-size-policy-mode=bulk"} <= set(group)
+    assert "--workload-policy=projects/project-1/regions/us-central1/resourcePolicies/a2" in group
+
+
+def test_tpu7x_commands_go_to_every_machine_of_the_group(launch):
+    launch.answers(machines=["a1-x:RUNNING a1-y:RUNNING"], jobs=["job: running, a"], groups=["a1"])
+    launch("tpu_gce.sh", "setup", "a1", *GCE)
+    sent = [call[3] for call in launch.calls() if call[2] == "ssh"]
+    assert sorted(sent) == ["a1-x", "a1-y"]
+    copied = sorted(call[4] for call in launch.calls() if call[2] == "scp")
+    assert copied == ["a1-x:pkv.bundle", "a1-y:pkv.bundle"]
+    launch("tpu_gce.sh", "delete", "a1", *GCE)
+    assert [call[2] for call in launch.calls()[-3:]] == ["instance-groups", "instance-templates", "resource-policies"]
+
+
+def test_tpu7x_is_babysat_too(launch):
+    up = "a1-x:RUNNING a1-y:RUNNING"
+    launch.answers(
+        machines=["a1-x:RUNNING a1-y:TERMINATED", "a1-x:RUNNING", up], groups=["a1"], jobs=["job: exited 0, a"]
+    )
+    launch("tpu_gce.sh", "babysit", "a1", *GCE, "--topology", "2x2x2", "--every", 1, *TRAIN)
+    assert [call[2:5] for call in launch.calls() if "create" in call][-1] == ["instance-groups", "managed", "create"]
+
+
+def test_slurm_gets_a_task_a_gpu_and_the_commit(launch):
+    run = ["train", "my config", "--run", "/scratch/a"]
+    launch("submit.sh", "slurm", "a1", "--nodes", 2, "--gpus", 4, "--time", "1-00:00:00", "--", *run)
+    (call,) = launch.calls()
+    assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=1-00:00:00"} <= set(call)
+    script = call.index("launch/slurm.sbatch")
+    assert call[script + 1 :] == [launch.commit, *run]
+    # Slurm runs a copy of the script, in the directory where it was submitted.
+    tree = launch.repository / f"build/slurm-{launch.commit}"
+    write_program(tree / ".venv/bin/python", PYTHON)
+    write_program(tree / ".venv/bin/pkv", PKV)
+    copy = shutil.copy(launch.repository / "launch/slurm.sbatch", launch.folder / "script")
+    done = launch(copy, launch.commit, "exit-0", "my config", SLURM_SUBMIT_DIR=str(launch.repository))
+    assert r"exit-0 my\ config cuda,cpu" in done.stdout and git(tree, "rev-parse", "HEAD") == launch.commit
+    assert "jax[cuda12]" in (launch.folder / "pip").read_text()
+    dry = launch(copy, "--dry-run", launch.commit, "train", SLURM_SUBMIT_DIR=str(launch.repository))
+    assert dry.stdout.count("\n") == 5 and "srun --kill-on-bad-exit=1" in dry.stdout
+
+
+def test_gke_gets_a_pod_a_machine_and_the_code_of_the_commit(launch):
+    odd = ["train", "tiny", "--run=/mnt/pkv/a b", 'say "x" \\ y', "two\nlines", "@NAME@", "a & b"]
+    shape = ("--accelerator", "tpu-v5-lite-podslice", "--topology", "4x8", "--claim", "runs", "--slices", 2)
+    launch("submit.sh", "gke", "a1", *shape, "--spot", "--", *odd)
+    _, configmap, apply = launch.calls()
+    assert configmap[1:4] == ["create", "configmap", f"pkv-{launch.commit[:12]}"] and apply == [
+        "kubectl",
+        "apply",
+        "--filename=build/a1.yaml",
+    ]
+    archive = launch.repository / configmap[4].removeprefix("--from-file=pkv.tar.gz=")
+    assert archive.stat().st_size < 1_000_000
+    found = yaml.safe_load((launch.repository / "build/a1.yaml").read_text())
+    (job,) = found["spec"]["replicatedJobs"]
+    pods = job["template"]["spec"]
+    assert (job["replicas"], pods["parallelism"], pods["completions"]) == (2, 8, 8)
+    pod = pods["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x8"
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    (container,) = pod["containers"]
+    assert container["args"] == odd and container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["env"] == [{"name": "PKV_COMMIT", "value": launch.commit}]
+
+
+@pytest.mark.parametrize(("accelerator", "kind"), [("tpu-v6e-16", "tpu"), ("H100:8", "gpu")])
+def test_skypilot_gets_the_bundle_and_a_bucket(launch, accelerator, kind):
+    words = ("sky", "a1", "--accelerator", accelerator, "--bucket", "my-runs")
+    launch("submit.sh", *words, *TRAIN, "--name", "it's")
+    launch("submit.sh", *words, "--spot", *TRAIN)
+    first, second = launch.calls()
+    assert first[1] == "launch" and second[1:3] == ["jobs", "launch"]
+    launch("submit.sh", *words, *TRAIN, "--name", "it's")
+    found = yaml.safe_load((launch.repository / "build/a1.yaml").read_text())
+    runtime = {"runtime_version": "v2-alpha-tpuv6e"} if kind == "tpu" else None
+    assert found["resources"].get("accelerator_args") == runtime and found["resources"]["use_spot"] is False
+    assert Path(found["file_mounts"]["~/pkv.bundle"]).is_file()
+    assert found["file_mounts"]["/mnt/pkv"]["name"] == "my-runs" and launch.commit in found["setup"]
+    assert shlex.split(found["run"])[2:] == ["exec", kind, *TRAIN[1:], "--name", "it's"]
+
+
+def test_variables_of_jax_are_set_in_one_place_and_never_over_the_users():
+    for file in sorted((ROOT / "launch").iterdir()):
+        set_here = re.findall(
+            r"\b(?:usual )?((?:JAX|XLA|LIBTPU|TPU|NCCL)_\w+)[= ]", re.sub(r"#.*", "", file.read_text())
+        )
+        assert not set_here or file.name == "env.sh", f"{file.name} sets {set_here}"
+    script = "source launch/env.sh; environment_of gpu; echo $JAX_PLATFORMS/$XLA_PYTHON_CLIENT_MEM_FRACTION"
+    for given, found in (
+        ({}, "cuda,cpu/0.92"),
+        ({"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "/0.5"),
+    ):
+        keep = {"PATH": os.environ["PATH"], **given}
+        done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=keep, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == found
