@@ -21,9 +21,14 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("launch", "pyproject.toml", "README.md", "LICENSE", ".gitignore")
-FAKES = ("gcloud", "kubectl", "sbatch", "sky", "srun", "sleep", "sudo", "mountpoint")
+FAKES = ("gcloud", "kubectl", "sbatch", "sky", "srun")
+SMALL = {
+    "sleep": """#!/bin/bash\nprintf '["sleep", "%s"]\\n' "$1" >>"$FAKE/calls.jsonl"\n""",
+    "sudo": '#!/bin/bash\necho \'["sudo"]\' >>"$FAKE/calls.jsonl"\n',
+    "mountpoint": '#!/bin/bash\n[[ ! -e "$FAKE/no_mounts" ]]\n',
+}
 FAKE = f"""#!{sys.executable} -SE
-import json, os, shutil, subprocess, sys
+import json, os, sys
 
 folder, name, words = os.environ["FAKE"], os.path.basename(sys.argv[0]), sys.argv[1:]
 with open(f"{{folder}}/calls.jsonl", "a") as file:
@@ -38,14 +43,10 @@ def answer(what):
     return now
 
 given = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
-if name == "mountpoint":
-    sys.exit(os.path.exists(f"{{folder}}/no_mounts"))
 if words[:1] == ["get"]:
     sys.exit("no such configmap")
-if name in ("sleep", "sudo"):
-    sys.exit()
 if name == "srun":
-    sys.exit(subprocess.call(words[1:]))
+    os.execvp(words[1], words[1:])
 if "describe" in words and (state := answer("states")) == "NONE":
     sys.exit("ERROR: NOT_FOUND: no such resource")
 elif "describe" in words:
@@ -58,13 +59,17 @@ elif words[1:4] == ["instance-groups", "managed", "list"]:
 elif "ssh" in words and os.path.exists(f"{{folder}}/jobs") and "worker.sh status" in given["--command"]:
     print(answer("jobs"))
 elif "ssh" in words or "scp" in words:
+    import shutil, subprocess
+
     homes = sorted(os.listdir(f"{{folder}}/homes"))
     if (one := given.get("--worker", "all")) != "all":
         homes = homes[int(one) : int(one) + 1]
+    elif words[1] in ("ssh", "scp"):  # of one machine of a group, at the same time as of the others
+        homes = homes["a1-y" in "".join(words[2:4]) :][:1]
     for home in homes:
         if "scp" in words:
             at = words.index("scp")
-            shutil.copy(words[at + 1], f"{{folder}}/homes/{{home}}/" + words[at + 2].split(":")[1])
+            shutil.copyfile(words[at + 1], f"{{folder}}/homes/{{home}}/" + words[at + 2].split(":")[1])
             continue
         environment = {{**os.environ, "HOME": f"{{folder}}/homes/{{home}}"}}
         if code := subprocess.call(["bash", "-c", given["--command"]], cwd=environment["HOME"], env=environment):
@@ -115,8 +120,8 @@ class Launch:
     def __init__(self, repository: Path, folder: Path):
         self.repository, self.folder = repository, folder
         self.commit = git(repository, "rev-parse", "HEAD")
-        for name in FAKES:
-            write_program(folder / "bin" / name, FAKE)
+        for name, text in {**dict.fromkeys(FAKES, FAKE), **SMALL}.items():
+            write_program(folder / "bin" / name, text)
         for home in ("w0", "w1"):
             write_program(folder / "homes" / home / "pkv/.venv/bin/python", PYTHON)
             write_program(folder / "homes" / home / "pkv/.venv/bin/pkv", PKV)
@@ -136,7 +141,7 @@ class Launch:
         assert done.returncode == code, done.stdout + done.stderr
         return done
 
-    def calls(self, but: tuple[str, ...] = ("sleep", "sudo", "mountpoint")) -> list[list[str]]:
+    def calls(self, but: tuple[str, ...] = ("sleep", "sudo")) -> list[list[str]]:
         file = self.folder / "calls.jsonl"
         lines = map(json.loads, file.read_text().splitlines()) if file.exists() else []
         return [call for call in lines if call[0] not in but]
@@ -345,7 +350,7 @@ def test_a_preempted_slice_is_made_anew_and_the_same_command_goes_on(launch):
     sent = [call for call in launch.calls() if "worker.sh run" in " ".join(call)]
     assert sent[0] == sent[1] and "train tiny --run /mnt/pkv/a" in " ".join(sent[0])
     assert "restart 2 of at most 2" in done.stdout and "done; the machines stay" in done.stdout
-    assert launch.calls(but=("gcloud", "sudo", "mountpoint"))[0] == ["sleep", "1"]
+    assert launch.calls(but=("gcloud", "sudo"))[0] == ["sleep", "1"]
 
 
 def test_restarts_are_bounded(launch):
@@ -394,6 +399,7 @@ def test_tpu7x_is_one_machine_or_a_group_with_a_topology(launch):
 def test_tpu7x_commands_go_to_every_machine_of_the_group(launch):
     launch.answers(machines=["a1-x:RUNNING a1-y:RUNNING"], jobs=["job: running, a"], groups=["a1"])
     launch("tpu_gce.sh", "setup", "a1", *GCE)
+    assert all(git(home / "pkv", "rev-parse", "HEAD") == launch.commit for home in (launch.folder / "homes").iterdir())
     sent = [call[3] for call in launch.calls() if call[2] == "ssh"]
     assert sorted(sent) == ["a1-x", "a1-y"]
     copied = sorted(call[4] for call in launch.calls() if call[2] == "scp")

@@ -259,4 +259,22 @@ class Bench:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-Command = Train | Eval | Sample | Score | Chat | Export | Report | Bench
+@dataclass(frozen=True)
+class Doctor:
+    """Look at this machine: versions, devices, hosts, caches, disk; what is wrong, each with its remedy."""
+
+    run: str = "runs"  # where runs are to lie
+    online: bool = False  # ask the hub, too
+    timeout: int = 60  # seconds in which JAX must have started
+    json: bool = False  # JSON only on stdout
+
+    def __call__(self, out: Output, flags: Sequence[str]) -> int:
+        at_least("timeout", self.timeout)
+        from pkv.doctor import diagnose, in_words
+
+        findings = diagnose(Path(self.run), online=self.online, timeout_s=self.timeout)
+        out.result(in_words(findings), [dataclasses.asdict(finding) for finding in findings])
+        return int(any(finding.state == "fail" for finding in findings))
+
+
+Command = Train | Eval | Sample | Score | Chat | Export | Report | Bench | Doctor
