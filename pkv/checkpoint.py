@@ -1,6 +1,7 @@
 """State on disk, and the only door to Orbax: whole steps, verified by sha256 before they are used.
 
     FOLDER/STEP/state/         the arrays, in Orbax's format, under flat names such as "params.layers.wq"
+    FOLDER/STEP/beside.npz     arrays that go with the state, of any size; not there when there are none
     FOLDER/STEP/manifest.json  size and sha256 of every file, shape and dtype of every array, versions, the `meta`
 
 Orbax alone restores flipped bits silently and takes an empty step folder for a checkpoint. So a step counts only when
@@ -26,6 +27,7 @@ from pkv.config import UserError
 
 MANIFEST = "manifest.json"
 _STATE = "state"
+_BESIDE = "beside.npz"
 _FORMAT = 1
 _PACKAGES = ("pkv", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 
@@ -34,10 +36,18 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used."""
 
 
-def save(folder: Path, step: int, state: Any, meta: Mapping[str, Any], keep: int) -> None:
+def save(
+    folder: Path,
+    step: int,
+    state: Any,
+    meta: Mapping[str, Any],
+    keep: int,
+    beside: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Write FOLDER/STEP in one piece, then remove all but the newest `keep` steps up to it.
 
-    state: a pytree of arrays; scalars are stored as arrays of shape []. meta: small and JSON-able.
+    state: a pytree of arrays; scalars are stored as arrays of shape []. meta: small and JSON-able. beside: numbers
+    that no template says the size of when they are read.
     A process that is killed here leaves the older steps whole and no half of this one.
     """
     import orbax.checkpoint as ocp
@@ -52,6 +62,8 @@ def save(folder: Path, step: int, state: Any, meta: Mapping[str, Any], keep: int
     partial = folder / f".{step}.tmp"
     partial.mkdir()
     ocp.PyTreeCheckpointer().save(partial / _STATE, arrays)
+    if beside:
+        np.savez(partial / _BESIDE, allow_pickle=False, **beside)
     _write_manifest(partial, step, arrays, meta)
     _rename_over(partial, folder / str(step))
     _remove_old(folder, step, keep)
@@ -98,6 +110,15 @@ def restore(folder: Path, step: int, template: Any, under: str = "") -> tuple[An
     _check_template(Path(folder) / str(step), manifest["arrays"], wanted, under)
     arrays = _read_arrays(Path(folder) / str(step), wanted)
     return jax.tree.unflatten(structure, [_like(arrays[name], leaf) for name, leaf in wanted.items()]), manifest["meta"]
+
+
+def read_beside(folder: Path, step: int) -> dict[str, np.ndarray]:
+    """What was saved beside a step's state, by name; none where nothing was. Raises CheckpointError like `verify`."""
+    path = Path(folder) / str(step) / _BESIDE
+    if _BESIDE not in verify(folder, step)["files"]:
+        return {}
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -136,17 +136,20 @@ def gathered(monkeypatch, silent: set[str], refills: int):
         assert not set(names) & set(left_out)
         return [SimpleNamespace(problem=SimpleNamespace(id=name)) for name in names]
 
-    def collect(source, prompts, **_):
+    def sample(source, prompts, **_):
         asked.append([prompt.problem.id for prompt in prompts])
-        return [group({"correctness": [1.0, float(n in silent)]}, name=n) for n in asked[-1]]
+        found = [group({"correctness": [1.0, float(n in silent)]}, name=n) for n in asked[-1]]
+        return SimpleNamespace(scored=lambda _: found, rollouts=[])
 
-    monkeypatch.setattr(rollouts, "collect_groups", collect)
+    monkeypatch.setattr(rollouts, "sample_groups", sample)
+    monkeypatch.setattr(rollouts.dataclasses, "replace", lambda source, **_: source)
     grpo = GrpoConfig(prompts=3, signal=("correctness",), refills=refills)
     setup = SimpleNamespace(
         source=lambda *_: SimpleNamespace(weights={}), draw_prompts=draw, grpo=grpo, config=SimpleNamespace(seed=0)
     )
     stage = SimpleNamespace(required_round=SimpleNamespace(samples=0), weights={"correctness": 1.0}, budget=lambda _: 8)
-    return rollouts.gather(setup, None, stage, 0, None, dict, rollouts.Clock()), asked
+    run = SimpleNamespace(waiting=None, pass_rates=dict)
+    return rollouts.gather(setup, run, None, stage, 0, None, rollouts.Clock())[0], asked
 
 
 def test_groups_without_signal_are_replaced_and_the_search_is_bounded(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import shutil
 import signal
@@ -22,9 +23,10 @@ from pkv import checkpoint
 from pkv.competition import Tokenizer, train_tokenizer
 from pkv.config import RoundConfig, UserError, WarmupConfig, load_config
 from pkv.data.arithmetic import problems
-from pkv.evaluate import load_policy
+from pkv.evaluate import Sampled, load_policy
 from pkv.mesh import make_mesh
 from pkv.model import read_config, split
+from pkv.records import Prompt, Rollout
 from pkv.train import loop
 from pkv.train.demonstrations import demonstrate
 from pkv.train.interrupts import stop_requests
@@ -34,6 +36,7 @@ from pkv.train.rounds import check_requirement, reward_budgets, stages
 from pkv.train.run import Run, open_run
 from pkv.train.setup import build, open_training
 from pkv.train.summary import closing_summary
+from pkv.train.waiting import as_arrays, from_arrays
 from pkv.train.warmup import demonstrations
 
 VARIED = """
@@ -104,9 +107,9 @@ def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in found]
 
 
-def final_state(folder: Path, config_file: Path, flags=()):
+def final_state(folder: Path, config_file: Path, flags=(), steps=5):
     setup = build(load_config(config_file, flags))
-    return checkpoint.restore(folder / "checkpoints", 5, setup.learner.init(setup.policy.params))[0]
+    return checkpoint.restore(folder / "checkpoints", steps, setup.learner.init(setup.policy.params))[0]
 
 
 def test_a_run_leaves_what_the_contract_says(whole):
@@ -154,7 +157,7 @@ def test_a_lora_run_killed_and_resumed_is_never_killed(whole_lora, config_file, 
     check_resumed(whole_lora, config_file, tmp_path / "run", monkeypatch, 3, LORA)
 
 
-def check_resumed(whole, config_file, folder, monkeypatch, killed_after, flags):
+def check_resumed(whole, config_file, folder, monkeypatch, killed_after, flags, steps=5):
     step_of = {"warmup_step": loop.warmup_step, "grpo_step": loop.grpo_step}
 
     def dies(name):
@@ -175,7 +178,7 @@ def check_resumed(whole, config_file, folder, monkeypatch, killed_after, flags):
     train(load_config(config_file, flags), folder)
     assert lines(folder) == lines(whole)
     assert lines(folder, "evaluations.jsonl") == lines(whole, "evaluations.jsonl")
-    states = [final_state(run, config_file, flags) for run in (folder, whole)]
+    states = [final_state(run, config_file, flags, steps) for run in (folder, whole)]
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
@@ -445,3 +448,38 @@ def test_all_options_together_make_a_run_that_is_resumed_bit_for_bit(config_file
     assert {"policy/rejected", "weighted/varied"} <= set(first)
     assert first["groups/silent"] < 1 and first["policy/gradient_norm"] > 0
     check_resumed(tmp_path / "whole", config_file, tmp_path / "run", monkeypatch, 3, ALL_AT_ONCE)
+
+
+def test_one_step_off_samples_ahead_within_a_round_and_is_resumed_bit_for_bit(config_file, tmp_path, monkeypatch):
+    flags = ["--grpo.one_step_off=true", "--rounds.first.steps=3", "--rounds.first.fighter_tokens=4"]
+    train(load_config(config_file, flags), tmp_path / "whole")
+    steps = [line for line in lines(tmp_path / "whole") if line["phase"] == "grpo"]
+    assert [line["policy/steps_behind"] for line in steps] == [0, 1, 1, 0]  # a round starts with its own policy
+    kept = [checkpoint.read_beside(tmp_path / "whole" / "checkpoints", step) for step in range(3, 7)]
+    assert [bool(arrays) for arrays in kept] == [True, True, False, False]
+    for killed_after in (3, 4):  # what waits was sampled at once with this step's, and a step before it
+        folder = tmp_path / f"run-{killed_after}"
+        check_resumed(tmp_path / "whole", config_file, folder, monkeypatch, killed_after, flags, steps=6)
+
+
+def test_rollouts_that_wait_are_the_same_when_they_are_read(config_file):
+    draw = np.random.default_rng(0)
+    known = problems("train", 3)
+
+    def rollout(p: int, g: int) -> Rollout:
+        size = int(draw.integers(1, 9))
+        numbers = draw.normal(size=(2, size)).astype(np.float32)
+        forced = draw.random(size) < 0.5 if (p + g) % 2 else None
+        tokens = draw.integers(0, 600, size).astype(np.int32)
+        return Rollout(known[p].id, g, tokens, *numbers, "stop" if g else "length", 7 + p, forced)
+
+    wanted = [[rollout(p, g) for g in range(4)] for p in (2, 0)]
+    prompts = [Prompt(known[p], np.zeros(3, np.int32)) for p in (2, 0)]
+    arrays = as_arrays(Sampled(prompts, wanted, []))
+    found, rollouts = from_arrays(arrays, known)
+    assert found == [known[2], known[0]]
+    for got, want in zip(itertools.chain(*rollouts), itertools.chain(*wanted), strict=True):
+        for name, value in vars(want).items():
+            np.testing.assert_array_equal(getattr(got, name), value, err_msg=name, strict=True)
+    with pytest.raises(UserError, match=r"data.train.*not there any more"):
+        from_arrays(arrays, known[:2])

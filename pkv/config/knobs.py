@@ -153,6 +153,7 @@ class GrpoConfig:
     alike: bool = True  # the judge's accuracy is compared where as many fighters were right
     signal: tuple[str, ...] = ()  # rewards or families of which one must differ within a group; none: any with weight
     refills: int = 0  # groups without signal are replaced by others, so many times a step at most
+    one_step_off: bool = False  # a step's rollouts are sampled while those of the step before are still being scored
     loss: PolicyLoss = field(default_factory=PolicyLoss)
     epochs: int = 1  # passes over a rollout batch,
     minibatches: int = 1  # in so many updates each; one update in all is exactly on-policy

@@ -3,7 +3,7 @@
 Training and evaluation share the same sampler, prompt, parser and rewards because both come through here.
 """
 
-from pkv.evaluate.groups import Source, collect_groups, render_prompts, requests_for
+from pkv.evaluate.groups import Sampled, Source, render_prompts, requests_for, sample_groups, submit
 from pkv.evaluate.measures import Evaluation, evaluate, summarise
 from pkv.evaluate.policy import MADE_WITH, RUN_MODEL, SYSTEM_FILE, Policy, base_of, load_policy, load_trained
 
@@ -13,13 +13,15 @@ __all__ = [
     "SYSTEM_FILE",
     "Evaluation",
     "Policy",
+    "Sampled",
     "Source",
     "base_of",
-    "collect_groups",
     "evaluate",
     "load_policy",
     "load_trained",
     "render_prompts",
     "requests_for",
+    "sample_groups",
+    "submit",
     "summarise",
 ]

@@ -16,9 +16,10 @@ from pkv.tracking import Clock
 
 @dataclass(frozen=True)
 class Source:
-    """Where rollouts come from: the engine, its weights (from `Engine.load`), the tokenizer, and the policy's step.
+    """Where rollouts come from: the engine, its weights (from `Engine.load`), the tokenizer, and the step they are for.
 
     stop: texts that end a response. fighter_tokens: a fighter's block is closed where it has so many; 0: never.
+    policy_step: the step that the weights stand before, where it isn't `step`.
     """
 
     engine: Engine
@@ -27,6 +28,7 @@ class Source:
     step: int = 0
     stop: tuple[str, ...] = ()
     fighter_tokens: int = 0
+    policy_step: int | None = None
 
     def watch(self) -> Callable[[], Watch] | None:
         """What makes the watch of each response; None when there is nothing to watch."""
@@ -50,7 +52,25 @@ def requests_for(
     return [Request(prompt.tokens, key, max_new_tokens, watch) for prompt, key in zip(prompts, keys, strict=True)]
 
 
-def collect_groups(
+@dataclass(frozen=True)
+class Sampled:
+    """Rollouts by prompt and sample, whose scores may still be on their way."""
+
+    prompts: Sequence[Prompt]
+    rollouts: Sequence[Sequence[Rollout]]
+    scores: Sequence[Sequence[Future[tuple[Trace, Scorecard]]]]
+
+    def scored(self, clock: Clock | None = None) -> list[Group]:
+        """The groups in the order of the prompts, once all is scored. clock: told the seconds that this took."""
+        groups = []
+        with (clock or Clock())("score"):
+            for prompt, rollouts, scores in zip(self.prompts, self.rollouts, self.scores, strict=True):
+                traces, cards = zip(*(future.result() for future in scores), strict=True)
+                groups.append(Group(prompt, tuple(rollouts), traces, cards))
+        return groups
+
+
+def sample_groups(
     source: Source,
     prompts: Sequence[Prompt],
     *,
@@ -61,31 +81,32 @@ def collect_groups(
     scoring: ScoringPool,
     on_rollout: Callable[[Rollout], None] | None = None,
     clock: Clock | None = None,
-) -> list[Group]:
-    """`samples` scored rollouts of every prompt, groups in the order of the prompts.
+) -> Sampled:
+    """`samples` rollouts of every prompt, each handed to the scoring when it ends.
 
-    The draws depend on seed, purpose, source.step, problem and sample only. clock: told the seconds that were spent on
-    sampling, and those that only scoring took.
+    The draws depend on seed, purpose, source.step, problem and sample only. clock: told the seconds that sampling took.
     """
-    clock = clock or Clock()
     requests = requests_for(source, prompts, samples, max_new_tokens, seed, purpose)
+    step = source.step if source.policy_step is None else source.policy_step
     found: dict[tuple[int, int], tuple[Rollout, Future[tuple[Trace, Scorecard]]]] = {}
-    with clock("sample"):
+    with (clock or Clock())("sample"):
         for done in source.engine.sample(source.weights, requests):
             problem = prompts[done.request].problem
-            rollout = _as_rollout(done, problem, source.step)
-            text, offsets = source.tokenizer.decode_with_offsets(done.tokens)
-            scored = scoring.submit(problem, text, offsets, done.finish == "length", rollout.forced)
-            found[done.request, done.sample] = rollout, scored
+            rollout = _as_rollout(done, problem, step)
+            found[done.request, done.sample] = rollout, submit(scoring, source.tokenizer, problem, rollout)
             if on_rollout is not None:
                 on_rollout(rollout)
-    groups = []
-    with clock("score"):
-        for number, prompt in enumerate(prompts):
-            members = [found[number, sample] for sample in range(samples)]
-            traces, cards = zip(*(future.result() for _, future in members), strict=True)
-            groups.append(Group(prompt, tuple(rollout for rollout, _ in members), traces, cards))
-    return groups
+    members = [[found[number, sample] for sample in range(samples)] for number in range(len(prompts))]
+    rollouts, scores = ([[member[at] for member in group] for group in members] for at in (0, 1))
+    return Sampled(prompts, rollouts, scores)
+
+
+def submit(
+    scoring: ScoringPool, tokenizer: Tokenizer, problem: Problem, rollout: Rollout
+) -> Future[tuple[Trace, Scorecard]]:
+    """Have a rollout taken apart and scored."""
+    text, offsets = tokenizer.decode_with_offsets(rollout.tokens)
+    return scoring.submit(problem, text, offsets, rollout.finish == "length", rollout.forced)
 
 
 def _as_rollout(done: Completion, problem: Problem, step: int) -> Rollout:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pkv.evaluate.groups import Source, collect_groups
+from pkv.evaluate.groups import Source, sample_groups
 from pkv.records import FIGHTERS, Group, Prompt, Scorecard
 from pkv.rewards import ScoringPool
 
@@ -36,7 +36,7 @@ def evaluate(
     on_rollout: Any = None,
 ) -> Evaluation:
     """Answer every prompt `samples` times and measure the answers."""
-    groups = collect_groups(
+    groups = sample_groups(
         source,
         prompts,
         samples=samples,
@@ -45,7 +45,7 @@ def evaluate(
         purpose="evaluate",
         scoring=scoring,
         on_rollout=on_rollout,
-    )
+    ).scored()
     return Evaluation(summarise(groups), groups)
 
 

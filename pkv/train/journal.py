@@ -26,7 +26,9 @@ MOST_SKIPPED = 5
 def step_metrics(
     setup: Setup,
     stage: Stage,
+    step: int,
     groups: Sequence[Group],
+    sampled: int,
     policy: Mapping[str, float],
     credit: Credit,
     learning_rate: float,
@@ -35,11 +37,13 @@ def step_metrics(
     """One line of metrics.jsonl.
 
     reward/<name>: the mean of a reward as it is; weighted/<name>: times its weight. advantage/<owner>: the mean size of
-    what the owner's tokens got. perf/tokens_per_s: generated tokens a second, from resharding the weights to the last
-    score. perf/update_mfu: the model's own arithmetic over what the chips could do at most, where that is known.
+    what the owner's tokens got. policy/steps_behind: how many steps old the weights were that the rollouts come from.
+    perf/tokens_per_s: of the tokens `sampled` in this step, from resharding the weights to the last score.
+    perf/update_mfu: the model's own arithmetic over what the chips could do at most, where that is known.
     """
     summary = summarise(groups)
-    generated = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
+    behind = [step - rollout.policy_step for group in groups for rollout in group.rollouts]
+    sampling = sum(seconds.get(phase, 0.0) for phase in ("reshard", "sample", "score"))
     trained = [(sequence.size, len(sequence.response)) for sequence in credit.sequences]
     flops = update_flops(setup.policy.arch, trained, setup.frozen is not None) / seconds["update"]
     peak = peak_flops(jax.devices()[0].device_kind)
@@ -57,10 +61,11 @@ def step_metrics(
         "loss": policy["loss"],
         **{f"policy/{name}": value for name, value in policy.items() if name != "loss"},
         "policy/learning_rate": learning_rate,
+        "policy/steps_behind": sum(behind) / len(behind),
         "groups/silent": credit.silent,
         "groups/sampled": len(groups),
         **{f"advantage/{owner}": magnitude[owner] / count for owner, count in owners.items()},
-        "perf/tokens_per_s": generated / sum(seconds[phase] for phase in ("reshard", "sample", "score")),
+        **({"perf/tokens_per_s": sampled / sampling} if sampled else {}),
         "perf/update_tokens_per_s": sum(response for _, response in trained) / seconds["update"],
         "perf/update_tflops": flops / 1e12,
         **({"perf/update_mfu": flops / peak / jax.device_count()} if peak else {}),
@@ -131,7 +136,7 @@ def shown(metrics: Mapping[str, Any]) -> dict[str, float]:
         "accuracy": metrics.get("accuracy", np.nan),
         "format": metrics.get("format", np.nan),
         "tokens": metrics["length/tokens"],
-        "tokens_per_s": metrics["perf/tokens_per_s"],
+        "tokens_per_s": metrics.get("perf/tokens_per_s", np.nan),
     }
 
 

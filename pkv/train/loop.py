@@ -59,7 +59,7 @@ def grpo_step(
 ) -> tuple[TrainState, dict[str, float]]:
     """One step of judge-assisted GRPO."""
     grpo, clock = setup.config.grpo, Clock()
-    groups = gather(setup, state, stage, step, scoring, run.pass_rates, clock)
+    groups, sampled = gather(setup, run, state, stage, step, scoring, clock)
     check_scored(groups, setup.config.rewards.max_unscored_share)
     with clock("credit"):
         credit = assign_credit(groups, stage.weights, stage.whole_trace, setup.grpo, stage.budget(step))
@@ -68,7 +68,7 @@ def grpo_step(
         rate = learning_rate(stage.required_round, step - stage.first)
         state, policy = setup.learner.update(state, minibatches, grpo.loss, rate, grpo.epochs)
     check_stepped(policy, run, step)
-    metrics = step_metrics(setup, stage, groups, policy, credit, rate, clock.seconds)
+    metrics = step_metrics(setup, stage, step, groups, sampled, policy, credit, rate, clock.seconds)
     run.log(step, metrics, rollout_rows(stage, groups, credit), groups)
     if step % setup.TEXT_EVERY == 0:
         run.tracker.text(step, f"competition/{stage.name}", groups[0].traces[0].text)

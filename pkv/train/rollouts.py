@@ -1,54 +1,81 @@
-"""The groups of a GRPO step: sampled, scored, and those without a signal replaced by others (dynamic sampling)."""
+"""The groups of a GRPO step: sampled, scored, and those without a signal replaced by others (dynamic sampling).
+
+With `grpo.one_step_off` the next step's rollouts are sampled before this step's are waited for, so that the devices
+work while the host scores. They come from the weights before this step's update: one step off the policy, which the
+importance weights of the loss correct (arXiv 2410.18252 studies how far off is harmless).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Sequence
 
 import jax
 
-from pkv.evaluate import collect_groups
+from pkv.evaluate import Sampled, render_prompts, sample_groups, submit
 from pkv.grpo import TrainState
-from pkv.records import Group
+from pkv.records import Group, Prompt
 from pkv.rewards import ScoringPool
 from pkv.tracking import Clock
 from pkv.train.credit import with_signal
 from pkv.train.rounds import Stage
+from pkv.train.run import Run
 from pkv.train.setup import Setup
 
 
 def gather(
-    setup: Setup,
-    state: TrainState,
-    stage: Stage,
-    step: int,
-    scoring: ScoringPool,
-    pass_rates: Callable[[], Mapping[str, float]],
-    clock: Clock,
-) -> list[Group]:
-    """All groups that were sampled, silent ones too: at most `grpo.refills` times as many new ones as lack a signal.
+    setup: Setup, run: Run, state: TrainState, stage: Stage, step: int, scoring: ScoringPool, clock: Clock
+) -> tuple[list[Group], int]:
+    """All groups of a step, silent ones too, and how many tokens were sampled meanwhile.
 
-    DAPO (arXiv 2503.14476, section 3.2) goes on until the batch is full; here a step's length is bounded.
+    At most `grpo.refills` times as many new groups are sampled as lack a signal: DAPO (arXiv 2503.14476, section 3.2)
+    goes on until the batch is full; here a step's length is bounded. `run.waiting` is used up, and filled again.
     """
+    grpo, sampled = setup.grpo, 0
     with clock("reshard"):
         source = setup.source(state, stage, step)
         jax.block_until_ready(source.weights)
-    groups: list[Group] = []
-    missing = setup.grpo.prompts
-    for refill in range(setup.grpo.refills + 1):
+
+    def sample(step: int, prompts: Sequence[Prompt]) -> Sampled:
+        nonlocal sampled
+        found = sample_groups(
+            dataclasses.replace(source, step=step),
+            prompts,
+            samples=stage.required_round.samples or grpo.samples,
+            max_new_tokens=stage.budget(step),
+            seed=setup.config.seed,
+            purpose="train",
+            scoring=scoring,
+            clock=clock,
+        )
+        sampled += sum(len(rollout.tokens) for rollouts in found.rollouts for rollout in rollouts)
+        return found
+
+    def first(step: int) -> Sampled:
+        return sample(step, setup.draw_prompts(step, grpo.prompts, run.pass_rates))
+
+    now = run.waiting or _kept(setup, run, step, scoring) or first(step)
+    run.waiting = first(step + 1) if grpo.one_step_off and step + 1 < stage.stop else None
+    groups = now.scored(clock)
+    for refill in range(1, grpo.refills + 1):
+        missing = grpo.prompts - int(with_signal(groups, stage.weights, grpo).sum())
         asked = {group.prompt.problem.id for group in groups}
-        prompts = setup.draw_prompts(step, missing, pass_rates, refill, asked)
+        prompts = setup.draw_prompts(step, missing, run.pass_rates, refill, asked) if missing > 0 else []
         if prompts:
-            groups += collect_groups(
-                source,
-                prompts,
-                samples=stage.required_round.samples or setup.grpo.samples,
-                max_new_tokens=stage.budget(step),
-                seed=setup.config.seed,
-                purpose="train",
-                scoring=scoring,
-                clock=clock,
-            )
-        missing = setup.grpo.prompts - int(with_signal(groups, stage.weights, setup.grpo).sum())
-        if missing <= 0:
-            break
-    return groups
+            groups += sample(step, prompts).scored(clock)
+    return groups, sampled
+
+
+def _kept(setup: Setup, run: Run, step: int, scoring: ScoringPool) -> Sampled | None:
+    """What waited for `step` where the run was stopped, handed to the scoring again."""
+    if not setup.grpo.one_step_off or not step == run.step > 0:
+        return None
+    problems, rollouts = run.kept(setup.problems)
+    if not problems:
+        return None
+    tokenizer = setup.policy.tokenizer
+    scores = [
+        [submit(scoring, tokenizer, problem, rollout) for rollout in group]
+        for problem, group in zip(problems, rollouts, strict=True)
+    ]
+    return Sampled(render_prompts(tokenizer, problems, setup.policy.system), rollouts, scores)

@@ -17,10 +17,11 @@ import yaml
 
 from pkv import checkpoint
 from pkv.config import Config, UserError, as_plain
-from pkv.evaluate import MADE_WITH, RUN_MODEL, SYSTEM_FILE, Evaluation, Policy
+from pkv.evaluate import MADE_WITH, RUN_MODEL, SYSTEM_FILE, Evaluation, Policy, Sampled
 from pkv.hub import pinned
-from pkv.records import Group
+from pkv.records import Group, Problem, Rollout
 from pkv.tracking import Tracker, cut_lines
+from pkv.train.waiting import as_arrays, from_arrays
 
 # Knobs that change how a run goes, not what it computes: they may differ when it goes on.
 FREE = ("checkpoint.", "mesh.", "rewards.workers", "evaluate.shown")
@@ -35,6 +36,7 @@ class Run:
         self.step = step
         self.tracker = Tracker(folder, resume_step=step)
         self.skipped = 0  # steps in a row whose gradient wasn't finite
+        self.waiting: Sampled | None = None  # the next step's rollouts, where they are sampled before this one's end
         self._pass_rates: dict[str, float] | None = None
         self._evaluations = folder / "evaluations.jsonl"
         cut_lines(self._evaluations, step + 1)  # one made at this very step is kept
@@ -44,9 +46,15 @@ class Run:
         return checkpoint.restore(self.folder / "checkpoints", self.step, template)[0]
 
     def save(self, step: int, state: Any, keep: int) -> None:
-        """Write a checkpoint after `step` steps."""
+        """Write a checkpoint after `step` steps, with what waits for the next one."""
         self.step = step
-        checkpoint.save(self.folder / "checkpoints", step, state, {"step": step}, keep)
+        waiting = as_arrays(self.waiting) if self.waiting else None
+        checkpoint.save(self.folder / "checkpoints", step, state, {"step": step}, keep, waiting)
+
+    def kept(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[list[Rollout]]]:
+        """The problems, and their rollouts, that waited in the checkpoint that the run goes on from; usually none."""
+        arrays = checkpoint.read_beside(self.folder / "checkpoints", self.step)
+        return from_arrays(arrays, problems) if arrays else ([], [])
 
     def log(
         self,

@@ -101,10 +101,10 @@ class Setup:
         return [pack(sequences[start : start + size], layout) for start in starts]
 
     def source(self, state: TrainState, stage: Stage, step: int, *, heldout: bool = False) -> Source:
-        """Where a stage's rollouts come from."""
+        """Where a stage's rollouts come from: the weights before `step`."""
         engine = self.heldout_engine if heldout else self.engine
         limits = self.config.sampling.stop, stage.fighter_tokens
-        return Source(engine, self.weights(state), self.policy.tokenizer, step, *limits)
+        return Source(engine, self.weights(state), self.policy.tokenizer, step, *limits, policy_step=step)
 
     def warm_up(self, state: TrainState, stage: Stage, step: int) -> None:
         """Compile what a stage's rollouts will ask, the longest first: what doesn't fit fails now."""
