@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pkv.config import MeshConfig, UserError
@@ -47,7 +48,11 @@ SAMPLING_RULES: Rules = {**TRAINING_RULES, "embed": None}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, sequence and tensor; one size may be -1: what is left. Raises UserError."""
+    """A mesh with the axes data, fsdp, sequence and tensor; one size may be -1: what is left. Raises UserError.
+
+    Of several slices, which only a data centre's network joins, each has whole copies of what is sharded: the data axis
+    goes over them first, and all others stay within one.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in AXES}
     free = [name for name, size in sizes.items() if size == -1]
@@ -65,7 +70,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise UserError(
             f"mesh: {text} = {taken} does not fit on {len(devices)} devices; choose sizes that multiply to it"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    kinds = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+    if sizes["data"] % slices:
+        raise UserError(
+            f"mesh.data: {sizes['data']} is not divisible by {slices} slices; give it a multiple, or -1, since the "
+            "other axes stay within a slice"
+        )
+    inside = (sizes["data"] // slices, *(sizes[name] for name in AXES[1:]))
+    places = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices)
+    return Mesh(places, AXES, axis_types=kinds)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -15,6 +15,8 @@ from tyro.conf import Positional
 from pkv.cli.output import Output, at_least, offsets_of, sampling_of
 from pkv.config import UserError, find_config, load_config, parse_config
 
+DOES_NOT_FIT = 3  # the exit code of a plan
+
 
 @dataclass(frozen=True)
 class Train:
@@ -260,6 +262,43 @@ class Bench:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Will it fit: a run's real programs compiled for a slice that isn't here (needs pkv[tpu]); memory, time, money."""
+
+    config: Positional[str]  # a YAML file, or a shipped config; flags such as --grpo.micro_rows 1 change what it says
+    topology: str  # v5e:4x8, v5p:2x2x2, v6e:4x4, two slices as 2xv5e:4x8, or GPUs as h100:8 (by arithmetic)
+    data: int | None = None  # the mesh's sizes; the config's unless given
+    fsdp: int | None = None
+    sequence: int | None = None
+    tensor: int | None = None
+    prompt_tokens: int | None = (
+        None  # of the longest prompt; what grpo.row_tokens leaves beside a response unless given
+    )
+    search: bool = False  # try meshes and micro-batches, the fastest on paper first, until one fits
+    prices: str | None = None  # a YAML file of dollars a chip and hour, such as `v5e: 1.20`
+    json: bool = False  # JSON only on stdout
+
+    def __call__(self, out: Output, flags: Sequence[str]) -> int:
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor")}
+        given = [f"--mesh.{name}={size}" for name, size in sizes.items() if size is not None]
+        config = load_config(self.config, [*flags, *given])
+        from pkv.plan import as_record, in_words, make_plan, model_shape, nearest, read_slice, search, work_of
+
+        wanted = read_slice(self.topology, Path(self.prices) if self.prices else None)
+        work = work_of(config, model_shape(config.model.path), self.prompt_tokens)
+        found = search(work, wanted, out.say) if self.search else None
+        if found is not None:
+            plan, changed = found
+        else:
+            plan = make_plan(work, wanted)
+            remedy = None if plan.fits else nearest(work, wanted, plan, out.say)
+            changed = () if remedy is None else remedy[1]
+        advice = f"\n{'With' if plan.fits else 'It would fit with'}: {' '.join(changed)}" if changed else ""
+        out.result(in_words(plan) + advice, as_record(plan) | {"settings": list(changed)})
+        return 0 if plan.fits else DOES_NOT_FIT
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Look at this machine: versions, devices, hosts, caches, disk; what is wrong, each with its remedy."""
 
@@ -277,4 +316,4 @@ class Doctor:
         return int(any(finding.state == "fail" for finding in findings))
 
 
-Command = Train | Eval | Sample | Score | Chat | Export | Report | Bench | Doctor
+Command = Train | Eval | Sample | Score | Chat | Export | Report | Bench | Plan | Doctor

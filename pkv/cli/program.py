@@ -15,7 +15,7 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import subcommand
 
-from pkv.cli.commands import Bench, Command, Sample, Score, Train
+from pkv.cli.commands import Bench, Command, Plan, Sample, Score, Train
 from pkv.cli.output import Output
 from pkv.config import UserError
 
@@ -56,7 +56,7 @@ def execute(command: Command, flags: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Command, list[str]]:
-    """The command of a line, and what `train` leaves to the config. Raises UserError; SystemExit after `--help`."""
+    """The command of a line, and flags of the config. Raises UserError; SystemExit after `--help`."""
     names = [kind.__name__.lower() for kind in _COMMANDS]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
         near = difflib.get_close_matches(arguments[0], names, n=1)
@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str]) -> tuple[Command, list[str]]:
         if not end.code:
             raise
         raise UserError(f"{one_line(box.getvalue())}; see pkv {' '.join(arguments[:1])} --help") from None
-    if rest and not isinstance(command, Train):
+    if rest and not isinstance(command, Train | Plan):
         known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(command)]
         near = difflib.get_close_matches(rest[0].partition("=")[0], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"see pkv {type(command).__name__.lower()} --help"

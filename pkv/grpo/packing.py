@@ -200,10 +200,15 @@ def _weights(sequences: List[Sequence], layout: Layout) -> dict[int, float]:
     return {key: 1 / (several * max(count, 1.0)) for key, count in counts.items()}
 
 
-def _fill(micro: Micro, weigh: dict[int, float]) -> Batch:
+def empty(rows: int, length: int) -> Batch:
+    """A micro-batch with nothing in it."""
     names = {field.name: np.int32 for field in dataclasses.fields(Batch)}
     names |= dict.fromkeys(("mask", "weights", "advantages", "sampler_logprobs"), np.float32)
-    batch = Batch(**{name: np.zeros((micro.count, micro.length), kind) for name, kind in names.items()})
+    return Batch(**{name: np.zeros((rows, length), kind) for name, kind in names.items()})
+
+
+def _fill(micro: Micro, weigh: dict[int, float]) -> Batch:
+    batch = empty(micro.count, micro.length)
     for row, trees in enumerate(micro.rows):
         start, branch = 0, 0
         for segment, tree in enumerate(trees, 1):

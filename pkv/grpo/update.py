@@ -16,7 +16,7 @@ from pkv.config import GrpoConfig, ModelConfig, OptimizerConfig, PolicyLoss, Use
 from pkv.grpo.logprobs import token_logprobs
 from pkv.grpo.losses import Logprobs, Loss, Supervised, token_losses
 from pkv.grpo.optimizer import make_optimizer
-from pkv.grpo.packing import Layout
+from pkv.grpo.packing import Layout, empty
 from pkv.mesh import BATCH_AXES, HEAD_AXES, TIME_AXIS, TRAINING_RULES, batch_sharding, replicated, shardings
 from pkv.model import Arch, Kernel, Params, choose_kernel, forward, join, split, weight_axes
 from pkv.model.arithmetic import crossover
@@ -151,6 +151,33 @@ class Learner:
                 state, statistics = self._step(state, micros, count, loss, learning_rate)
                 found.append(statistics)
             return state, {name: float(sum(one[name] for one in found)) / len(found) for name in found[0]}
+
+    def lower(
+        self, state: TrainState, rows: int, length: int, loss: PolicyLoss, steps: int = 1
+    ) -> dict[str, jax.stages.Lowered]:
+        """Every program of an update on micro-batches [rows, length], for devices that need not be there.
+
+        state: from `template`. steps: of the optimizer on one rollout batch; with several the old log-probabilities
+        are computed.
+        """
+        place = batch_sharding(self.mesh)
+        describe = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)  # noqa: E731
+        micro = jax.tree.map(describe, vars(empty(rows, length)))
+        init = jax.jit(self._optimizer.init, out_shardings=self.state_shardings(state.params).optimizer)
+        found = {"init": init.lower(state.params)}
+        with jax.set_mesh(self.mesh):
+            for name, asked, weights in (
+                ("old", steps > 1, (state.params, self._frozen)),
+                ("reference", loss.kl_weight > 0, (self._reference, None)),
+            ):
+                if asked:
+                    found[f"{name}_logprobs"] = self._logprobs.lower(*weights, micro)
+            for name in [name for name in found if name != "init"]:
+                micro = {**micro, name: describe(jax.ShapeDtypeStruct((rows, length), jnp.float32))}
+            sums = state.params, {name: jax.ShapeDtypeStruct((), jnp.float32) for name in STATISTICS}
+            found["gradient"] = self._gradient.lower(state.params, self._frozen, sums, micro, 1.0, loss=loss)
+            found["apply"] = self._apply.lower(state, state.params, 1.0, True)
+        return found
 
     def _step(
         self, state: TrainState, micros: Sequence[Arrays], tokens: float, loss: Loss, learning_rate: float

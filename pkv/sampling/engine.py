@@ -89,15 +89,18 @@ class Engine:
         Adapters are not merged and quantised weights stay so: merged in 16 bits, an adapter's small changes would be
         rounded away, and sampler and trainer would differ. What lies right already is not copied.
         """
+        return params if self.lies_right(params) else self.programs.place(params)
+
+    def lies_right(self, params: Params) -> bool:
+        """Whether weights, of which shapes, dtypes and places suffice, have the layout and dtype of sampling."""
+        if not self.programs.stacked or self.programs.repeats > 1:
+            return False
         shapes = jax.eval_shape(partial(cast, dtype=self._dtype), params)
 
-        def right(array: jax.Array, shape: Any, place: Any) -> bool:
+        def right(array: Any, shape: Any, place: Any) -> bool:
             return array.dtype == shape.dtype and array.sharding.is_equivalent_to(place, array.ndim)
 
-        same = self.programs.stacked and self.programs.repeats == 1
-        if same and jax.tree.all(jax.tree.map(right, params, shapes, self.programs.placing(params))):
-            return params
-        return self.programs.place(params)
+        return jax.tree.all(jax.tree.map(right, params, shapes, self.programs.placing(params)))
 
     def sample(
         self,

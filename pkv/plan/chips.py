@@ -1,0 +1,91 @@
+"""The machines that a run may be planned for: what a chip can do, and how chips are asked for by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pkv.config import UserError
+
+TABLE = Path(__file__).with_name("chips.yaml")
+TPUS = ("v4", "v5e", "v5p", "v6e")
+_FORM = re.compile(r"(?:(?P<slices>\d+)x)??(?P<kind>[a-z][a-z0-9-]*):(?P<shape>\d+(?:x\d+)*)")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one chip can do at most; see chips.yaml for the units."""
+
+    kind: str
+    tflops: float
+    hbm_gib: float
+    hbm_gbs: float
+    link_gbs: float
+    host_chips: int
+    dcn_gbs: float
+    dollars: float
+
+
+@dataclass(frozen=True)
+class Slice:
+    """So many slices of chips in a grid, as in v5e:4x8, 2xv5p:4x4x4 or h100:8; the chips of a slice have links."""
+
+    name: str
+    chip: Chip
+    grid: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        return self.slices * math.prod(self.grid)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether programs can be compiled for it here, with libtpu; for the others there is arithmetic only."""
+        return self.chip.kind in TPUS
+
+    @property
+    def topology(self) -> str:
+        """One slice as libtpu calls it: v5p and v4 have three axes."""
+        return f"{self.chip.kind}:{'x'.join(map(str, self.grid))}"
+
+
+def read_slice(name: str, prices: Path | None = None) -> Slice:
+    """The slice called `name`. prices: a YAML file {kind: dollars a chip and hour}. Raises UserError."""
+    table = read_table(TABLE)
+    found = _FORM.fullmatch(name)
+    if found is None or found["kind"] not in table:
+        raise UserError(
+            f"--topology {name}: expected a kind and a grid such as v5e:4x8, v5p:2x2x2, 2xv6e:4x4 or h100:8; kinds: "
+            f"{', '.join(table)}"
+        )
+    kind, grid = found["kind"], tuple(map(int, found["shape"].split("x")))
+    axes = (1,) if kind not in TPUS else (3,) if kind in ("v4", "v5p") else (2,)
+    if len(grid) not in axes or not all(grid):
+        raise UserError(
+            f"--topology {name}: {kind} comes in grids of {axes[0]} axes, got {len(grid)}; such as "
+            f"{kind}:{'x'.join('2' * axes[0])}"
+        )
+    numbers = dict(table[kind])
+    if prices is not None:
+        own = read_table(prices)
+        if not isinstance(own.get(kind, 0.0), int | float):
+            raise UserError(f"{prices}: {kind}: expected dollars a chip and hour, got {own[kind]!r}")
+        numbers["dollars"] = float(own.get(kind, numbers["dollars"]))
+    return Slice(name, Chip(kind, **numbers), grid, int(found["slices"] or 1))
+
+
+def read_table(file: Path) -> dict[str, Any]:
+    """A YAML file of entries by chip. Raises UserError."""
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: expected entries by chip, such as `v5e: 1.20`")
+    return found

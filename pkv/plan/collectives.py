@@ -1,0 +1,114 @@
+"""What a compiled program sends between chips, read from its text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+# How many times its size a chip sends of a collective's operand or result in a ring of g chips (bidirectional rings
+# halve the time, which the bandwidth of all links of a chip accounts for).
+_SENT = {
+    "all-gather": lambda size, g: size * (g - 1) / g,  # size: of the result
+    "reduce-scatter": lambda size, g: size * (g - 1),  # of the result, which is 1/g of the operand
+    "all-reduce": lambda size, g: 2 * size * (g - 1) / g,
+    "all-to-all": lambda size, g: size * (g - 1) / g,
+    "ragged-all-to-all": lambda size, g: size * (g - 1) / g,
+    "collective-permute": lambda size, g: size,
+}
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+_BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+_ARRAY = re.compile(r"\b([a-z]+\d+(?:e\dm\d(?:fn)?)?|pred)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
+_OPERATION = re.compile(r"\s([a-z][a-z0-9-]*)\(")
+_CALLED = re.compile(
+    r"\b(?:body|condition|calls|to_apply|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.-]+))"
+)
+
+
+@dataclass
+class _Computation:
+    """sent: bytes by kind of collective. calls: other computations, each with how often."""
+
+    sent: dict[str, float] = field(default_factory=dict)
+    calls: list[tuple[str, float]] = field(default_factory=list)
+
+
+def sent_bytes(text: str, trips: float = 1.0) -> dict[str, float]:
+    """Bytes that each chip sends in one call of a compiled program, by kind of collective.
+
+    text: from `Compiled.as_text()`. trips: how often loops run whose count the compiler doesn't know.
+    """
+    computations, entry = _read(text, trips)
+    total: dict[str, float] = {}
+
+    def add(name: str, times: float) -> None:
+        computation = computations.get(name)
+        if computation is None:
+            return
+        for kind, size in computation.sent.items():
+            total[kind] = total.get(kind, 0.0) + times * size
+        for called, often in computation.calls:
+            add(called, times * often)
+
+    add(entry, 1.0)
+    return total
+
+
+def _read(text: str, trips: float) -> tuple[dict[str, _Computation], str]:
+    """The computations by name, and the name of the one that a call starts with."""
+    found: dict[str, _Computation] = {}
+    entry, current = "", _Computation()
+    for line in text.splitlines():
+        if line and not line[0].isspace() and line.rstrip().endswith("{") and not line.startswith("HloModule"):
+            name = line.removeprefix("ENTRY ").split()[0].lstrip("%").partition("(")[0]
+            current = found.setdefault(name, _Computation())
+            entry = name if line.startswith("ENTRY ") else entry
+        elif match := _INSTRUCTION.match(line):
+            _note(current, match[2], trips)
+    return found, entry
+
+
+def _note(computation: _Computation, instruction: str, trips: float) -> None:
+    """Add an instruction's own sending, and what it calls."""
+    operation = _OPERATION.search(instruction)
+    if operation is None:
+        return
+    kind = operation[1].removesuffix("-start")
+    if kind in _SENT and not operation[1].endswith("-done"):
+        result, group = instruction[: operation.start()], _group_size(instruction)
+        sizes = list(_sizes(result))
+        # An asynchronous one's result holds its operand too, and counters: the largest array is what moves, but for a
+        # reduce-scatter, whose result is the smaller of the two.
+        largest = max(sizes, default=0)
+        if operation[1] == "reduce-scatter-start":
+            largest = largest / group
+        elif result.lstrip().startswith("(") and not operation[1].endswith("-start"):
+            largest = sum(sizes)  # several arrays at once
+        computation.sent[kind] = computation.sent.get(kind, 0.0) + _SENT[kind](largest, group)
+    often = _trip_count(instruction, trips) if operation[1] == "while" else 1.0
+    for several, one in _CALLED.findall(instruction):
+        computation.calls += [(name.strip().lstrip("%"), often) for name in (one or several).split(",")]
+
+
+def _sizes(result: str) -> Iterator[float]:
+    for kind, shape in _ARRAY.findall(result):
+        if kind in _BYTES:
+            yield math.prod(int(size) for size in shape.split(",") if size) * _BYTES[kind]
+
+
+def _group_size(instruction: str) -> int:
+    """Chips in a group: replica_groups={{0,1},{2,3}} or [2,2]<=[4]; a permutation has pairs."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", instruction):
+        return len(listed[1].split(","))
+    if counted := re.search(r"replica_groups=\[(\d+),(\d+)\]", instruction):
+        return int(counted[2])
+    return 2
+
+
+def _trip_count(instruction: str, unknown: float) -> float:
+    if (at := instruction.find('"known_trip_count":{')) < 0:
+        return unknown
+    count = re.match(r'\{"n":\s*"?(\d+)', instruction[at + len('"known_trip_count":') :])
+    return float(count[1]) if count else unknown

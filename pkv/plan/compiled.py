@@ -1,0 +1,79 @@
+"""One program of a plan, compiled: its memory on a chip, what it sends, and how long it takes at a guess."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+
+from pkv.plan.chips import Slice
+from pkv.plan.collectives import sent_bytes
+from pkv.plan.programs import Task
+from pkv.plan.roofline import ASSUMED, compute_seconds, link_seconds
+
+_UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program as planned, per call.
+
+    kinds: bytes of a chip by kind, all that is there while it runs. host_bytes: what it keeps in the host's memory.
+    flops: on all chips, by the model's own arithmetic. sent: bytes from a chip, by kind of collective.
+    """
+
+    name: str
+    phase: str
+    kinds: Mapping[str, float]
+    limit_bytes: float
+    flops: float
+    sent: Mapping[str, float]
+    seconds_estimate: float
+    host_bytes: float = 0.0
+
+    @property
+    def bytes_per_chip(self) -> float:
+        return sum(self.kinds.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes_per_chip <= self.limit_bytes
+
+
+def compile_program(task: Task, wanted: Slice, loop: float) -> Program:
+    """Compile for the slice. loop: how often a loop of unknown length runs, which is the sampler's over its steps.
+
+    What the compiler refuses for its memory is a program all the same, of as many bytes as it says that it needs.
+    """
+    limit = wanted.chip.hbm_gib * 2**30
+    kinds = {kind: size for kind, size in {**task.given, **task.beside}.items() if size}
+    try:
+        compiled = task.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        temporary = needed - sum(task.given.values())
+        return Program(task.name, task.phase, {**kinds, "activations": temporary}, limit, task.flops, {}, math.inf)
+    memory = compiled.memory_analysis()
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    odd = memory.argument_size_in_bytes - sum(task.given.values())  # the batch, and what tiles are padded by
+    kinds |= {"results": fresh, "activations": memory.temp_size_in_bytes + max(odd, 0.0)}
+    sent = sent_bytes(compiled.as_text(), loop)
+    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    seconds = max(
+        compute_seconds(task.flops, wanted.chips, wanted.chip),
+        moved / (wanted.chip.hbm_gbs * 1e9 * ASSUMED["memory_share"]),
+    ) + link_seconds(sum(sent.values()), wanted.chip)
+    return Program(
+        task.name, task.phase, kinds, limit, task.flops, sent, seconds, float(memory.host_temp_size_in_bytes)
+    )
+
+
+def _needed(message: str) -> float | None:
+    """Bytes that the compiler says a program needs, when that is why it refuses: "Used 27.8G of 15.75G hbm"."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMG]?)i?B? of [\d.]+[KMG]?i?B? hbm", message)
+    return float(found[1]) * _UNITS[found[2]] if found else None

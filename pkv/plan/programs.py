@@ -1,0 +1,224 @@
+"""The real programs of a run, lowered from shapes alone for devices that need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from pkv.config import Config, UserError
+from pkv.grpo import Learner
+from pkv.mesh import TRAINING_RULES, shardings
+from pkv.model import Arch, Params, freezer, init_adapters, join, param_shapes, split, weight_axes
+from pkv.model.arithmetic import forward_flops, update_flops
+from pkv.sampling import Engine, Request, rehearse, row_keys
+
+STOPS = (0,)  # which token ends a response changes no shape
+STATE = ("weights", "base", "optimizer", "reference")  # what a run always holds, by kind
+# Of each program of the trainer, which of a run's kinds are its arguments; `gradient` is there in these alone.
+ARGUMENTS = {
+    "init": ("weights",),
+    "old_logprobs": ("weights", "base"),
+    "reference_logprobs": ("reference",),
+    "gradient": ("weights", "base", "gradient"),
+    "apply": ("weights", "optimizer", "gradient"),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be planned: the config with the mesh's sizes in it, the model, and the tokens of a prompt."""
+
+    config: Config
+    arch: Arch
+    prompt_tokens: int
+
+    @property
+    def longest(self) -> int:
+        """The most new tokens of any round."""
+        return max(round_.max_new_tokens for round_ in self.config.rounds)
+
+    @property
+    def samples(self) -> int:
+        """The most rollouts of a prompt in any round."""
+        return max(round_.samples or self.config.grpo.samples for round_ in self.config.rounds)
+
+    @property
+    def steps(self) -> int:
+        """Of the optimizer on one rollout batch."""
+        return self.config.grpo.epochs * self.config.grpo.minibatches
+
+
+def work_of(config: Config, arch: Arch, prompt_tokens: int | None = None) -> Work:
+    """prompt_tokens: of the longest prompt; None: all that a row has room for. Raises UserError."""
+    if not any(round_.steps for round_ in config.rounds):
+        raise UserError("rounds: nothing to plan; give a round with steps")
+    longest = max(round_.max_new_tokens for round_ in config.rounds)
+    room = config.grpo.row_tokens - longest
+    if room < 1:
+        raise UserError(
+            f"grpo.row_tokens: {config.grpo.row_tokens} tokens hold no prompt and {longest} of max_new_tokens"
+        )
+    if prompt_tokens is not None and not 1 < prompt_tokens <= room:
+        raise UserError(f"--prompt-tokens {prompt_tokens}: grpo.row_tokens leaves room for 2 to {room}")
+    return Work(config, arch, prompt_tokens or room)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A program before it is compiled.
+
+    phase: of a step. given: bytes a chip of its arguments, by kind. beside: of what else is there meanwhile.
+    flops: of one call, on all chips, by the model's own arithmetic.
+    """
+
+    name: str
+    phase: str
+    lowered: jax.stages.Lowered
+    given: Mapping[str, float]
+    beside: Mapping[str, float]
+    flops: float = 0.0
+
+
+class Programs:
+    """Learner and engine of a run on a mesh of devices that may be described only."""
+
+    def __init__(self, work: Work, mesh: Mesh, kv_memory: float) -> None:
+        """kv_memory: bytes of a device for keys and values."""
+        config = work.config
+        self._work, self._arch = work, work.arch.for_context(config.grpo.row_tokens)
+        sampling = dataclasses.replace(config.sampling, kv_memory_gb=kv_memory / 1e9)
+        self.policy, reference = policy_shapes(self._arch, config, mesh), None
+        trained, frozen = split(self.policy)
+        if config.grpo.loss.kl_weight > 0:
+            reference = reference_shapes(self.policy, config.model.dtype)
+        self.engine = Engine(self._arch, sampling, STOPS, mesh, config.model.dtype)
+        self.learner = Learner(self._arch, config.model, config.optimizer, mesh, frozen, reference)
+        self.state = self.learner.template(self.policy)
+        self.sampled = sampling_shapes(self.engine, self.policy)
+        self._trained, self._kv = trained, kv_memory
+        layout = self.learner.layout(config.grpo, work.longest)
+        length = layout.rounded(layout.row_tokens)
+        self.micro = layout.rows(length), length
+        held: dict[str, float] = {}
+        if frozen is not None:  # in two layouts, unless they are one
+            copied = not self.engine.lies_right(frozen)
+            held["base"] = bytes_on_chip(frozen) + copied * bytes_on_chip(split(self.sampled)[1])
+        if reference is not None and frozen is None:
+            held["reference"] = bytes_on_chip(reference)
+        self.state_bytes = {
+            "weights": bytes_on_chip(self.state.params),
+            "optimizer": bytes_on_chip(self.state.optimizer),
+            **held,
+        }
+        copied = not self.engine.lies_right(trained)
+        self.sampled_bytes = copied * bytes_on_chip(split(self.sampled)[0])
+
+    def update(self) -> Iterator[Task]:
+        """The trainer's programs, on whole micro-batches of the longest rows."""
+        grpo, frozen = self._work.config.grpo, self._work.config.model.lora.rank > 0
+        rows = [(self.micro[1], self.micro[1])] * self.micro[0]
+        flops = {"gradient": update_flops(self._arch, rows, frozen)}
+        flops |= dict.fromkeys(("old_logprobs", "reference_logprobs"), forward_flops(self._arch, rows))
+        there = self.state_bytes | {"gradient": self.state_bytes["weights"]}
+        for name, lowered in self.learner.lower(self.state, *self.micro, grpo.loss, self._work.steps).items():
+            given = {kind: there[kind] for kind in ARGUMENTS[name] if kind in there}
+            beside = {kind: size for kind, size in self.state_bytes.items() if kind not in given}
+            if name == "init":
+                beside.pop("optimizer")  # what it makes
+            yield Task(name, "update", lowered, given, beside, flops.get(name, 0.0))
+
+    def rollout(self) -> Iterator[Task]:
+        """The sampler's programs, each in the largest shape that a step's rollouts ask for.
+
+        Raises UserError for a request that the memory can't hold.
+        """
+        programs, weights = self.engine.programs, self.state_bytes["weights"]
+        others = {kind: size for kind, size in self.state_bytes.items() if kind != "weights"}
+        yield Task("reshard", "reshard", programs.place.lower(self._trained), {"weights": weights}, others)
+        done = set()
+        for call in rehearse(self.engine, requests(self._work)):
+            if call.name in done:
+                continue
+            done.add(call.name)
+            sampled = {"sampled weights": self.sampled_bytes}
+            pages = min(call.bytes, self._kv)
+            given = {"keys and values": pages} | (sampled if call.of_weights else {})
+            beside = {**self.state_bytes, **({} if call.of_weights else sampled)}
+            beside["keys and values, others"] = self._kv - pages
+            yield Task(call.name, "sample", call.lower(programs, self.sampled), given, beside, self._flops(call))
+
+    def _flops(self, call: Any) -> float:
+        if call.name == "decode":
+            rows, steps = call.arguments[-1].forced.shape
+            length = self._work.prompt_tokens + self._work.longest
+            return (
+                rows * steps * (forward_flops(self._arch, [(length, 1)]) - forward_flops(self._arch, [(length - 1, 0)]))
+            )
+        if call.name == "prefill":
+            rows, tokens = call.arguments[2].shape
+            return forward_flops(self._arch, [(tokens, 0)] * rows)
+        if call.name == "prefix":
+            return forward_flops(self._arch, [(call.arguments[0].shape[0], 0)])
+        return 0.0
+
+
+def policy_shapes(arch: Arch, config: Config, mesh: Mesh | AbstractMesh) -> Params:
+    """What `load_policy` would give for training: every array's shape, dtype and place."""
+    model = config.model
+    if not model.lora.rank:
+        params = param_shapes(arch)
+    else:
+        keep = freezer(arch, model.lora.base)
+
+        def frozen(path: Any, shape: jax.ShapeDtypeStruct) -> Any:
+            return jax.eval_shape(partial(keep, jax.tree_util.keystr(path, simple=True, separator=".")), shape)
+
+        base = jax.tree_util.tree_map_with_path(frozen, param_shapes(arch, jnp.dtype(model.dtype)))
+        params = join(jax.eval_shape(lambda: init_adapters(arch, model.lora, jax.random.key(0))), base)
+    return _placed(params, shardings(weight_axes(params, arch), params, mesh, TRAINING_RULES))
+
+
+def reference_shapes(policy: Params, dtype: str) -> Params:
+    """What `reference_weights` would give."""
+    _, base = split(policy)
+    one = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype), sharding=a.sharding)  # noqa: E731
+    return jax.tree.map(one, policy) if base is None else base
+
+
+def sampling_shapes(engine: Engine, policy: Params) -> Params:
+    """What `Engine.load` would give."""
+    programs = engine.programs
+    shapes, placing = jax.eval_shape(programs.place, policy), programs.placing(policy)
+    if not programs.stacked:
+        inner = lambda place: NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))  # noqa: E731
+        layer = jax.tree.map(inner, placing["layers"])
+        placing = {**placing, "layers": (layer,) * programs.arch.layers}
+    return _placed(shapes, placing)
+
+
+def _placed(shapes: Any, places: Any) -> Any:
+    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places)
+
+
+def bytes_on_chip(tree: Any) -> float:
+    """What arrays that are described by shape, dtype and place take of each device."""
+    leaves = jax.tree.leaves(tree)
+    return float(sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves))
+
+
+def requests(work: Work) -> list[Request]:
+    """A step's, of the longest round: prompts that begin alike for half of their length."""
+    draw, prompts = np.random.default_rng(0), work.config.grpo.prompts
+    drawn = draw.integers(1, 1000, (prompts, work.prompt_tokens)).astype(np.int32)
+    drawn[:, : work.prompt_tokens // 2] = drawn[0, : work.prompt_tokens // 2]
+    keys = row_keys(0, "plan", 0, [str(number) for number in range(prompts)], work.samples)
+    return [Request(prompt, key, work.longest) for prompt, key in zip(drawn, keys, strict=True)]

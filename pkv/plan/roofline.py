@@ -1,0 +1,114 @@
+"""How long a step takes at best and what share of that is usual: operations over rate, bytes over bandwidth.
+
+Nothing here was measured on the chips it speaks of. `ASSUMED` holds every share that is taken for granted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pkv.model.arithmetic import forward_flops, update_flops
+from pkv.plan.chips import Chip
+from pkv.plan.programs import Work
+
+ASSUMED: Mapping[str, float] = {
+    "mean_response": 0.5,  # of max_new_tokens; lengths are drawn by the policy, and nobody knows them before
+    "matrix_share": 0.5,  # of a chip's peak that long products reach
+    "memory_share": 0.7,  # of its memory bandwidth that decoding reaches
+    "link_share": 0.7,  # of its links' bandwidth; what is sent is added to the time, as if nothing overlapped
+    "collective_s": 5e-6,  # a collective's latency, beside its bytes
+    "packed": 0.9,  # of a packed row that holds tokens
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How work and weights are spread. shards: rows go to so many groups of chips. chips: all of them.
+
+    tensor, sequence: chips of a group that share a row. weights, kv_token: bytes on a chip, of all weights as sampled
+    from, and of a position's keys and values. kv: bytes for keys and values a chip.
+    """
+
+    chips: int
+    shards: int
+    tensor: int
+    sequence: int
+    weights: float
+    kv_token: float
+    kv: float
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """A step's, by phase."""
+
+    prefill: float
+    decode: float
+    reshard: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        return self.prefill + self.decode + self.reshard + self.update
+
+
+def rows_at_once(work: Work, layout: Layout, budget: int) -> float:
+    """Rows that a shard decodes at the same time: slots, rows there are, and rows whose keys and values fit."""
+    config = work.config
+    length = work.prompt_tokens + ASSUMED["mean_response"] * budget
+    wanted = min(config.sampling.slots, config.grpo.prompts * work.samples) / layout.shards
+    return max(1.0, min(wanted, layout.kv / (layout.kv_token * length)))
+
+
+def decode_step_seconds(work: Work, layout: Layout, chip: Chip, rows: float, length: float, sent: float) -> float:
+    """One token of each of a shard's rows, whose responses are on average at `length`. sent: bytes a chip."""
+    one = forward_flops(work.arch, [(length, 1)]) - forward_flops(work.arch, [(length - 1, 0)])
+    compute = rows * one / (layout.tensor * layout.sequence) / (chip.tflops * 1e12 * ASSUMED["matrix_share"])
+    read = (layout.weights + rows * length * layout.kv_token) / (chip.hbm_gbs * 1e9 * ASSUMED["memory_share"])
+    return max(compute, read) + link_seconds(sent, chip, _decode_collectives(work, layout))
+
+
+def _decode_collectives(work: Work, layout: Layout) -> int:
+    """Two sums over tensor and one merge over sequence in every layer."""
+    return work.arch.layers * (2 * (layout.tensor > 1) + (layout.sequence > 1))
+
+
+def link_seconds(sent: float, chip: Chip, collectives: int = 0) -> float:
+    """Bytes that a chip sends, over its links."""
+    return sent / (chip.link_gbs * 1e9 * ASSUMED["link_share"]) + collectives * ASSUMED["collective_s"]
+
+
+def compute_seconds(flops: float, chips: int, chip: Chip) -> float:
+    """Long products, spread over all chips."""
+    return flops / chips / (chip.tflops * 1e12 * ASSUMED["matrix_share"])
+
+
+def rollout_flops(work: Work, budget: int) -> float:
+    """Of a step's prompts and responses, each prompt once."""
+    mean = ASSUMED["mean_response"] * budget
+    prompts, samples = work.config.grpo.prompts, work.samples
+    prompt = forward_flops(work.arch, [(work.prompt_tokens, 0)])
+    whole = forward_flops(work.arch, [(work.prompt_tokens + mean, mean)])
+    return prompts * (prompt + samples * (whole - prompt))
+
+
+def step_flops(work: Work, budget: int) -> float:
+    """Of a step's update, by the model's own arithmetic: what rematerialisation computes again isn't counted."""
+    grpo, mean = work.config.grpo, ASSUMED["mean_response"] * budget
+    sizes = [(work.prompt_tokens + mean, mean)] * (grpo.prompts * work.samples)
+    frozen = work.config.model.lora.rank > 0
+    passes = update_flops(work.arch, sizes, frozen) * grpo.epochs
+    return passes + forward_flops(work.arch, sizes) * ((grpo.loss.kl_weight > 0) + (grpo.epochs * grpo.minibatches > 1))
+
+
+def again(work: Work) -> float:
+    """What rematerialisation makes of an update's time: the forward pass is done once more, or its cheap half."""
+    once = 2.0 if work.config.model.lora.rank else 3.0
+    return 1 + {"none": 0.0, "cheap": 0.3, "all": 1.0, "offload": 0.3}[work.config.model.remat] / once
+
+
+def micro_batches(work: Work, rows: int, length: int, budget: int) -> float:
+    """How many a step has."""
+    tokens = work.config.grpo.prompts * work.samples * (work.prompt_tokens + ASSUMED["mean_response"] * budget)
+    return max(1.0, tokens / (rows * length * ASSUMED["packed"]))

@@ -1,0 +1,133 @@
+"""Settings that fit: meshes and micro-batches tried from the fastest on paper, and what to change when nothing does."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pkv.config import Config, MeshConfig, UserError
+from pkv.plan.chips import Slice
+from pkv.plan.compiled import Program
+from pkv.plan.planning import Plan, make_plan
+from pkv.plan.programs import Work
+
+Say = Callable[[str], None]
+MOST_TRIES = 6  # plans that one search compiles
+TRIED_TENSOR = (1, 2, 4, 8)  # wider than a machine of 8, sums over tensor cost more than they save
+
+
+@dataclass(frozen=True)
+class Change:
+    """Flags that differ from the config's, in words that its command line takes."""
+
+    flags: tuple[str, ...]
+    work: Work
+
+
+def search(work: Work, wanted: Slice, say: Say) -> tuple[Plan, tuple[str, ...]] | None:
+    """The first plan that fits, among meshes and micro-batches from the fastest on paper on; None when none does."""
+    for change in itertools.islice(candidates(work, wanted), MOST_TRIES):
+        plan = _try(change, wanted, say)
+        if plan is not None and plan.fits:
+            return plan, change.flags
+    return None
+
+
+def nearest(work: Work, wanted: Slice, failed: Plan, say: Say) -> tuple[Plan, tuple[str, ...]] | None:
+    """What to change so that it fits, found by trying: one setting more at a time, those that cost least first."""
+    flags: tuple[str, ...] = ()
+    for _ in range(MOST_TRIES):
+        change = _relief(work, failed)
+        if change is None:
+            return None
+        flags, work = _merged(flags, change.flags), change.work
+        plan = _try(Change(flags, work), wanted, say)
+        if plan is None:
+            return None
+        if plan.fits:
+            return plan, flags
+        failed = plan
+    return None
+
+
+def candidates(work: Work, wanted: Slice) -> Iterator[Change]:
+    """Meshes of the whole slice, and the rows of a micro-batch as the config has them, then as few as there may be.
+
+    Small tensor axes come first: what is sent for them is sent in every layer; fsdp takes the rest of a slice, since it
+    holds the state; slices are data parallel.
+    """
+    chips, arch = wanted.chips // wanted.slices, work.arch
+    for rows in dict.fromkeys((work.config.grpo.micro_rows, 1)):
+        for tensor in TRIED_TENSOR:
+            sequence = work.config.mesh.sequence
+            ways = tensor * sequence
+            if chips % ways or arch.heads % ways or arch.ffn % tensor or arch.vocab_size % tensor:
+                continue
+            fsdp = math.gcd(chips // ways, arch.hidden)
+            if fsdp * ways != chips:
+                continue
+            mesh = MeshConfig(data=wanted.slices, fsdp=fsdp, sequence=sequence, tensor=tensor)
+            flags = [f"--mesh.{name} {size}" for name, size in dataclasses.asdict(mesh).items()]
+            config = dataclasses.replace(
+                work.config, mesh=mesh, grpo=dataclasses.replace(work.config.grpo, micro_rows=rows)
+            )
+            yield Change((*flags, f"--grpo.micro_rows {rows}"), dataclasses.replace(work, config=config))
+
+
+def _try(change: Change, wanted: Slice, say: Say) -> Plan | None:
+    """A plan that stops at the first program that doesn't fit; None where the mesh can't be."""
+    try:
+        plan = make_plan(change.work, wanted, patient=False)
+    except UserError as error:
+        say(f"{' '.join(change.flags)}: {error}")
+        return None
+    tight, spare = plan.tightest, plan.tightest.limit_bytes - plan.tightest.bytes_per_chip
+    verdict = "fits" if plan.fits else f"{tight.name} needs {-spare / 2**30:.2f} GiB more"
+    say(f"{' '.join(change.flags)}: {verdict}")
+    return plan
+
+
+def _relief(work: Work, failed: Plan) -> Change | None:
+    """One change that takes memory off the program that lacks the most; None when nothing is left to change."""
+    config, worst = work.config, failed.tightest
+    for flag, changed in _reliefs(config, worst):
+        return Change((flag,), dataclasses.replace(work, config=changed))
+    return None
+
+
+def _reliefs(config: Config, worst: Program) -> Iterator[tuple[str, Config]]:
+    model, grpo, optimizer, sampling = config.model, config.grpo, config.optimizer, config.sampling
+    if worst.phase == "update":
+        if worst.name != "apply":
+            if model.remat in ("none", "cheap"):
+                yield "--model.remat all", dataclasses.replace(config, model=dataclasses.replace(model, remat="all"))
+            if grpo.micro_rows > 1:
+                smaller = dataclasses.replace(grpo, micro_rows=1)
+                yield "--grpo.micro_rows 1", dataclasses.replace(config, grpo=smaller)
+        if not model.lora.rank:
+            for moments in ("bfloat16", "float8"):
+                if (
+                    optimizer.name == "adamw"
+                    and optimizer.moments == {"bfloat16": "float32", "float8": "bfloat16"}[moments]
+                ):
+                    changed = dataclasses.replace(optimizer, moments=moments)
+                    yield f"--optimizer.moments {moments}", dataclasses.replace(config, optimizer=changed)
+    else:
+        free = worst.limit_bytes - worst.bytes_per_chip + worst.kinds.get("keys and values", 0.0)
+        free += worst.kinds.get("keys and values, others", 0.0)
+        gigabytes = math.floor(0.95 * free / 1e8) / 10
+        if gigabytes > 0 and gigabytes != sampling.kv_memory_gb:
+            changed = dataclasses.replace(sampling, kv_memory_gb=gigabytes)
+            yield f"--sampling.kv_memory_gb {gigabytes:g}", dataclasses.replace(config, sampling=changed)
+    if model.lora.rank and model.lora.base == "plain":
+        lora = dataclasses.replace(model.lora, base="int8")
+        yield "--model.lora.base int8", dataclasses.replace(config, model=dataclasses.replace(model, lora=lora))
+
+
+def _merged(before: tuple[str, ...], after: tuple[str, ...]) -> tuple[str, ...]:
+    """Later flags in the place of earlier ones of the same name."""
+    found = {flag.split()[0]: flag for flag in (*before, *after)}
+    return tuple(found.values())

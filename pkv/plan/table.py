@@ -1,0 +1,121 @@
+"""A plan for people and for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pkv.plan.planning import Plan
+from pkv.plan.roofline import ASSUMED
+
+GIB = 2**30
+
+
+def as_record(plan: Plan) -> dict[str, Any]:
+    """What `--json` prints."""
+    return {
+        "fits": plan.fits,
+        "topology": plan.wanted.name,
+        "chips": plan.wanted.chips,
+        "mesh": dict(plan.mesh),
+        "limit_bytes": plan.tightest.limit_bytes,
+        "kv_bytes": plan.kv_bytes,
+        "rows_at_once": plan.rows,
+        "micro_batch": list(plan.micro),
+        "programs": [
+            {
+                "name": program.name,
+                "phase": program.phase,
+                "bytes_per_chip": program.bytes_per_chip,
+                "limit_bytes": program.limit_bytes,
+                "fits": program.fits,
+                "kinds": dict(program.kinds),
+                "host_bytes": program.host_bytes,
+                "flops": program.flops,
+                "sent_bytes": dict(program.sent),
+                "seconds_estimate": program.seconds_estimate,
+            }
+            for program in plan.programs
+        ],
+        "rounds": [
+            {"name": round_.name, "steps": round_.steps, "hours": round_.hours}
+            | {"seconds": dataclasses.asdict(round_.seconds) | {"step": round_.seconds.total}}
+            for round_ in plan.rounds
+        ],
+        "hours": plan.hours,
+        "dollars": plan.dollars,
+        "assumed": dict(ASSUMED),
+    }
+
+
+def in_words(plan: Plan) -> str:
+    """Tables of memory by program and of time by round, and the verdict."""
+    kinds = list(dict.fromkeys(kind for program in plan.programs for kind in program.kinds))
+    head = ["program", *kinds, "all", "sent, GB", "TFLOP"]
+    rows = [
+        [
+            program.name,
+            *(_gib(program.kinds.get(kind, 0.0)) for kind in kinds),
+            _gib(program.bytes_per_chip) + ("" if program.fits else " !"),
+            f"{sum(program.sent.values()) / 1e9:.2f}",
+            f"{program.flops / 1e12:.0f}",
+        ]
+        for program in plan.programs
+    ]
+    mesh = ", ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one chip"
+    limit, tight = plan.tightest.limit_bytes, plan.tightest
+    margin = limit - tight.bytes_per_chip
+    lines = [
+        f"{plan.wanted.name}: {plan.wanted.chips} chips as {mesh}; {limit / GIB:.2f} GiB each",
+        "",
+        f"GiB a chip while a program runs (micro-batches of {plan.micro[0]} × {plan.micro[1]} tokens)",
+        *_aligned([head, *rows]),
+        "",
+    ]
+    if plan.fits:
+        lines.append(f"Fits, with {margin / GIB:.2f} GiB to spare in {tight.name}, the tightest.")
+    else:
+        broken = [program for program in plan.programs if not program.fits]
+        lines.append(
+            "Does not fit: "
+            + ", ".join(f"{p.name} needs {(p.bytes_per_chip - limit) / GIB:.2f} GiB more" for p in broken)
+        )
+    if plan.fits:
+        lines += ["", f"{plan.rows:.0f} rows decode at the same time on each of the groups of chips that share rows."]
+        lines += _aligned(
+            [
+                ["round", "steps", "prefill, s", "decode, s", "reshard, s", "update, s", "step, s", "hours"],
+                *(
+                    [
+                        round_.name,
+                        str(round_.steps),
+                        *(f"{value:.1f}" for value in dataclasses.astuple(round_.seconds)),
+                        f"{round_.seconds.total:.1f}",
+                        f"{round_.hours:.1f}",
+                    ]
+                    for round_ in plan.rounds
+                ),
+            ]
+        )
+        price = plan.wanted.chip.dollars
+        lines += [
+            "",
+            f"{plan.hours:.1f} hours, {plan.dollars:,.0f} dollars at {price:.2f} a chip and hour; evaluations, "
+            "compilation and checkpoints not counted.",
+            "Times are estimates by roofline, never measured; they assume "
+            + ", ".join(f"{name} {value:g}" for name, value in ASSUMED.items())
+            + ".",
+        ]
+    return "\n".join(lines)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size else "-"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]

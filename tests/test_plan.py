@@ -1,0 +1,239 @@
+"""A plan's parts: what it takes for a run's arrays are the real ones, what it reads from programs is what they do."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+import yaml
+from jax.sharding import PartitionSpec
+from released_configs import QWEN25_14B
+
+from pkv.config import UserError, parse_config
+from pkv.grpo import Learner, reference_weights
+from pkv.mesh import fold, make_mesh
+from pkv.model import Arch, freezer, init_adapters, init_params, join, param_shapes, split
+from pkv.model.families import family_of
+from pkv.model.layout import by_path
+from pkv.plan import model_shape, read_slice, work_of
+from pkv.plan.collectives import sent_bytes
+from pkv.plan.compiled import _needed
+from pkv.plan.models import TABLE
+from pkv.plan.programs import Programs, bytes_on_chip, policy_shapes, reference_shapes, sampling_shapes
+from pkv.plan.roofline import ASSUMED, Layout, decode_step_seconds, rows_at_once
+from pkv.plan.search import candidates
+from pkv.sampling import Engine
+
+ARCH = Arch(vocab_size=128, hidden=128, layers=9, heads=4, kv_heads=2, head_size=16, ffn=128, qkv_bias=True)
+needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+
+
+def config_of(**more):
+    """A config of two rounds on a mesh of 8, its model ARCH's."""
+    given = {
+        "model": {"path": "nowhere", "dtype": "bfloat16"},
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+        "sampling": {"slots": 8, "page_tokens": 64},
+        "grpo": {"prompts": 2, "samples": 4, "row_tokens": 512, "micro_rows": 4},
+        "rounds": [
+            {"name": "short", "steps": 10, "max_new_tokens": 128},
+            {"name": "long", "steps": 20, "samples": 8, "max_new_tokens": 256},
+        ],
+    }
+    for section, values in more.items():
+        given[section] = given.get(section, {}) | values
+    return parse_config(given)
+
+
+def test_a_slice_is_a_kind_and_a_grid():
+    pair = read_slice("2xv5e:4x8")
+    assert (pair.chips, pair.slices, pair.topology, pair.compiles) == (64, 2, "v5e:4x8", True)
+    assert read_slice("v5p:2x2x2").chips == 8
+    assert read_slice("h100:8").chips == 8 and not read_slice("h100:8").compiles
+    for wrong, said in (
+        ("v5e", "expected a kind and a grid"),
+        ("v9z:2x2", "kinds: v4, v5e"),
+        ("v5p:2x2", r"grids of 3 axes, got 2; such as v5p:2x2x2"),
+        ("v5e:0x2", "grids of 2 axes"),
+        ("h100:2x4", "grids of 1 axes"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_slice(wrong)
+
+
+def test_prices_are_data(tmp_path):
+    own = tmp_path / "prices.yaml"
+    own.write_text("v5e: 0.5\n")
+    assert read_slice("v5e:2x2", own).chip.dollars == 0.5
+    assert read_slice("v6e:2x2", own).chip.dollars == read_slice("v6e:2x2").chip.dollars
+    own.write_text("v5e: cheap\n")
+    with pytest.raises(UserError, match="dollars a chip and hour, got 'cheap'"):
+        read_slice("v5e:2x2", own)
+
+
+HLO = """HloModule jit_step, is_scheduled=true
+
+%turn (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %ag = (bf16[2,128], bf16[8,128]{1,0:T(8,128)(2,1)}) all-gather-start(%y), replica_groups=[2,4]<=[8], dimensions={0}
+  %ag.done = bf16[8,128]{1,0} all-gather-done(%ag)
+  ROOT %t = (s32[], bf16[8,128]) tuple(%i, %x)
+}
+
+%condition (p: (s32[], bf16[8,128])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%inner (a: f32[16]) -> f32[16] {
+  ROOT %rs = f32[4]{0} reduce-scatter(%a), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (a: f32[1024]) -> f32[1024] {
+  %w = (s32[], bf16[8,128]) while(%i), condition=%condition, body=%turn, backend_config={"known_trip_count":{"n":"48"}}
+  %v = (s32[], bf16[8,128]) while(%init), condition=%condition, body=%turn
+  %f = f32[4]{0} fusion(%a), kind=kLoop, calls=%inner
+  %cp = (f32[256]{0}, f32[256]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
+  ROOT %ar = (f32[1024]{0}, f32[8]{0}) all-reduce(%a, %b), replica_groups=[1,8]<=[8], to_apply=%add
+}
+"""
+
+
+def test_what_a_program_sends_is_read_from_its_text():
+    sent = sent_bytes(HLO, trips=10)
+    assert sent == {
+        "all-gather": (48 + 10) * (8 * 128 * 2) * 3 / 4,
+        "reduce-scatter": 4 * 4 * 3,
+        "collective-permute": 256 * 4,
+        "all-reduce": 2 * (1024 + 8) * 4 * 7 / 8,
+    }
+
+
+def test_a_sum_over_devices_within_a_scan_is_counted_at_every_turn():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def total(x):
+        def turn(carry, _):
+            return jax.lax.psum(carry, "x") * 0.5, None
+
+        return jax.lax.scan(turn, x, None, length=5)[0]
+
+    mapped = jax.shard_map(total, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"), check_vma=False)
+    text = jax.jit(mapped).lower(jax.ShapeDtypeStruct((8 * 100,), jnp.float32)).compile().as_text()
+    assert sent_bytes(text) == {"all-reduce": 5 * 2 * 400 * 7 / 8}
+
+
+LORA = {"lora": {"rank": 4}}
+KINDS = [{}, LORA, {"lora": {"rank": 4, "base": "int8"}}, {"lora": {"rank": 4, "base": "nf4"}}]
+
+
+def described(tree):
+    """By path, since Adapted and Quantised are equal to themselves only."""
+    return {jax.tree_util.keystr(path): (a.shape, a.dtype) for path, a in jax.tree.leaves_with_path(tree)}
+
+
+def same_places(found, real):
+    return jax.tree.all(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, b.ndim), found, real))
+
+
+@pytest.mark.parametrize("model", KINDS, ids=["full", "lora", "int8", "nf4"])
+def test_planned_arrays_are_those_of_a_run(model):
+    config = config_of(model=model)
+    mesh = make_mesh(config.mesh)
+    planned = Programs(work_of(config, ARCH), mesh, 1e9)
+    real = init_params(ARCH, jax.random.key(0), config.model.dtype if model else "float32", mesh)
+    if model:
+        keep = freezer(ARCH, config.model.lora.base, mesh)
+        frozen = {path: keep(path, weight) for path, weight in by_path(real).items()}
+        real = jax.tree_util.tree_map_with_path(
+            lambda path, _: frozen[jax.tree_util.keystr(path, simple=True, separator=".")], real
+        )
+        real = join(init_adapters(ARCH, config.model.lora, fold(jax.random.key(0), "adapters"), mesh), real)
+    assert described(planned.policy) == described(real) and same_places(planned.policy, real)
+    learner = Learner(ARCH, config.model, config.optimizer, mesh, split(real)[1])
+    state = learner.init(real)
+    assert described(planned.state) == described(state) and same_places(planned.state, state)
+    engine = Engine(ARCH, config.sampling, (0,), mesh, "bfloat16")
+    sampled = engine.load(real)
+    assert described(planned.sampled) == described(sampled) and same_places(planned.sampled, sampled)
+    on_one = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(sampled))
+    assert bytes_on_chip(planned.sampled) == on_one
+    if not model:
+        reference = reference_weights(real, "bfloat16")
+        assert described(reference_shapes(planned.policy, "bfloat16")) == described(reference)
+
+
+@pytest.mark.parametrize("layers", [2, 9])
+def test_weights_that_are_sampled_from_are_planned_stacked_or_not(layers):
+    arch, config = dataclasses.replace(ARCH, layers=layers), config_of()
+    mesh = make_mesh(config.mesh)
+    engine = Engine(arch, config.sampling, (0,), mesh, "bfloat16")
+    real = engine.load(init_params(arch, jax.random.key(0), mesh=mesh))
+    found = sampling_shapes(engine, policy_shapes(arch, config, mesh))
+    assert described(found) == described(real) and same_places(found, real)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [{}, {"kl_weight": 0.1}], ids=["plain", "reference"])
+def test_planned_updates_are_compiled_of_the_shapes_that_updates_run(loss):
+    """Every program of a real update is one that the plan names, with the same arguments: nothing else is compiled."""
+    config = config_of(grpo={"loss": loss, "epochs": 2}, model={"dtype": "float32"})
+    mesh = make_mesh(config.mesh)
+    planned = Programs(work_of(config, ARCH), mesh, 1e9)
+    tasks = {task.name: task for task in planned.update()}
+    wanted = {"init", "old_logprobs", "gradient", "apply"} | ({"reference_logprobs"} if loss else set())
+    assert set(tasks) == wanted
+    for task in tasks.values():
+        memory = task.lowered.compile().memory_analysis()
+        assert memory.argument_size_in_bytes >= sum(task.given.values())
+        assert memory.argument_size_in_bytes < sum(task.given.values()) + 12 * 4 * planned.micro[0] * planned.micro[1]
+
+
+def test_released_shapes_have_as_many_weights_as_their_names_say():
+    sizes = {"0.5B": 0.494, "1.5B": 1.544, "3B": 3.086, "7B": 7.616, "14B": 14.77, "32B": 32.76, "72B": 72.71}
+    for name in yaml.safe_load(TABLE.read_text()):
+        shapes = jax.tree.leaves(param_shapes(model_shape(name)))
+        billions = sum(math.prod(shape.shape) for shape in shapes) / 1e9
+        wanted = next(size for label, size in sizes.items() if f"-{label}" in name.removesuffix("-Instruct") + "-")
+        assert billions == pytest.approx(wanted, rel=2e-3), name
+    assert model_shape("Qwen/Qwen2.5-14B") == family_of(QWEN25_14B).read(QWEN25_14B)
+
+
+def test_rows_decode_as_slots_rows_and_memory_allow():
+    work = work_of(config_of(), ARCH)  # 16 rows wanted, 8 slots, over 4 shards
+    layout = Layout(chips=8, shards=4, tensor=2, sequence=1, weights=1e6, kv_token=100.0, kv=1e9)
+    assert rows_at_once(work, layout, 256) == 2
+    length = 256 + ASSUMED["mean_response"] * 256
+    assert rows_at_once(work, dataclasses.replace(layout, kv=100.0 * length * 1.5), 256) == 1.5
+
+
+def test_a_decode_step_reads_weights_and_keys_once():
+    work, chip = work_of(config_of(), ARCH), read_slice("v5e:2x2").chip
+    layout = Layout(chips=4, shards=4, tensor=1, sequence=1, weights=8e9, kv_token=1000.0, kv=1e9)
+    seconds = decode_step_seconds(work, layout, chip, 2, 300, sent=0.0)
+    assert seconds == pytest.approx((8e9 + 2 * 300 * 1000) / (chip.hbm_gbs * 1e9 * ASSUMED["memory_share"]))
+
+
+def test_meshes_are_tried_from_the_least_sent_on_and_use_every_chip():
+    work = work_of(config_of(), dataclasses.replace(ARCH, heads=8))
+    tried = [change.work.config for change in candidates(work, read_slice("2xv5e:2x4"))]
+    assert [config.mesh.tensor for config in tried] == [1, 2, 4, 8] * 2
+    assert all(config.mesh.data == 2 and config.mesh.fsdp * config.mesh.tensor == 8 for config in tried)
+    assert [config.grpo.micro_rows for config in tried] == [4] * 4 + [1] * 4
+
+
+def test_what_the_compiler_needs_is_read_from_its_refusal():
+    said = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+    said += "Used 27.80G of 15.75G hbm."
+    assert _needed(said) == 27.8 * 2**30
+    assert _needed("INTERNAL: something else") is None
+
+
+def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):
+    with pytest.raises(UserError, match=r"rounds: nothing to plan"):
+        work_of(parse_config({"model": {"path": "x"}}), ARCH)
+    with pytest.raises(UserError, match=r"--prompt-tokens 1000: grpo.row_tokens leaves room for 2 to 256"):
+        work_of(config_of(), ARCH, 1000)
