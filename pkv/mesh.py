@@ -22,6 +22,7 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp")  # rows of a batch are spread over both,
 TIME_AXIS = "sequence"  # and their positions over this one
 TOKEN_AXES = (*BATCH_AXES, TIME_AXIS)
+STREAM_AXES = (TIME_AXIS, "tensor")
 HEAD_AXES = ("tensor", TIME_AXIS)  # where attention meets whole rows, each device has some heads of them
 PAGE_AXES = (*BATCH_AXES, "sequence")  # the KV pages of a row lie on the row's devices, in turn over sequence
 
@@ -89,18 +90,45 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, TIME_AXIS))
 
 
-def constrain_tokens(x: jax.Array) -> jax.Array:
+def gathered(x: jax.Array) -> jax.Array:
     """Inside `jax.set_mesh`: the compiler keeps [B, T, ...] as `batch_sharding` has it, and the other axes whole.
 
     Without this hint it may follow the weights instead and spread an activation's last axis over fsdp. It is a hint:
     without a mesh, where x is one device's own rows, or with rows that the devices don't divide, x comes back as it is.
+    The gradient lies as `scattered` has it.
     """
+    return _gathered(x)
+
+
+def scattered(x: jax.Array) -> jax.Array:
+    """The same for what stands between layers, whose positions are spread over tensor too.
+
+    So a chip keeps 1/tensor of what the backward pass needs of every layer, and norms nothing twice. What is summed
+    over tensor comes scattered, and is `gathered` before the next product: as many bytes as a sum that all chips get
+    (arXiv 2205.05198, section 4.2.2). The gradient goes the other way, which the compiler doesn't find by itself.
+    """
+    return _scattered(x)
+
+
+def _turned(forward: tuple[str, ...], backward: tuple[str, ...]) -> Callable[[jax.Array], jax.Array]:
+    """Positions spread over some axes, those of the gradient over others."""
+    turned = jax.custom_vjp(lambda x: _constrained(x, forward))
+    turned.defvjp(lambda x: (_constrained(x, forward), None), lambda _, g: (_constrained(g, backward),))
+    return turned
+
+
+def _constrained(x: jax.Array, positions: tuple[str, ...]) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     own = set(BATCH_AXES) & set(mesh.manual_axes)
     if own or not set(AXES) <= set(mesh.axis_names) or x.shape[0] % _ways(mesh, BATCH_AXES):
         return x
-    positions = TIME_AXIS if x.shape[1] % mesh.shape[TIME_AXIS] == 0 else None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, positions))
+    while positions and x.shape[1] % _ways(mesh, positions):
+        positions = positions[:-1]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, positions or None))
+
+
+_scattered = _turned(STREAM_AXES, (TIME_AXIS,))
+_gathered = _turned((TIME_AXIS,), STREAM_AXES)
 
 
 def by_heads(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,5 +1,7 @@
 """The mesh: sizes that fit or an error with the numbers, one sharding for every array, keys that know their purpose."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,11 @@ from pkv.mesh import (
     SAMPLING_RULES,
     TRAINING_RULES,
     batch_sharding,
-    constrain_tokens,
     fold,
+    gathered,
     make_mesh,
     replicated,
+    scattered,
     shardings,
 )
 
@@ -98,16 +101,52 @@ def test_rows_are_spread_over_data_and_fsdp():
     assert {shard.data.shape for shard in whole.addressable_shards} == {(8,)}
 
 
-def test_the_hint_on_rows_holds_inside_a_mesh_and_is_nothing_without_one():
+@pytest.mark.parametrize("hint", [gathered, scattered])
+def test_the_hint_on_rows_holds_inside_a_mesh_and_is_nothing_without_one(hint):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4, tensor=1))
     x = jnp.arange(16.0).reshape(8, 2)
-    assert constrain_tokens(x) is x
+    np.testing.assert_array_equal(hint(x), x)
     with jax.set_mesh(mesh):
-        spread = jax.jit(lambda x: constrain_tokens(x * 1))(x)
-        odd = jax.jit(lambda x: constrain_tokens(x * 1))(x[:3])
+        spread = jax.jit(lambda x: hint(x * 1))(x)
+        odd = jax.jit(lambda x: hint(x * 1))(x[:3])
     assert {shard.data.shape for shard in spread.addressable_shards} == {(1, 2)}
     np.testing.assert_array_equal(spread, x)
     np.testing.assert_array_equal(odd, x[:3])
+
+
+def test_between_layers_positions_are_spread_over_tensor_and_gradients_the_other_way():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2))
+    x = jnp.arange(2.0 * 8 * 3).reshape(2, 8, 3)
+    whole, parts = (1, 4, 3), (1, 2, 3)  # a row's positions over sequence, and over tensor too
+    for hint, forward, backward in ((gathered, whole, parts), (scattered, parts, whole)):
+        with jax.set_mesh(mesh):
+            value, pull = jax.jit(lambda x, hint=hint: jax.vjp(hint, x))(x)
+            gradient = jax.jit(lambda pull, g: pull(g)[0])(pull, 2 * x)
+        assert {shard.data.shape for shard in value.addressable_shards} == {forward}
+        assert {shard.data.shape for shard in gradient.addressable_shards} == {backward}
+        np.testing.assert_array_equal(value, x)
+        np.testing.assert_array_equal(gradient, 2 * x)
+        with jax.set_mesh(mesh):  # positions that tensor doesn't divide are left to sequence
+            odd = jax.jit(lambda x, hint=hint: hint(x * 1))(x[:, :2])
+        assert {shard.data.shape for shard in odd.addressable_shards} == {(1, 1, 3)}
+
+
+def test_slices_hold_whole_copies_and_data_goes_over_them():
+    @dataclasses.dataclass(frozen=True)
+    class Chip:
+        id: int
+        slice_index: int
+        process_index: int = 0
+        platform: str = "cpu"
+        device_kind: str = "cpu"
+
+    chips = [Chip(number, number // 4) for number in range(8)]
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2), chips)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+    for place in range(2):
+        assert {chip.slice_index for chip in mesh.devices[place].flat} == {place}
+    with pytest.raises(UserError, match=r"mesh\.data: 1 is not divisible by 2 slices"):
+        make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), chips)
 
 
 def test_a_key_depends_on_every_part_of_its_purpose():

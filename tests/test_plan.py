@@ -21,7 +21,7 @@ from pkv.model.families import family_of
 from pkv.model.layout import by_path
 from pkv.plan import model_shape, read_slice, work_of
 from pkv.plan.collectives import sent_bytes
-from pkv.plan.compiled import _needed
+from pkv.plan.compiled import refused_bytes
 from pkv.plan.models import TABLE
 from pkv.plan.programs import Programs, bytes_on_chip, policy_shapes, reference_shapes, sampling_shapes
 from pkv.plan.roofline import ASSUMED, Layout, decode_step_seconds, rows_at_once
@@ -228,8 +228,12 @@ def test_meshes_are_tried_from_the_least_sent_on_and_use_every_chip():
 def test_what_the_compiler_needs_is_read_from_its_refusal():
     said = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
     said += "Used 27.80G of 15.75G hbm."
-    assert _needed(said) == 27.8 * 2**30
-    assert _needed("INTERNAL: something else") is None
+    assert refused_bytes(said, 2**30) == 26.8 * 2**30
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.83G) exceeds "
+    )
+    assert refused_bytes(said + "available HBM (15.75G).", 2**30) == 18.83 * 2**30
+    assert refused_bytes("INTERNAL: something else", 0.0) is None
 
 
 def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):

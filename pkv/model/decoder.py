@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pkv.mesh import by_heads, constrain_tokens
+from pkv.mesh import by_heads, gathered, scattered
 from pkv.model.arch import Arch
 from pkv.model.attention import attend
 from pkv.model.cache import Cache
@@ -93,7 +93,7 @@ def forward(
 
     # Where the layers are not scanned, a layer's number is known when compiling, as `local` then is.
     layer = rematerialised(layer, remat, static_argnums=() if told else (4,) if stacked else (3, 4))
-    x_BTD = constrain_tokens(embed(params, arch, tokens_BT, dtype))
+    x_BTD = scattered(embed(params, arch, tokens_BT, dtype))
     if stacked:
         # The stacked cache is carried and written in place; as scanned inputs and outputs it would be copied whole.
         def scanned(carry: tuple[jax.Array, Cache], step: tuple[Params, jax.Array, jax.Array]) -> tuple[Any, None]:
@@ -105,7 +105,7 @@ def forward(
     else:
         for number, (weights, local) in enumerate(zip(layers, local_layers, strict=True)):
             x_BTD, memory = layer(x_BTD, weights, memory, number, local)
-    return _norm(x_BTD, params["final_norm"], arch), memory
+    return gathered(_norm(x_BTD, params["final_norm"], arch)), memory
 
 
 def rematerialised(layer: Callable[..., Any], remat: Remat, static_argnums: tuple[int, ...]) -> Callable[..., Any]:
@@ -159,17 +159,18 @@ def decoder_layer(
 ) -> tuple[jax.Array, Cache]:
     """One layer: attention and the gated feed-forward, each on a normed copy, each added to the stream."""
     w = cast(weights, x_BTD.dtype)
-    q_BTNH, k_BTKH, v_BTKH = _project(_norm(x_BTD, w["attention_norm"], arch), w["attention"], arch)
+    normed_BTD = gathered(_norm(x_BTD, w["attention_norm"], arch))
+    q_BTNH, k_BTKH, v_BTKH = _project(normed_BTD, w["attention"], arch)
     mixed_BTNH, cache = meet(rotate(q_BTNH, rotation), rotate(k_BTKH, rotation), v_BTKH)
-    mixed_BTD = dense(checkpoint_name(mixed_BTNH, MIXED), w["attention"]["o"], inputs=2)
+    mixed_BTD = scattered(dense(checkpoint_name(mixed_BTNH, MIXED), w["attention"]["o"], inputs=2))
     x_BTD = x_BTD + (_norm(mixed_BTD, w["attention_post_norm"], arch) if arch.post_norms else mixed_BTD)
 
-    normed_BTD = _norm(x_BTD, w["ffn_norm"], arch)
+    normed_BTD = gathered(_norm(x_BTD, w["ffn_norm"], arch))
     gate_BTF = ACTIVATIONS[arch.activation](dense(normed_BTD, w["ffn"]["gate"]))
     up_BTF = dense(normed_BTD, w["ffn"]["up"])
-    down_BTD = dense(gate_BTF * up_BTF, w["ffn"]["down"])
+    down_BTD = scattered(dense(gate_BTF * up_BTF, w["ffn"]["down"]))
     x_BTD = x_BTD + (_norm(down_BTD, w["ffn_post_norm"], arch) if arch.post_norms else down_BTD)
-    return constrain_tokens(x_BTD), cache
+    return x_BTD, cache
 
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}

@@ -53,10 +53,9 @@ def compile_program(task: Task, wanted: Slice, loop: float) -> Program:
     try:
         compiled = task.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed(str(error))
-        if needed is None:
+        temporary = refused_bytes(str(error), sum(task.given.values()))
+        if temporary is None:
             raise
-        temporary = needed - sum(task.given.values())
         return Program(task.name, task.phase, {**kinds, "activations": temporary}, limit, task.flops, {}, math.inf)
     memory = compiled.memory_analysis()
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -73,7 +72,13 @@ def compile_program(task: Task, wanted: Slice, loop: float) -> Program:
     )
 
 
-def _needed(message: str) -> float | None:
-    """Bytes that the compiler says a program needs, when that is why it refuses: "Used 27.8G of 15.75G hbm"."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMG]?)i?B? of [\d.]+[KMG]?i?B? hbm", message)
-    return float(found[1]) * _UNITS[found[2]] if found else None
+def refused_bytes(message: str, given: float) -> float | None:
+    """Bytes that a program needs beside its arguments, when the compiler refuses it for that; None for other errors.
+
+    It says "Used 27.80G of 15.75G hbm" of all, or "required for HLO temporaries (18.83G)" of what isn't arguments.
+    """
+    if whole := re.search(r"[Uu]sed ([\d.]+)([KMG]?)i?B? of [\d.]+[KMG]?i?B? hbm", message):
+        return float(whole[1]) * _UNITS[whole[2]] - given
+    if temporary := re.search(r"required for HLO temporaries \(([\d.]+)([KMG]?)i?B?\)", message):
+        return float(temporary[1]) * _UNITS[temporary[2]]
+    return None
