@@ -85,6 +85,7 @@ HLO = """HloModule jit_step, is_scheduled=true
 }
 
 %condition (p: (s32[], bf16[8,128])) -> pred[] {
+  %n = s32[]{:T(128)} constant(10)
   ROOT %lt = pred[] compare(%i, %n), direction=LT
 }
 
@@ -103,7 +104,7 @@ ENTRY %main (a: f32[1024]) -> f32[1024] {
 
 
 def test_what_a_program_sends_is_read_from_its_text():
-    sent = sent_bytes(HLO, trips=10)
+    sent = sent_bytes(HLO)
     assert sent == {
         "all-gather": (48 + 10) * (8 * 128 * 2) * 3 / 4,
         "reduce-scatter": 4 * 4 * 3,

@@ -22,41 +22,51 @@ _BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 _ARRAY = re.compile(r"\b([a-z]+\d+(?:e\dm\d(?:fn)?)?|pred)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
 _OPERATION = re.compile(r"\s([a-z][a-z0-9-]*)\(")
-_CALLED = re.compile(
-    r"\b(?:body|condition|calls|to_apply|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.-]+))"
-)
+_CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
+_TURNS = re.compile(r'"known_trip_count":\{"n":\s*"?(\d+)')
+_LOOP = re.compile(r"\bcondition=%?([\w.-]+), body=%?([\w.-]+)")
+_CALLED = re.compile(r"\b(?:calls|to_apply|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.-]+))")
 
 
 @dataclass
 class _Computation:
-    """sent: bytes by kind of collective. calls: other computations, each with how often."""
+    """sent: bytes by kind of collective. calls: other computations. loops: condition, body, and turns where they are
+    said. largest: of its whole constants; a loop counts up to its condition's.
+    """
 
     sent: dict[str, float] = field(default_factory=dict)
-    calls: list[tuple[str, float]] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+    loops: list[tuple[str, str, float | None]] = field(default_factory=list)
+    largest: float = 1.0
 
 
-def sent_bytes(text: str, trips: float = 1.0) -> dict[str, float]:
+def sent_bytes(text: str) -> dict[str, float]:
     """Bytes that each chip sends in one call of a compiled program, by kind of collective.
 
-    text: from `Compiled.as_text()`. trips: how often loops run whose count the compiler doesn't know.
+    text: from `Compiled.as_text()`. A loop whose turns the compiler doesn't say is taken to count up to the constant in
+    its condition: the sampler's may end before, when no row is left.
     """
-    computations, entry = _read(text, trips)
+    computations, entry = _read(text)
     total: dict[str, float] = {}
 
     def add(name: str, times: float) -> None:
-        computation = computations.get(name)
-        if computation is None:
-            return
+        computation = computations.get(name, _Computation())
         for kind, size in computation.sent.items():
             total[kind] = total.get(kind, 0.0) + times * size
-        for called, often in computation.calls:
-            add(called, times * often)
+        for called in computation.calls:
+            add(called, times)
+        for condition, body, turns in computation.loops:
+            add(body, times * (turns or counted(condition)))
+
+    def counted(name: str) -> float:
+        computation = computations.get(name, _Computation())
+        return max([computation.largest, *map(counted, computation.calls)])
 
     add(entry, 1.0)
     return total
 
 
-def _read(text: str, trips: float) -> tuple[dict[str, _Computation], str]:
+def _read(text: str) -> tuple[dict[str, _Computation], str]:
     """The computations by name, and the name of the one that a call starts with."""
     found: dict[str, _Computation] = {}
     entry, current = "", _Computation()
@@ -66,11 +76,11 @@ def _read(text: str, trips: float) -> tuple[dict[str, _Computation], str]:
             current = found.setdefault(name, _Computation())
             entry = name if line.startswith("ENTRY ") else entry
         elif match := _INSTRUCTION.match(line):
-            _note(current, match[2], trips)
+            _note(current, match[2])
     return found, entry
 
 
-def _note(computation: _Computation, instruction: str, trips: float) -> None:
+def _note(computation: _Computation, instruction: str) -> None:
     """Add an instruction's own sending, and what it calls."""
     operation = _OPERATION.search(instruction)
     if operation is None:
@@ -87,9 +97,13 @@ def _note(computation: _Computation, instruction: str, trips: float) -> None:
         elif result.lstrip().startswith("(") and not operation[1].endswith("-start"):
             largest = sum(sizes)  # several arrays at once
         computation.sent[kind] = computation.sent.get(kind, 0.0) + _SENT[kind](largest, group)
-    often = _trip_count(instruction, trips) if operation[1] == "while" else 1.0
+    if loop := _LOOP.search(instruction):
+        turns = _TURNS.search(instruction)
+        computation.loops.append((loop[1], loop[2], float(turns[1]) if turns else None))
     for several, one in _CALLED.findall(instruction):
-        computation.calls += [(name.strip().lstrip("%"), often) for name in (one or several).split(",")]
+        computation.calls += [name.strip().lstrip("%") for name in (one or several).split(",")]
+    if constant := _CONSTANT.match(instruction):
+        computation.largest = max(computation.largest, float(constant[1]))
 
 
 def _sizes(result: str) -> Iterator[float]:
@@ -105,10 +119,3 @@ def _group_size(instruction: str) -> int:
     if counted := re.search(r"replica_groups=\[(\d+),(\d+)\]", instruction):
         return int(counted[2])
     return 2
-
-
-def _trip_count(instruction: str, unknown: float) -> float:
-    if (at := instruction.find('"known_trip_count":{')) < 0:
-        return unknown
-    count = re.match(r'\{"n":\s*"?(\d+)', instruction[at + len('"known_trip_count":') :])
-    return float(count[1]) if count else unknown

@@ -43,8 +43,8 @@ class Program:
         return self.bytes_per_chip <= self.limit_bytes
 
 
-def compile_program(task: Task, wanted: Slice, loop: float) -> Program:
-    """Compile for the slice. loop: how often a loop of unknown length runs, which is the sampler's over its steps.
+def compile_program(task: Task, wanted: Slice) -> Program:
+    """Compile for the slice.
 
     What the compiler refuses for its memory is a program all the same, of as many bytes as it says that it needs.
     """
@@ -61,8 +61,8 @@ def compile_program(task: Task, wanted: Slice, loop: float) -> Program:
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     odd = memory.argument_size_in_bytes - sum(task.given.values())  # the batch, and what tiles are padded by
     kinds |= {"results": fresh, "activations": memory.temp_size_in_bytes + max(odd, 0.0)}
-    sent = sent_bytes(compiled.as_text(), loop)
-    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    sent = {kind: size * task.times for kind, size in sent_bytes(compiled.as_text()).items()}
+    moved = task.times * (memory.argument_size_in_bytes + memory.output_size_in_bytes)
     seconds = max(
         compute_seconds(task.flops, wanted.chips, wanted.chip),
         moved / (wanted.chip.hbm_gbs * 1e9 * ASSUMED["memory_share"]),

@@ -137,7 +137,7 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
     tasks = _in_order(programs, whole) if wanted.compiles else []
     with Progress(len(tasks), f"compiling for {wanted.name}") as progress:
         for task in tasks:
-            found.append(program := compile_program(task, wanted, work.config.sampling.segment))
+            found.append(program := compile_program(task, wanted))
             progress.advance(1, program=task.name, gib_a_chip=program.bytes_per_chip / 2**30)
             if not patient and not program.fits:
                 whole = False

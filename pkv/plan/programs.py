@@ -77,7 +77,7 @@ class Task:
     """A program before it is compiled.
 
     phase: of a step. given: bytes a chip of its arguments, by kind. beside: of what else is there meanwhile.
-    flops: of one call, on all chips, by the model's own arithmetic.
+    flops: of one call, on all chips, by the model's own arithmetic. times: it is done for so many parts of this size.
     """
 
     name: str
@@ -86,6 +86,7 @@ class Task:
     given: Mapping[str, float]
     beside: Mapping[str, float]
     flops: float = 0.0
+    times: float = 1.0
 
 
 class Programs:
@@ -141,20 +142,34 @@ class Programs:
 
         Raises UserError for a request that the memory can't hold.
         """
-        programs, weights = self.engine.programs, self.state_bytes["weights"]
-        others = {kind: size for kind, size in self.state_bytes.items() if kind != "weights"}
-        yield Task("reshard", "reshard", programs.place.lower(self._trained), {"weights": weights}, others)
+        programs, twice = self.engine.programs, self.engine.programs.largest_share()
+        if self.sampled_bytes:
+            yield self._reshard()
+        stock = self._kv / (1 + twice)  # the limit holds what is there twice while a stock changes its size
         done = set()
         for call in rehearse(self.engine, requests(self._work)):
             if call.name in done:
                 continue
             done.add(call.name)
             sampled = {"sampled weights": self.sampled_bytes}
-            pages = min(call.bytes, self._kv)
+            pages = min(call.bytes, stock)
             given = {"keys and values": pages} | (sampled if call.of_weights else {})
             beside = {**self.state_bytes, **({} if call.of_weights else sampled)}
-            beside["keys and values, others"] = self._kv - pages
+            beside["keys and values, others"] = stock - pages
             yield Task(call.name, "sample", call.lower(programs, self.sampled), given, beside, self._flops(call))
+
+    def _reshard(self) -> Task:
+        """The largest array of the weights into the sampling layout, when all others are there already."""
+        programs, arrays = self.engine.programs, jax.tree.leaves(self._trained)
+        both = list(zip(arrays, programs.laying(self._trained), strict=True))
+        array, how = max(both, key=lambda pair: bytes_on_chip(pair[0]))
+        laid = jax.eval_shape(lambda array: programs.lay(array, how=how), array)
+        result = bytes_on_chip(jax.ShapeDtypeStruct(laid.shape, laid.dtype, sharding=how.place))
+        own = bytes_on_chip(array)
+        beside = self.state_bytes | {"weights": self.state_bytes["weights"] - own}
+        beside["sampled weights"] = self.sampled_bytes - result
+        lowered = programs.lay.lower(array, how=how)
+        return Task("reshard", "reshard", lowered, {"weights": own}, beside, times=self.sampled_bytes / result)
 
     def _flops(self, call: Any) -> float:
         if call.name == "decode":

@@ -83,6 +83,18 @@ class Segment(NamedTuple):
     active: Any
 
 
+class Laying(NamedTuple):
+    """How an array of weights becomes one to sample from: its dtype and place, and how often key-value heads stand.
+
+    heads: their axis, None where an array has none.
+    """
+
+    dtype: Any
+    place: NamedSharding
+    heads: int | None
+    repeats: int
+
+
 class Programs:
     """The compiled programs of one architecture on one mesh."""
 
@@ -98,7 +110,8 @@ class Programs:
         if config.temperature > 0:
             self._drawing = Nucleus(config.top_p < 1 or config.top_k > 0 or config.min_p > 0, config.top_k)
         self._scalars = (jnp.float32(config.temperature or 1.0), jnp.float32(config.top_p), jnp.float32(config.min_p))
-        self.place = jax.jit(self._place)
+        self.lay = jax.jit(_lay, static_argnames="how")
+        self.unstack = jax.jit(partial(unstack_layers, arch=self.arch))
         self.prefix = jax.jit(self._prefix)
         self.prefill = jax.jit(self._prefill, donate_argnames="stock")
         self.decode = jax.jit(self._decode, donate_argnames="own")
@@ -127,24 +140,34 @@ class Programs:
 
     def placing(self, params: Params) -> Any:
         """Where weights lie while sampling."""
-        shapes = jax.eval_shape(self._repeated, params)
-        return shardings(weight_axes(params, self.arch), shapes, self._mesh, SAMPLING_RULES)
-
-    def _place(self, params: Params) -> Params:
-        """Weights in the layout, dtype and key-value heads of sampling."""
-        placing = self.placing(params)
-        params = jax.lax.with_sharding_constraint(cast(self._repeated(params), self._dtype), placing)
-        return params if self.stacked else unstack_layers(params, self.arch)
-
-    def _repeated(self, params: Params) -> Params:
-        """Weights whose key-value heads stand as often as `arch` says, each copy beside its head."""
+        axes = weight_axes(params, self.arch)
 
         def repeat(axes: tuple[str, ...], array: jax.Array) -> jax.Array:
             return jnp.repeat(array, self.repeats, axes.index("kv_heads")) if "kv_heads" in axes else array
 
-        if self.repeats == 1:
-            return params
-        return jax.tree.map(repeat, weight_axes(params, self.arch), params, is_leaf=_is_axes)
+        shapes = jax.eval_shape(lambda params: jax.tree.map(repeat, axes, params, is_leaf=_is_axes), params)
+        return shardings(axes, shapes, self._mesh, SAMPLING_RULES)
+
+    def place(self, params: Params) -> Params:
+        """Weights in the layout, dtype and key-value heads of sampling.
+
+        Array by array: one program for all of them gathers everything before it lays down the first, and so holds the
+        weights twice.
+        """
+        arrays, structure = jax.tree.flatten(params)
+        laid = [self.lay(array, how=how) for array, how in zip(arrays, self.laying(params), strict=True)]
+        placed = jax.tree.unflatten(structure, laid)
+        return placed if self.stacked else self.unstack(placed)
+
+    def laying(self, params: Params) -> list[Laying]:
+        """What `lay` does with every array of weights; their shapes suffice."""
+        axes = jax.tree.leaves(weight_axes(params, self.arch), is_leaf=_is_axes)
+        casts = jax.tree.leaves(jax.eval_shape(partial(cast, dtype=self._dtype), params))
+        places = jax.tree.leaves(self.placing(params))
+        return [
+            Laying(kind.dtype, place, names.index("kv_heads") if "kv_heads" in names else None, self.repeats)
+            for names, kind, place in zip(axes, casts, places, strict=True)
+        ]
 
     def _prefix(self, weights: Params, tokens_C: jax.Array) -> tuple[Cache, Stock]:
         """The keys and values of what all prompts begin with: as a cache of one row, and as a level's stock."""
@@ -318,6 +341,12 @@ class Programs:
         cache = jax.eval_shape(partial(self._cache, 1, length))
         ways = self._mesh.shape["sequence"]
         return _described(cache, self._cache_placing), self.stock_shapes(-(-length // (self.page * ways)))
+
+
+def _lay(array: jax.Array, how: Laying) -> jax.Array:
+    if how.repeats > 1 and how.heads is not None:
+        array = jnp.repeat(array, how.repeats, how.heads)
+    return jax.lax.with_sharding_constraint(array.astype(how.dtype), how.place)
 
 
 def _described(tree: Any, placing: Callable[[Any], Any]) -> Any:
