@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import math
 
 import jax
@@ -13,6 +14,7 @@ import yaml
 from jax.sharding import PartitionSpec
 from released_configs import QWEN25_14B
 
+from pkv import cli
 from pkv.config import UserError, parse_config
 from pkv.grpo import Learner, reference_weights
 from pkv.mesh import fold, make_mesh
@@ -242,3 +244,65 @@ def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):
         work_of(parse_config({"model": {"path": "x"}}), ARCH)
     with pytest.raises(UserError, match=r"--prompt-tokens 1000: grpo.row_tokens leaves room for 2 to 256"):
         work_of(config_of(), ARCH, 1000)
+
+
+def plan(capsys, *words):
+    """The exit code and what is said on stdout and stderr."""
+    code = cli.main(["plan", *words])
+    return code, *capsys.readouterr()
+
+
+def test_gpus_are_planned_by_arithmetic_and_the_exit_code_is_the_verdict(capsys):
+    code, out, _ = plan(capsys, "qwen2.5-7b", "--topology", "h100:8", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["fits"] and found["mesh"] == {"data": 1, "fsdp": 2, "sequence": 1, "tensor": 4}
+    assert {"fits", "topology", "mesh", "programs"} <= set(found)
+    for program in found["programs"]:
+        assert {"name", "bytes_per_chip", "limit_bytes", "flops", "seconds_estimate"} <= set(program)
+        assert program["bytes_per_chip"] == pytest.approx(sum(program["kinds"].values()))
+    gradient = next(program for program in found["programs"] if program["name"] == "gradient")
+    each = (
+        7_615_616_512 * 4 / 8
+    )  # weights in 32 bits over 8 chips; norms and a few heads' biases aren't spread over all
+    assert gradient["kinds"]["weights"] == pytest.approx(each, rel=1e-3) == gradient["kinds"]["gradient"]
+    assert found["dollars"] == pytest.approx(found["hours"] * 8 * read_slice("h100:8").chip.dollars)
+    code, out, _ = plan(capsys, "qwen2.5-7b", "--topology", "t4:4")
+    assert code == 3 and "Does not fit" in out and "sampling at rest needs" in out
+
+
+def test_what_would_fit_is_found_by_trying(capsys):
+    words = ["qwen2.5-3b", "--topology", "a100-40gb:2", "--tensor", "2", "--optimizer.moments", "float32"]
+    code, out, _ = plan(capsys, *words)
+    assert code == 3 and "It would fit with: --grpo.micro_rows 1" in out
+    flags = out.split("It would fit with: ")[1].split()
+    code, out, _ = plan(capsys, *words[:-2], *flags)
+    assert code == 0 and "Fits, with" in out
+
+
+def test_a_search_finds_a_mesh_by_itself(capsys):
+    code, out, _ = plan(capsys, "qwen2.5-7b", "--topology", "h100:8", "--search")
+    assert code == 0 and "With: --mesh.data 1 --mesh.fsdp 8" in out
+
+
+def test_bad_words_are_one_line(capsys):
+    for words, said in (
+        (["qwen2.5-7b", "--topology", "v9:2"], "--topology v9:2: expected a kind and a grid"),
+        (["qwen2.5-7b", "--topology", "h100:8", "--grpo.micro_row", "1"], "did you mean"),
+        (["qwen2.5-7b", "--topology", "h100:8", "--tensor", "3"], "does not fit on 8 devices"),
+    ):
+        code, out, err = plan(capsys, *words)
+        assert code == 2 and said in err and err.count("\n") == 1 and not out
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "topology"), [("qwen2.5-14b", "v5e:4x8"), ("qwen2.5-14b-lora", "v5e:2x4")])
+def test_headline_configs_fit_the_slices_that_their_headers_name(capsys, config, topology):
+    """Every program of a full step of 14B at 11,264 new tokens, compiled for TPU."""
+    code, out, _ = plan(capsys, config, "--topology", topology, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["fits"] and not found["settings"]
+    assert {"gradient", "apply", "init", "reshard", "prefill", "decode"} <= {p["name"] for p in found["programs"]}
+    gradient = next(program for program in found["programs"] if program["name"] == "gradient")
+    assert gradient["kinds"]["activations"] < 9.5 * 2**30
+    assert sum(gradient["sent_bytes"].values()) > 1e9

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 import re
 
 import pytest
-from sampler import SHAPES, compile_rollout, requests
 
-from pkv.config import MeshConfig, SamplingConfig
+from pkv.config import parse_config
+from pkv.model import Arch
+from pkv.plan import Work, read_slice
+from pkv.plan.planning import described_mesh
+from pkv.plan.programs import Programs
+
+ARCH = Arch(
+    vocab_size=1024, hidden=512, layers=12, heads=4, kv_heads=2, head_size=128, ffn=1024, qkv_bias=True,
+    tied_embeddings=True, rope_theta=1e6,
+)  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
-def test_the_sampler_compiles_for_tpu_and_keeps_its_pages_in_place(topology):
+@pytest.mark.parametrize("sizes", [{"data": 1, "tensor": 4}, {"data": 2, "sequence": 2}], ids=["tensor", "sequence"])
+def test_the_sampler_compiles_for_tpu_and_keeps_its_pages_in_place(topology, sizes):
     """tensor=4 repeats the two key-value heads; with sequence=2 the devices merge their parts of a row."""
-    arch = dataclasses.replace(SHAPES["1.5b"], vocab_size=1024, hidden=512, ffn=1024, heads=4, layers=12)
-    for sizes in (MeshConfig(tensor=4), MeshConfig(data=2, sequence=2)):
-        sampling = SamplingConfig(slots=16, kv_memory_gb=1.0)
-        programs = dict(compile_rollout(arch, topology, sizes, sampling, requests(2, 8, 300, 2000)))
-        assert {"decode", "empty", "grow", "prefill", "prefix"} <= set(programs)
-        decode = programs["decode"]
-        memory = decode.memory_analysis()
-        keys = memory.alias_size_in_bytes // 2  # of all rows, given and returned in place
-        assert memory.temp_size_in_bytes < 1.3 * keys  # v5p copies the prompts' pages, a quarter of these
-        assert all(_copied(line) < 0.9 * keys for line in decode.as_text().splitlines())
+    config = parse_config(
+        {
+            "model": {"path": "nowhere", "dtype": "bfloat16"},
+            "mesh": sizes,
+            "sampling": {"slots": 16},
+            "grpo": {"prompts": 2, "samples": 8, "row_tokens": 2304},
+            "rounds": [{"name": "only", "steps": 1, "max_new_tokens": 2000}],
+        }
+    )
+    mesh = described_mesh(config, read_slice(topology))
+    tasks = Programs(Work(config, ARCH, 300), mesh, 1e9).rollout()
+    programs = {task.name: task.lowered.compile() for task in tasks if task.name != "reshard"}
+    assert {"decode", "empty", "grow", "prefill", "prefix"} <= set(programs)
+    decode = programs["decode"]
+    memory = decode.memory_analysis()
+    keys = memory.alias_size_in_bytes // 2  # of all rows, given and returned in place
+    assert memory.temp_size_in_bytes < 1.3 * keys  # v5p copies the prompts' pages, a quarter of these
+    assert all(_copied(line) < 0.9 * keys for line in decode.as_text().splitlines())
 
 
 def _copied(line: str) -> int:

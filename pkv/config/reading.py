@@ -57,12 +57,12 @@ def find_config(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    shipped = shipped_configs()
-    if path.suffix in ("", ".yaml") and path.stem in shipped and path.parent in (Path(), Path("configs")):
-        return shipped[path.stem]
+    shipped, name = shipped_configs(), path.name.removesuffix(".yaml")  # a name may have dots in it
+    if name in shipped and path.parent in (Path(), Path("configs")):
+        return shipped[name]
     if path.is_dir():
         raise ConfigError(f"{path}: is a directory; expected a YAML file")
-    near = difflib.get_close_matches(path.stem, shipped, n=1)
+    near = difflib.get_close_matches(name, shipped, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"shipped configs: {', '.join(sorted(shipped))}"
     raise ConfigError(f"{path}: no such config file; {hint}")
 

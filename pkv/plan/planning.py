@@ -39,6 +39,9 @@ from pkv.tracking import Progress
 FIRST = ("gradient", "apply", "decode")  # what is likeliest not to fit, and costs least to know early
 
 
+AT_REST = "sampling at rest"  # all that is there without a single page
+
+
 @dataclass(frozen=True)
 class Round:
     """What a round takes: seconds of a step by phase, and hours."""
@@ -130,7 +133,7 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
     whole = kv > 0
     if not whole:  # not even the state leaves room for anything
         kinds = probe.state_bytes | {"sampled weights": probe.sampled_bytes}
-        found.append(Program("sampling at rest", "sample", kinds, limit, 0.0, {}, 0.0))
+        found.append(Program(AT_REST, "sample", kinds, limit, 0.0, {}, 0.0))
     programs = Programs(work, mesh, kv) if whole else probe
     if not wanted.compiles:
         found += by_arithmetic(programs, work, wanted, mesh, kv) if whole else []

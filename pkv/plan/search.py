@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pkv.config import Config, MeshConfig, UserError
 from pkv.plan.chips import Slice
 from pkv.plan.compiled import Program
-from pkv.plan.planning import Plan, make_plan
+from pkv.plan.planning import AT_REST, Plan, make_plan
 from pkv.plan.programs import Work
 
 Say = Callable[[str], None]
 MOST_TRIES = 6  # plans that one search compiles
+LIGHTER = {"float32": "bfloat16", "bfloat16": "float8"}  # moments
 TRIED_TENSOR = (1, 2, 4, 8)  # wider than a machine of 8, sums over tensor cost more than they save
 
 
@@ -93,35 +94,29 @@ def _try(change: Change, wanted: Slice, say: Say) -> Plan | None:
 def _relief(work: Work, failed: Plan) -> Change | None:
     """One change that takes memory off the program that lacks the most; None when nothing is left to change."""
     config, worst = work.config, failed.tightest
-    for flag, changed in _reliefs(config, worst):
-        return Change((flag,), dataclasses.replace(work, config=changed))
-    return None
+    first = next(_reliefs(config, worst), None)
+    return None if first is None else Change(first[:1], dataclasses.replace(work, config=first[1]))
 
 
 def _reliefs(config: Config, worst: Program) -> Iterator[tuple[str, Config]]:
-    model, grpo, optimizer, sampling = config.model, config.grpo, config.optimizer, config.sampling
-    if worst.phase == "update":
-        if worst.name != "apply":
-            if model.remat in ("none", "cheap"):
-                yield "--model.remat all", dataclasses.replace(config, model=dataclasses.replace(model, remat="all"))
-            if grpo.micro_rows > 1:
-                smaller = dataclasses.replace(grpo, micro_rows=1)
-                yield "--grpo.micro_rows 1", dataclasses.replace(config, grpo=smaller)
-        if not model.lora.rank:
-            for moments in ("bfloat16", "float8"):
-                if (
-                    optimizer.name == "adamw"
-                    and optimizer.moments == {"bfloat16": "float32", "float8": "bfloat16"}[moments]
-                ):
-                    changed = dataclasses.replace(optimizer, moments=moments)
-                    yield f"--optimizer.moments {moments}", dataclasses.replace(config, optimizer=changed)
-    else:
-        free = worst.limit_bytes - worst.bytes_per_chip + worst.kinds.get("keys and values", 0.0)
-        free += worst.kinds.get("keys and values, others", 0.0)
-        gigabytes = math.floor(0.95 * free / 1e8) / 10
-        if gigabytes > 0 and gigabytes != sampling.kv_memory_gb:
-            changed = dataclasses.replace(sampling, kv_memory_gb=gigabytes)
+    """Flags that take memory off a program, those that cost the least first."""
+    model, grpo, optimizer = config.model, config.grpo, config.optimizer
+    at_rest = worst.name == AT_REST
+    if worst.phase == "sample" and not at_rest:
+        pages = worst.kinds.get("keys and values", 0.0) + worst.kinds.get("keys and values, others", 0.0)
+        gigabytes = math.floor(0.95 * (worst.limit_bytes - worst.bytes_per_chip + pages) / 1e8) / 10
+        if 0 < gigabytes != config.sampling.kv_memory_gb:
+            changed = dataclasses.replace(config.sampling, kv_memory_gb=gigabytes)
             yield f"--sampling.kv_memory_gb {gigabytes:g}", dataclasses.replace(config, sampling=changed)
+    if worst.name in ("gradient", "old_logprobs", "reference_logprobs"):
+        if model.remat in ("none", "cheap"):
+            yield "--model.remat all", dataclasses.replace(config, model=dataclasses.replace(model, remat="all"))
+        if grpo.micro_rows > 1:
+            smaller = dataclasses.replace(grpo, micro_rows=1)
+            yield "--grpo.micro_rows 1", dataclasses.replace(config, grpo=smaller)
+    if optimizer.name == "adamw" and optimizer.moments in LIGHTER:
+        changed = dataclasses.replace(optimizer, moments=LIGHTER[optimizer.moments])
+        yield f"--optimizer.moments {changed.moments}", dataclasses.replace(config, optimizer=changed)
     if model.lora.rank and model.lora.base == "plain":
         lora = dataclasses.replace(model.lora, base="int8")
         yield "--model.lora.base int8", dataclasses.replace(config, model=dataclasses.replace(model, lora=lora))
