@@ -97,8 +97,8 @@ def sample_groups(
             if on_rollout is not None:
                 on_rollout(rollout)
     members = [[found[number, sample] for sample in range(samples)] for number in range(len(prompts))]
-    rollouts, scores = ([[member[at] for member in group] for group in members] for at in (0, 1))
-    return Sampled(prompts, rollouts, scores)
+    rollouts = [[rollout for rollout, _ in group] for group in members]
+    return Sampled(prompts, rollouts, [[score for _, score in group] for group in members])
 
 
 def submit(

@@ -34,7 +34,7 @@ def peak_flops(device_kind: str) -> float | None:
     return next((rate for kind, rate in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
 
 
-def forward_flops(arch: Arch, sizes: Iterable[tuple[int, int]]) -> float:
+def forward_flops(arch: Arch, sizes: Iterable[tuple[float, float]]) -> float:
     """Of one forward pass over sequences of (tokens, tokens whose next one is predicted).
 
     Two operations a weight of a matrix and token; attention's two products for every key that a query sees; logits
@@ -57,12 +57,12 @@ def crossover(arch: Arch) -> float:
     return matrices / (arch.layers * arch.heads * arch.head_size)
 
 
-def update_flops(arch: Arch, sizes: Iterable[tuple[int, int]], frozen: bool) -> float:
+def update_flops(arch: Arch, sizes: Iterable[tuple[float, float]], frozen: bool) -> float:
     """Of a forward and backward pass; where the matrices are frozen, no gradient of them is computed."""
     return (2.0 if frozen else 3.0) * forward_flops(arch, sizes)
 
 
-def _pairs(tokens: int, window: int | None) -> float:
+def _pairs(tokens: float, window: int | None) -> float:
     if window is None or window >= tokens:
         return tokens * (tokens + 1) / 2
     return window * (window + 1) / 2 + (tokens - window) * window

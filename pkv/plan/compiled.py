@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 
+from pkv.config import UserError
 from pkv.plan.chips import Slice
 from pkv.plan.collectives import sent_bytes
 from pkv.plan.programs import Task
@@ -57,11 +58,13 @@ def compile_program(task: Task, wanted: Slice) -> Program:
         if temporary is None:
             raise
         return Program(task.name, task.phase, {**kinds, "activations": temporary}, limit, task.flops, {}, math.inf)
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or text is None:
+        raise UserError(f"{task.name}: this version of libtpu tells nothing of memory; install pkv[tpu] anew")
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     odd = memory.argument_size_in_bytes - sum(task.given.values())  # the batch, and what tiles are padded by
     kinds |= {"results": fresh, "activations": memory.temp_size_in_bytes + max(odd, 0.0)}
-    sent = {kind: size * task.times for kind, size in sent_bytes(compiled.as_text()).items()}
+    sent = {kind: size * task.times for kind, size in sent_bytes(text).items()}
     moved = task.times * (memory.argument_size_in_bytes + memory.output_size_in_bytes)
     seconds = max(
         compute_seconds(task.flops, wanted.chips, wanted.chip),

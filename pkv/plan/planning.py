@@ -110,7 +110,7 @@ def described_mesh(config: Config, wanted: Slice) -> Mesh:
     return make_mesh(config.mesh, devices)
 
 
-def _stand_ins(wanted: Slice) -> list[jax.Device]:
+def _stand_ins(wanted: Slice) -> list[Any]:
     with contextlib.suppress(RuntimeError):  # devices are there already: as many as there are
         jax.config.update("jax_num_cpu_devices", max(wanted.chips, 1))
     found = jax.devices("cpu")

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pkv.config import Config, UserError
 from pkv.grpo import Learner
@@ -186,7 +186,7 @@ class Programs:
         return 0.0
 
 
-def policy_shapes(arch: Arch, config: Config, mesh: Mesh | AbstractMesh) -> Params:
+def policy_shapes(arch: Arch, config: Config, mesh: Mesh) -> Params:
     """What `load_policy` would give for training: every array's shape, dtype and place."""
     model = config.model
     if not model.lora.rank:
