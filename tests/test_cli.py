@@ -128,9 +128,9 @@ def test_python_m_pkv_lists_every_command_in_one_sentence(capsys):
         cli.main(["--help"])
     shown = capsys.readouterr().out
     assert not end.value.code
-    for command in ("train", "eval", "sample", "score", "chat", "export", "report", "bench"):
+    for command in ("train", "eval", "sample", "score", "chat", "export", "report", "bench", "plan", "doctor"):
         assert f"• {command}" in shown
-    assert "doctor" not in shown
+    assert "serve" not in shown
 
 
 def test_score_writes_the_contracts_lines_in_order(capsys, tmp_path):

@@ -110,9 +110,10 @@ class Programs:
         length = layout.rounded(layout.row_tokens)
         self.micro = layout.rows(length), length
         held: dict[str, float] = {}
-        if frozen is not None:  # in two layouts, unless they are one
-            copied = not self.engine.lies_right(frozen)
-            held["base"] = bytes_on_chip(frozen) + copied * bytes_on_chip(split(self.sampled)[1])
+        if frozen is not None:
+            held["base"] = bytes_on_chip(frozen)
+            if not self.engine.lies_right(frozen):  # it is there in both layouts
+                held["sampled base"] = bytes_on_chip(split(self.sampled)[1])
         if reference is not None and frozen is None:
             held["reference"] = bytes_on_chip(reference)
         self.state_bytes = {
@@ -120,7 +121,11 @@ class Programs:
             "optimizer": bytes_on_chip(self.state.optimizer),
             **held,
         }
+        # Of what is always there, what the sampler reads: the base, in its own layout if there are two.
+        self._sampled_kinds = [kind for kind in ("sampled base", "base") if kind in held][:1]
         copied = not self.engine.lies_right(trained)
+        if not copied:
+            self._sampled_kinds.append("weights")
         self.sampled_bytes = copied * bytes_on_chip(split(self.sampled)[0])
 
     def update(self) -> Iterator[Task]:
@@ -153,8 +158,10 @@ class Programs:
             done.add(call.name)
             sampled = {"sampled weights": self.sampled_bytes}
             pages = min(call.bytes, stock)
-            given = {"keys and values": pages} | (sampled if call.of_weights else {})
-            beside = {**self.state_bytes, **({} if call.of_weights else sampled)}
+            there = self.state_bytes | sampled
+            read = [*sampled, *self._sampled_kinds] if call.of_weights else []
+            given = {"keys and values": pages} | {kind: there[kind] for kind in read}
+            beside = {kind: size for kind, size in there.items() if kind not in given}
             beside["keys and values, others"] = stock - pages
             yield Task(call.name, "sample", call.lower(programs, self.sampled), given, beside, self._flops(call))
 
