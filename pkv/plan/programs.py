@@ -22,7 +22,6 @@ from pkv.model.arithmetic import forward_flops, update_flops
 from pkv.sampling import Engine, Request, rehearse, row_keys
 
 STOPS = (0,)  # which token ends a response changes no shape
-STATE = ("weights", "base", "optimizer", "reference")  # what a run always holds, by kind
 # Of each program of the trainer, which of a run's kinds are its arguments; `gradient` is there in these alone.
 ARGUMENTS = {
     "init": ("weights",),
