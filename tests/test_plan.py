@@ -25,6 +25,7 @@ from pkv.plan import model_shape, read_slice, work_of
 from pkv.plan.collectives import sent_bytes
 from pkv.plan.compiled import refused_bytes
 from pkv.plan.models import TABLE
+from pkv.plan.planning import described_mesh
 from pkv.plan.programs import Programs, bytes_on_chip, policy_shapes, reference_shapes, sampling_shapes
 from pkv.plan.roofline import ASSUMED, Layout, decode_step_seconds, rows_at_once
 from pkv.plan.search import candidates
@@ -292,6 +293,16 @@ def test_bad_words_are_one_line(capsys):
     ):
         code, out, err = plan(capsys, *words)
         assert code == 2 and said in err and err.count("\n") == 1 and not out
+
+
+@needs_libtpu
+def test_slices_are_described_from_one_chip_to_several_slices():
+    sizes = {"v5e:1x1": (1, 1), "v5p:2x2x1": (1, 4), "2xv5e:2x2": (2, 4)}
+    for name, (data, fsdp) in sizes.items():
+        mesh = described_mesh(config_of(mesh={"data": data, "fsdp": -1, "tensor": 1}), read_slice(name))
+        assert (mesh.shape["data"], mesh.shape["fsdp"]) == (data, fsdp), name
+    with pytest.raises(UserError, match=r"--topology v5e:3x7: cannot be described here"):
+        described_mesh(config_of(), read_slice("v5e:3x7"))
 
 
 @needs_libtpu

@@ -98,7 +98,9 @@ def described_mesh(config: Config, wanted: Slice) -> Mesh:
         return make_mesh(config.mesh, _stand_ins(wanted))
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # there is no TPU here that two processes could fight for
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor a metadata server to be asked
-    more = {"num_slices": wanted.slices} if wanted.slices > 1 else {}
+    more: dict[str, Any] = {"num_slices": wanted.slices} if wanted.slices > 1 else {}
+    if max(wanted.grid) == 1:
+        more["chips_per_host_bounds"] = (1, 1, 1)  # or a machine of four is meant
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=wanted.topology, **more).devices
     except (RuntimeError, NotImplementedError, ValueError) as error:
