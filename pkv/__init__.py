@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pkv.config import Config, UserError, load_config
     from pkv.evaluate.answering import sample
+    from pkv.plan.planning import plan
     from pkv.report import write_report
     from pkv.rewards import score_lines as score
     from pkv.train.loop import train
 
     __version__: str
 
-__all__ = ["Config", "UserError", "__version__", "load_config", "sample", "score", "train", "write_report"]
+__all__ = ["Config", "UserError", "__version__", "load_config", "plan", "sample", "score", "train", "write_report"]
 
 _PLACES = {
     "Config": ("pkv.config", "Config"),
     "UserError": ("pkv.config", "UserError"),
     "load_config": ("pkv.config", "load_config"),
+    "plan": ("pkv.plan", ""),  # the room itself, likewise
     "sample": ("pkv.evaluate.answering", "sample"),
     "score": ("pkv.rewards", "score_lines"),
     "train": ("pkv.train", ""),  # the room itself, which can be called: see pkv/train/__init__.py

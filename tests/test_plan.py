@@ -271,6 +271,13 @@ def test_gpus_are_planned_by_arithmetic_and_the_exit_code_is_the_verdict(capsys)
     assert code == 3 and "Does not fit" in out and "sampling at rest needs" in out
 
 
+def test_the_room_can_be_called():
+    import pkv
+
+    found = pkv.plan(pkv.load_config("qwen2.5-7b"), "h100:8")
+    assert found.fits and found.wanted.chips == 8 and found.hours > 0
+
+
 def test_what_would_fit_is_found_by_trying(capsys):
     words = ["qwen2.5-3b", "--topology", "a100-40gb:2", "--tensor", "2", "--optimizer.moments", "float32"]
     code, out, _ = plan(capsys, *words)

@@ -1,11 +1,14 @@
-"""Will it fit: a run's real programs compiled ahead of time for a slice that is not here, with memory, time and money.
+"""Will it fit: a run's real programs compiled for a slice that is not here, with memory, time and money."""
 
-Scale on paper is a matter of this room too: see BENCHMARKS.md, "On paper".
-"""
+from __future__ import annotations
 
+import sys
+from types import ModuleType
+
+from pkv.config import Config
 from pkv.plan.chips import Slice, read_slice
 from pkv.plan.models import model_shape
-from pkv.plan.planning import Plan, make_plan
+from pkv.plan.planning import Plan, make_plan, plan
 from pkv.plan.programs import Work, work_of
 from pkv.plan.search import nearest, search
 from pkv.plan.table import as_record, in_words
@@ -23,3 +26,13 @@ __all__ = [
     "search",
     "work_of",
 ]
+
+
+class _Room(ModuleType):
+    """This package, which can be called: `pkv.plan(config, "v5e:4x8")` and `pkv.plan.planning` share one name."""
+
+    def __call__(self, config: Config, topology: str, prompt_tokens: int | None = None) -> Plan:
+        return plan(config, topology, prompt_tokens)
+
+
+sys.modules[__name__].__class__ = _Room

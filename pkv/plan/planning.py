@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from pkv.config import Config, UserError
 from pkv.mesh import BATCH_AXES, make_mesh
 from pkv.plan.arithmetic import by_arithmetic
-from pkv.plan.chips import Slice
+from pkv.plan.chips import Slice, read_slice
 from pkv.plan.compiled import Program, compile_program
-from pkv.plan.programs import Programs, Task, Work, bytes_on_chip
+from pkv.plan.models import model_shape
+from pkv.plan.programs import Programs, Task, Work, bytes_on_chip, work_of
 from pkv.plan.roofline import ASSUMED as ASSUMED
 from pkv.plan.roofline import (
     Layout,
@@ -87,6 +88,11 @@ class Plan:
     @property
     def dollars(self) -> float:
         return self.hours * self.wanted.chips * self.wanted.chip.dollars
+
+
+def plan(config: Config, topology: str, prompt_tokens: int | None = None) -> Plan:
+    """The plan of a config's run on a slice such as v5e:4x8. Raises UserError as `make_plan` does."""
+    return make_plan(work_of(config, model_shape(config.model.path), prompt_tokens), read_slice(topology))
 
 
 def described_mesh(config: Config, wanted: Slice) -> Mesh:
