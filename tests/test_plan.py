@@ -27,7 +27,7 @@ from pkv.plan.compiled import refused_bytes
 from pkv.plan.models import TABLE
 from pkv.plan.planning import described_mesh
 from pkv.plan.programs import Programs, bytes_on_chip, policy_shapes, reference_shapes, sampling_shapes
-from pkv.plan.roofline import ASSUMED, Layout, decode_step_seconds, rows_at_once
+from pkv.plan.roofline import ASSUMED, Spread, decode_step_seconds, network_seconds, rows_at_once
 from pkv.plan.search import candidates
 from pkv.sampling import Engine
 
@@ -206,19 +206,30 @@ def test_released_shapes_have_as_many_weights_as_their_names_say():
     assert model_shape("Qwen/Qwen2.5-14B") == family_of(QWEN25_14B).read(QWEN25_14B)
 
 
+SPREAD = Spread(
+    chips=8, shards=4, tensor=2, sequence=1, sampled=1e6, trained=2e6, kv_token=100.0, kv=1e9, micro=(4, 512)
+)
+
+
 def test_rows_decode_as_slots_rows_and_memory_allow():
     work = work_of(config_of(), ARCH)  # 16 rows wanted, 8 slots, over 4 shards
-    layout = Layout(chips=8, shards=4, tensor=2, sequence=1, weights=1e6, kv_token=100.0, kv=1e9)
-    assert rows_at_once(work, layout, 256) == 2
+    assert rows_at_once(work, SPREAD, 256) == 2
     length = 256 + ASSUMED["mean_response"] * 256
-    assert rows_at_once(work, dataclasses.replace(layout, kv=100.0 * length * 1.5), 256) == 1.5
+    assert rows_at_once(work, dataclasses.replace(SPREAD, kv=100.0 * length * 1.5), 256) == 1.5
 
 
 def test_a_decode_step_reads_weights_and_keys_once():
     work, chip = work_of(config_of(), ARCH), read_slice("v5e:2x2").chip
-    layout = Layout(chips=4, shards=4, tensor=1, sequence=1, weights=8e9, kv_token=1000.0, kv=1e9)
-    seconds = decode_step_seconds(work, layout, chip, 2, 300, sent=0.0)
+    alone = dataclasses.replace(SPREAD, tensor=1, sampled=8e9, kv_token=1000.0)
+    seconds = decode_step_seconds(work, alone, chip, 2, 300, sent=0.0)
     assert seconds == pytest.approx((8e9 + 2 * 300 * 1000) / (chip.hbm_gbs * 1e9 * ASSUMED["memory_share"]))
+
+
+def test_slices_add_their_gradients_up_over_their_machines_network():
+    one, two = read_slice("v5e:4x8"), read_slice("2xv5e:4x8")
+    assert network_seconds(SPREAD, one) == 0
+    rate = two.chip.dcn_gbs * 1e9 * ASSUMED["link_share"] / two.chip.host_chips
+    assert network_seconds(SPREAD, two) == pytest.approx(2e6 / rate)
 
 
 def test_meshes_are_tried_from_the_least_sent_on_and_use_every_chip():

@@ -17,7 +17,7 @@ from pkv.model.arithmetic import forward_flops, update_flops
 from pkv.plan.chips import Slice
 from pkv.plan.compiled import Program
 from pkv.plan.programs import Programs, Work
-from pkv.plan.roofline import ASSUMED, compute_seconds
+from pkv.plan.roofline import compute_seconds, memory_rate
 
 SLACK = 0.08  # of a chip's memory: what the driver takes, and what a compiler adds
 STREAMS = {"none": 10.0, "cheap": 4.0, "all": 1.0, "offload": 1.0}  # of D numbers a token and layer that are kept
@@ -92,5 +92,4 @@ def decode_logits(work: Work, mesh: Mesh) -> float:
 
 def _seconds(wanted: Slice, kinds: Mapping[str, float], flops: float) -> float:
     read = sum(size for kind, size in kinds.items() if kind not in ("slack", "keys and values", "activations"))
-    memory = read / (wanted.chip.hbm_gbs * 1e9 * ASSUMED["memory_share"])
-    return max(compute_seconds(flops, wanted.chips, wanted.chip), memory)
+    return max(compute_seconds(flops, wanted.chips, wanted.chip), read / memory_rate(wanted.chip))

@@ -13,7 +13,7 @@ from pkv.config import UserError
 from pkv.plan.chips import Slice
 from pkv.plan.collectives import sent_bytes
 from pkv.plan.programs import Task
-from pkv.plan.roofline import ASSUMED, compute_seconds, link_seconds
+from pkv.plan.roofline import compute_seconds, link_seconds, memory_rate
 
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
 
@@ -68,7 +68,7 @@ def compile_program(task: Task, wanted: Slice) -> Program:
     moved = task.times * (memory.argument_size_in_bytes + memory.output_size_in_bytes)
     seconds = max(
         compute_seconds(task.flops, wanted.chips, wanted.chip),
-        moved / (wanted.chip.hbm_gbs * 1e9 * ASSUMED["memory_share"]),
+        moved / memory_rate(wanted.chip),
     ) + link_seconds(sum(sent.values()), wanted.chip)
     return Program(
         task.name, task.phase, kinds, limit, task.flops, sent, seconds, float(memory.host_temp_size_in_bytes)

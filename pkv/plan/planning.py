@@ -21,26 +21,12 @@ from pkv.plan.chips import Slice, read_slice
 from pkv.plan.compiled import Program, compile_program
 from pkv.plan.models import model_shape
 from pkv.plan.programs import Programs, Task, Work, bytes_on_chip, work_of
-from pkv.plan.roofline import ASSUMED as ASSUMED
-from pkv.plan.roofline import (
-    Layout,
-    Seconds,
-    again,
-    compute_seconds,
-    decode_step_seconds,
-    link_seconds,
-    micro_batches,
-    rollout_flops,
-    rows_at_once,
-    step_flops,
-)
+from pkv.plan.roofline import Seconds, Spread, rows_at_once, step_seconds
 from pkv.sampling.engine import SHARE_OF_FREE
 from pkv.tracking import Progress
 
 FIRST = ("gradient", "apply", "decode")  # what is likeliest not to fit, and costs least to know early
-
-
-AT_REST = "sampling at rest"  # all that is there without a single page
+AT_REST = "sampling at rest"  # all that is there before a row is, and what one row needs
 
 
 @dataclass(frozen=True)
@@ -138,9 +124,9 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
     always = sum(probe.state_bytes.values()) + probe.sampled_bytes
     kv = work.config.sampling.kv_memory_gb * 1e9 or max(0.0, SHARE_OF_FREE * (limit - always))
     found: list[Program] = []
-    whole = kv > 0
-    if not whole:  # not even the state leaves room for anything
-        kinds = probe.state_bytes | {"sampled weights": probe.sampled_bytes}
+    whole = kv >= probe.row_bytes
+    if not whole:  # nothing can be said before there is room for one row
+        kinds = probe.state_bytes | {"sampled weights": probe.sampled_bytes, "keys and values": probe.row_bytes}
         found.append(Program(AT_REST, "sample", kinds, limit, 0.0, {}, 0.0))
     programs = Programs(work, mesh, kv) if whole else probe
     if not wanted.compiles:
@@ -153,10 +139,14 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
             if not patient and not program.fits:
                 whole = False
                 break
-    layout = _layout(work, wanted, mesh, programs, kv)
-    rounds = tuple(_round(work, layout, wanted, programs.micro, found, number) for number in range(len(_rounds(work))))
-    rows = rows_at_once(work, layout, work.longest)
-    return Plan(wanted, dict(mesh.shape), tuple(found), kv, rows, programs.micro, rounds, whole)
+    spread = _spread(wanted, mesh, programs, kv)
+    sent = {program.name: sum(program.sent.values()) for program in found}
+    rounds = []
+    for round_ in (round_ for round_ in work.config.rounds if round_.steps):
+        alone = dataclasses.replace(work, config=dataclasses.replace(work.config, rounds=(round_,)))
+        rounds.append(Round(round_.name, round_.steps, step_seconds(alone, spread, wanted, sent)))
+    rows = rows_at_once(work, spread, work.longest)
+    return Plan(wanted, dict(mesh.shape), tuple(found), kv, rows, programs.micro, tuple(rounds), whole)
 
 
 def _in_order(programs: Programs, rollouts: bool) -> list[Task]:
@@ -166,40 +156,16 @@ def _in_order(programs: Programs, rollouts: bool) -> list[Task]:
     return sorted(tasks, key=lambda task: FIRST.index(task.name) if task.name in FIRST else len(FIRST))
 
 
-def _rounds(work: Work) -> list[Any]:
-    return [round_ for round_ in work.config.rounds if round_.steps]
-
-
-def _layout(work: Work, wanted: Slice, mesh: Mesh, programs: Programs, kv: float) -> Layout:
-    shape = mesh.shape
-    page = programs.engine.programs.page_bytes() / programs.engine.programs.page
-    shards = math.prod(shape[name] for name in BATCH_AXES)
-    weights = bytes_on_chip(programs.sampled)
-    return Layout(wanted.chips, shards, shape["tensor"], shape["sequence"], weights, page / shape["sequence"], kv)
-
-
-def _round(
-    work: Work, layout: Layout, wanted: Slice, micro: tuple[int, int], programs: list[Program], number: int
-) -> Round:
-    """A round's step by roofline, with what the compiled programs send."""
-    round_, chip = _rounds(work)[number], wanted.chip
-    config = dataclasses.replace(work.config, rounds=(round_,))
-    work = dataclasses.replace(work, config=config)
-    budget, by_name = round_.max_new_tokens, {program.name: program for program in programs}
-    sent = {name: sum(program.sent.values()) for name, program in by_name.items()}
-    rows = rows_at_once(work, layout, budget)
-    mean = ASSUMED["mean_response"] * budget
-    length = work.prompt_tokens + mean / 2
-    queue = config.grpo.prompts * work.samples / layout.shards
-    steps = max(float(budget), queue * mean / rows)
-    # A decode program is a segment of so many steps.
-    step_sent = sent.get("decode", 0.0) / config.sampling.segment
-    decode = steps * decode_step_seconds(work, layout, chip, rows, length, step_sent)
-    prompts = rollout_flops(work, 0)
-    count = micro_batches(work, *micro, budget) * config.grpo.epochs
-    update = compute_seconds(step_flops(work, budget) * again(work), wanted.chips, chip)
-    update += count * link_seconds(sent.get("gradient", 0.0), chip)
-    update += sum(by_name[name].seconds_estimate for name in ("apply",) if name in by_name) * work.steps
-    reshard = by_name["reshard"].seconds_estimate if "reshard" in by_name else 0.0
-    prefill = compute_seconds(prompts, wanted.chips, chip)
-    return Round(round_.name, round_.steps, Seconds(prefill, decode, reshard, update))
+def _spread(wanted: Slice, mesh: Mesh, programs: Programs, kv: float) -> Spread:
+    shape, pages = mesh.shape, programs.engine.programs
+    return Spread(
+        wanted.chips,
+        math.prod(shape[name] for name in BATCH_AXES),
+        shape["tensor"],
+        shape["sequence"],
+        bytes_on_chip(programs.sampled),
+        programs.state_bytes["weights"],
+        pages.page_bytes() / pages.page / shape["sequence"],
+        kv,
+        programs.micro,
+    )

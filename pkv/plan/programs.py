@@ -125,6 +125,10 @@ class Programs:
         copied = not self.engine.lies_right(trained)
         if not copied:
             self._sampled_kinds.append("weights")
+        pages = self.engine.programs
+        in_a_row = -(-(work.prompt_tokens + work.longest) // (pages.page * mesh.shape["sequence"]))
+        # Of a row, its pages but the first ones twice: of the prompt and its own; and a segment ahead.
+        self.row_bytes = pages.page_bytes() * (1 + pages.largest_share()) * (in_a_row + 2)
         self.sampled_bytes = copied * bytes_on_chip(split(self.sampled)[0])
 
     def update(self) -> Iterator[Task]:

@@ -5,11 +5,12 @@ Nothing here was measured on the chips it speaks of. `ASSUMED` holds every share
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pkv.model.arithmetic import forward_flops, update_flops
-from pkv.plan.chips import Chip
+from pkv.plan.chips import Chip, Slice
 from pkv.plan.programs import Work
 
 ASSUMED: Mapping[str, float] = {
@@ -23,20 +24,23 @@ ASSUMED: Mapping[str, float] = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class Spread:
     """How work and weights are spread. shards: rows go to so many groups of chips. chips: all of them.
 
-    tensor, sequence: chips of a group that share a row. weights, kv_token: bytes on a chip, of all weights as sampled
-    from, and of a position's keys and values. kv: bytes for keys and values a chip.
+    tensor, sequence: chips of a group that share a row. sampled, trained, kv_token: bytes on a chip, of all weights as
+    sampled from, of those that are trained, and of a position's keys and values. kv: bytes for keys and values a chip.
+    micro: rows and tokens of a micro-batch.
     """
 
     chips: int
     shards: int
     tensor: int
     sequence: int
-    weights: float
+    sampled: float
+    trained: float
     kv_token: float
     kv: float
+    micro: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -53,25 +57,25 @@ class Seconds:
         return self.prefill + self.decode + self.reshard + self.update
 
 
-def rows_at_once(work: Work, layout: Layout, budget: int) -> float:
+def rows_at_once(work: Work, spread: Spread, budget: int) -> float:
     """Rows that a shard decodes at the same time: slots, rows there are, and rows whose keys and values fit."""
     config = work.config
     length = work.prompt_tokens + ASSUMED["mean_response"] * budget
-    wanted = min(config.sampling.slots, config.grpo.prompts * work.samples) / layout.shards
-    return max(1.0, min(wanted, layout.kv / (layout.kv_token * length)))
+    wanted = min(config.sampling.slots, config.grpo.prompts * work.samples) / spread.shards
+    return max(1.0, min(wanted, spread.kv / (spread.kv_token * length)))
 
 
-def decode_step_seconds(work: Work, layout: Layout, chip: Chip, rows: float, length: float, sent: float) -> float:
+def decode_step_seconds(work: Work, spread: Spread, chip: Chip, rows: float, length: float, sent: float) -> float:
     """One token of each of a shard's rows, whose responses are on average at `length`. sent: bytes a chip."""
     one = forward_flops(work.arch, [(length, 1)]) - forward_flops(work.arch, [(length - 1, 0)])
-    compute = rows * one / (layout.tensor * layout.sequence) / (chip.tflops * 1e12 * ASSUMED["matrix_share"])
-    read = (layout.weights + rows * length * layout.kv_token) / (chip.hbm_gbs * 1e9 * ASSUMED["memory_share"])
-    return max(compute, read) + link_seconds(sent, chip, _decode_collectives(work, layout))
+    compute = rows * one / (spread.tensor * spread.sequence) / (chip.tflops * 1e12 * ASSUMED["matrix_share"])
+    read = (spread.sampled + rows * length * spread.kv_token) / memory_rate(chip)
+    return max(compute, read) + link_seconds(sent, chip, _decode_collectives(work, spread))
 
 
-def _decode_collectives(work: Work, layout: Layout) -> int:
+def _decode_collectives(work: Work, spread: Spread) -> int:
     """Two sums over tensor and one merge over sequence in every layer."""
-    return work.arch.layers * (2 * (layout.tensor > 1) + (layout.sequence > 1))
+    return work.arch.layers * (2 * (spread.tensor > 1) + (spread.sequence > 1))
 
 
 def link_seconds(sent: float, chip: Chip, collectives: int = 0) -> float:
@@ -82,15 +86,6 @@ def link_seconds(sent: float, chip: Chip, collectives: int = 0) -> float:
 def compute_seconds(flops: float, chips: int, chip: Chip) -> float:
     """Long products, spread over all chips."""
     return flops / chips / (chip.tflops * 1e12 * ASSUMED["matrix_share"])
-
-
-def rollout_flops(work: Work, budget: int) -> float:
-    """Of a step's prompts and responses, each prompt once."""
-    mean = ASSUMED["mean_response"] * budget
-    prompts, samples = work.config.grpo.prompts, work.samples
-    prompt = forward_flops(work.arch, [(work.prompt_tokens, 0)])
-    whole = forward_flops(work.arch, [(work.prompt_tokens + mean, mean)])
-    return prompts * (prompt + samples * (whole - prompt))
 
 
 def step_flops(work: Work, budget: int) -> float:
@@ -108,7 +103,41 @@ def again(work: Work) -> float:
     return 1 + {"none": 0.0, "cheap": 0.3, "all": 1.0, "offload": 0.3}[work.config.model.remat] / once
 
 
-def micro_batches(work: Work, rows: int, length: int, budget: int) -> float:
+def micro_batches(work: Work, spread: Spread, budget: int) -> float:
     """How many a step has."""
     tokens = work.config.grpo.prompts * work.samples * (work.prompt_tokens + ASSUMED["mean_response"] * budget)
-    return max(1.0, tokens / (rows * length * ASSUMED["packed"]))
+    return max(1.0, tokens / (math.prod(spread.micro) * ASSUMED["packed"]))
+
+
+def network_seconds(spread: Spread, wanted: Slice) -> float:
+    """A micro-batch's gradient, added up over slices by the network that a machine's chips share."""
+    sent = 2 * spread.trained * (wanted.slices - 1) / wanted.slices * wanted.chip.host_chips
+    return sent / (wanted.chip.dcn_gbs * 1e9 * ASSUMED["link_share"])
+
+
+def step_seconds(work: Work, spread: Spread, wanted: Slice, sent: Mapping[str, float]) -> Seconds:
+    """A step of the one round of `work`. sent: bytes from a chip in one call of each program, 0 where not known."""
+    config, chip, budget = work.config, wanted.chip, work.longest
+    rows, mean = rows_at_once(work, spread, budget), ASSUMED["mean_response"] * budget
+    # As many tokens of each place as the queue has, and at least those of the longest response.
+    steps = max(float(budget), config.grpo.prompts * work.samples / spread.shards * mean / rows)
+    token_sent = sent.get("decode", 0.0) / config.sampling.segment  # a call of it is a segment
+    decode = steps * decode_step_seconds(work, spread, chip, rows, work.prompt_tokens + mean / 2, token_sent)
+    prompts = forward_flops(work.arch, [(work.prompt_tokens, 0)] * config.grpo.prompts)
+    update = compute_seconds(step_flops(work, budget) * again(work), wanted.chips, chip)
+    a_micro = link_seconds(sent.get("gradient", 0.0), chip) + network_seconds(spread, wanted)
+    update += micro_batches(work, spread, budget) * config.grpo.epochs * a_micro
+    reshard = link_seconds(sent.get("reshard", 0.0), chip) + spread.sampled / memory_rate(chip)
+    return Seconds(
+        compute_seconds(prompts, wanted.chips, chip), decode, reshard, update + work.steps * apply_seconds(spread, chip)
+    )
+
+
+def apply_seconds(spread: Spread, chip: Chip) -> float:
+    """The optimizer's step: weights, moments and gradient read, the first two written."""
+    return 5 * spread.trained / memory_rate(chip)
+
+
+def memory_rate(chip: Chip) -> float:
+    """Bytes a second that memory gives."""
+    return chip.hbm_gbs * 1e9 * ASSUMED["memory_share"]
