@@ -72,6 +72,8 @@ def in_words(plan: Plan) -> str:
         *_aligned([head, *rows]),
         "",
     ]
+    if not plan.wanted.compiles:
+        lines += ["By arithmetic: nothing was compiled, and what chips send each other is not counted.", ""]
     if plan.fits:
         lines.append(f"Fits, with {margin / GIB:.2f} GiB to spare in {tight.name}, the tightest.")
     else:
