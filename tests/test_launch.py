@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ PYTHON = '#!/bin/bash\n[[ $1 == -c ]] || echo "$PIP_CONSTRAINT $*" >>"$HOME/pip"
 PKV = """#!/bin/bash
 trap 'echo saved; exit 130' TERM
 printf '%q ' "$@"; echo "$JAX_PLATFORMS $EXTRA"
-while [[ $1 == train ]]; do /bin/sleep 0.05; done
+while [[ $1 == train && ! -e $HOME/over ]]; do /bin/sleep 0.05; done
 exit "${1#exit-}"
 """
 
@@ -157,8 +158,10 @@ class Launch:
 
 
 @pytest.fixture
-def launch(repository, tmp_path) -> Launch:
-    return Launch(repository, tmp_path)
+def launch(repository, tmp_path) -> Iterator[Launch]:
+    yield Launch(repository, tmp_path)
+    for home in (tmp_path / "homes").iterdir():
+        (home / "over").touch()  # what still trains there ends
 
 
 HERE = ("--zone", "us-east5-b")
