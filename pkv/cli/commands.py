@@ -274,7 +274,7 @@ class Plan:
     prompt_tokens: int | None = (
         None  # of the longest prompt; what grpo.row_tokens leaves beside a response unless given
     )
-    search: bool = False  # try meshes and micro-batches, the fastest on paper first, until one fits
+    search: bool = False  # try meshes and micro-batches, those that send the least first, until one fits
     prices: str | None = None  # a YAML file of dollars a chip and hour, such as `v5e: 1.20`
     json: bool = False  # JSON only on stdout
 

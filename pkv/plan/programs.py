@@ -26,7 +26,7 @@ STOPS = (0,)  # which token ends a response changes no shape
 ARGUMENTS = {
     "init": ("weights",),
     "old_logprobs": ("weights", "base"),
-    "reference_logprobs": ("reference",),
+    "reference_logprobs": ("reference", "base"),  # whichever there is: of LoRA the base
     "gradient": ("weights", "base", "gradient"),
     "apply": ("weights", "optimizer", "gradient"),
 }

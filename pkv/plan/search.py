@@ -1,9 +1,8 @@
-"""Settings that fit: meshes and micro-batches tried from the fastest on paper, and what to change when nothing does."""
+"""Settings that fit: meshes and micro-batches, those that send the least first, and what to change when none does."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pkv.plan.planning import AT_REST, Plan, make_plan
 from pkv.plan.programs import Work
 
 Say = Callable[[str], None]
-MOST_TRIES = 6  # plans that one search compiles
+MOST_CHANGES = 6  # that `nearest` makes
 LIGHTER = {"float32": "bfloat16", "bfloat16": "float8"}  # moments
 TRIED_TENSOR = (1, 2, 4, 8)  # wider than a machine of 8, sums over tensor cost more than they save
 
@@ -29,8 +28,8 @@ class Change:
 
 
 def search(work: Work, wanted: Slice, say: Say) -> tuple[Plan, tuple[str, ...]] | None:
-    """The first plan that fits, among meshes and micro-batches from the fastest on paper on; None when none does."""
-    for change in itertools.islice(candidates(work, wanted), MOST_TRIES):
+    """The first plan that fits among `candidates`; None when none does."""
+    for change in candidates(work, wanted):
         plan = _try(change, wanted, say)
         if plan is not None and plan.fits:
             return plan, change.flags
@@ -40,7 +39,7 @@ def search(work: Work, wanted: Slice, say: Say) -> tuple[Plan, tuple[str, ...]] 
 def nearest(work: Work, wanted: Slice, failed: Plan, say: Say) -> tuple[Plan, tuple[str, ...]] | None:
     """What to change so that it fits, found by trying: one setting more at a time, those that cost least first."""
     flags: tuple[str, ...] = ()
-    for _ in range(MOST_TRIES):
+    for _ in range(MOST_CHANGES):
         change = _relief(work, failed)
         if change is None:
             return None
