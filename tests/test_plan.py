@@ -22,6 +22,7 @@ from pkv.model import Arch, freezer, init_adapters, init_params, join, param_sha
 from pkv.model.families import family_of
 from pkv.model.layout import by_path
 from pkv.plan import model_shape, read_slice, work_of
+from pkv.plan.arithmetic import activations
 from pkv.plan.collectives import sent_bytes
 from pkv.plan.compiled import refused_bytes
 from pkv.plan.models import TABLE
@@ -147,7 +148,7 @@ def same_places(found, real):
 def test_planned_arrays_are_those_of_a_run(model):
     config = config_of(model=model)
     mesh = make_mesh(config.mesh)
-    planned = Programs(work_of(config, ARCH), mesh, 1e9)
+    planned = Programs(work_of(config, ARCH), mesh)
     real = init_params(ARCH, jax.random.key(0), config.model.dtype if model else "float32", mesh)
     if model:
         keep = freezer(ARCH, config.model.lora.base, mesh)
@@ -186,7 +187,7 @@ def test_planned_updates_are_compiled_of_the_shapes_that_updates_run(loss):
     """Every program of a real update is one that the plan names, with the same arguments: nothing else is compiled."""
     config = config_of(grpo={"loss": loss, "epochs": 2}, model={"dtype": "float32"})
     mesh = make_mesh(config.mesh)
-    planned = Programs(work_of(config, ARCH), mesh, 1e9)
+    planned = Programs(work_of(config, ARCH), mesh)
     tasks = {task.name: task for task in planned.update()}
     wanted = {"init", "old_logprobs", "gradient", "apply"} | ({"reference_logprobs"} if loss else set())
     assert set(tasks) == wanted
@@ -223,6 +224,17 @@ def test_a_decode_step_reads_weights_and_keys_once():
     alone = dataclasses.replace(SPREAD, tensor=1, sampled=8e9, kv_token=1000.0)
     seconds = decode_step_seconds(work, alone, chip, 2, 300, sent=0.0)
     assert seconds == pytest.approx((8e9 + 2 * 300 * 1000) / (chip.hbm_gbs * 1e9 * ASSUMED["memory_share"]))
+
+
+def test_what_waits_on_the_host_is_what_stands_between_layers():
+    """Of 9 layers, one row of 512 tokens a shard and 128 numbers a token, spread over two chips, two bytes each."""
+    kept = {
+        remat: activations(work_of(config_of(model={"remat": remat}), ARCH), SPREAD)
+        for remat in ("none", "cheap", "all", "offload")
+    }
+    assert kept["all"] - kept["offload"] == 9 * 512 * 128 / 2 * 2
+    assert kept["cheap"] - kept["all"] == 9 * 512 * 4 * 16 / 2 * 2  # four heads of 16
+    assert kept["none"] > kept["cheap"]
 
 
 def test_slices_add_their_gradients_up_over_their_machines_network():
@@ -290,7 +302,7 @@ def test_the_room_can_be_called():
 
 
 def test_what_would_fit_is_found_by_trying(capsys):
-    words = ["qwen2.5-3b", "--topology", "a100-40gb:2", "--tensor", "2", "--optimizer.moments", "float32"]
+    words = ["qwen2.5-3b", "--topology", "a100-40gb:2", "--tensor", "2", "--grpo.micro_rows", "16"]
     code, out, _ = plan(capsys, *words)
     assert code == 3 and "It would fit with: --grpo.micro_rows 1" in out
     flags = out.split("It would fit with: ")[1].split()

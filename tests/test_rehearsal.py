@@ -36,7 +36,7 @@ def test_the_sampler_compiles_for_tpu_and_keeps_its_pages_in_place(topology, siz
         }
     )
     mesh = described_mesh(config, read_slice(topology))
-    tasks = Programs(Work(config, ARCH, 300), mesh, 1e9).rollout()
+    tasks = Programs(Work(config, ARCH, 300), mesh).rollout(1e9)
     programs = {task.name: task.lowered.compile() for task in tasks if task.name != "reshard"}
     assert {"decode", "empty", "grow", "prefill", "prefix"} <= set(programs)
     decode = programs["decode"]

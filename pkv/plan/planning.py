@@ -120,18 +120,21 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
     """
     mesh = described_mesh(work.config, wanted)
     limit = wanted.chip.hbm_gib * 2**30
-    probe = Programs(work, mesh, limit)
-    always = sum(probe.state_bytes.values()) + probe.sampled_bytes
+    programs = Programs(work, mesh)
+    always = sum(programs.state_bytes.values()) + programs.sampled_bytes
     kv = work.config.sampling.kv_memory_gb * 1e9 or max(0.0, SHARE_OF_FREE * (limit - always))
     found: list[Program] = []
-    whole = kv >= probe.row_bytes
+    whole = kv >= programs.row_bytes
     if not whole:  # nothing can be said before there is room for one row
-        kinds = probe.state_bytes | {"sampled weights": probe.sampled_bytes, "keys and values": probe.row_bytes}
+        kinds = programs.state_bytes | {
+            "sampled weights": programs.sampled_bytes,
+            "keys and values": programs.row_bytes,
+        }
         found.append(Program(AT_REST, "sample", kinds, limit, 0.0, {}, 0.0))
-    programs = Programs(work, mesh, kv) if whole else probe
-    if not wanted.compiles:
-        found += by_arithmetic(programs, work, wanted, mesh, kv) if whole else []
-    tasks = _in_order(programs, whole) if wanted.compiles else []
+    spread = _spread(wanted, mesh, programs, kv)
+    if whole and not wanted.compiles:
+        found += by_arithmetic(programs, work, wanted, spread)
+    tasks = _in_order(programs, kv if whole else None) if wanted.compiles else []
     with Progress(len(tasks), f"compiling for {wanted.name}") as progress:
         for task in tasks:
             found.append(program := compile_program(task, wanted))
@@ -139,7 +142,6 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
             if not patient and not program.fits:
                 whole = False
                 break
-    spread = _spread(wanted, mesh, programs, kv)
     sent = {program.name: sum(program.sent.values()) for program in found}
     rounds = []
     for round_ in (round_ for round_ in work.config.rounds if round_.steps):
@@ -149,10 +151,11 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
     return Plan(wanted, dict(mesh.shape), tuple(found), kv, rows, programs.micro, tuple(rounds), whole)
 
 
-def _in_order(programs: Programs, rollouts: bool) -> list[Task]:
+def _in_order(programs: Programs, kv: float | None) -> list[Task]:
+    """The trainer's programs and, where there is room for rows, the sampler's."""
     tasks = list(programs.update())
-    if rollouts:
-        tasks += programs.rollout()
+    if kv is not None:
+        tasks += programs.rollout(kv)
     return sorted(tasks, key=lambda task: FIRST.index(task.name) if task.name in FIRST else len(FIRST))
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pkv.config import Config, UserError
+from pkv.config import Config, SamplingConfig, UserError
 from pkv.grpo import Learner
 from pkv.mesh import TRAINING_RULES, shardings
 from pkv.model import Arch, Params, freezer, init_adapters, join, param_shapes, split, weight_axes
@@ -91,20 +91,18 @@ class Task:
 class Programs:
     """Learner and engine of a run on a mesh of devices that may be described only."""
 
-    def __init__(self, work: Work, mesh: Mesh, kv_memory: float) -> None:
-        """kv_memory: bytes of a device for keys and values."""
+    def __init__(self, work: Work, mesh: Mesh) -> None:
         config = work.config
-        self._work, self._arch = work, work.arch.for_context(config.grpo.row_tokens)
-        sampling = dataclasses.replace(config.sampling, kv_memory_gb=kv_memory / 1e9)
+        self._work, self._mesh, self._arch = work, mesh, work.arch.for_context(config.grpo.row_tokens)
         self.policy, reference = policy_shapes(self._arch, config, mesh), None
         trained, frozen = split(self.policy)
         if config.grpo.loss.kl_weight > 0:
             reference = reference_shapes(self.policy, config.model.dtype)
-        self.engine = Engine(self._arch, sampling, STOPS, mesh, config.model.dtype)
+        self.engine = self._engine(config.sampling)
         self.learner = Learner(self._arch, config.model, config.optimizer, mesh, frozen, reference)
         self.state = self.learner.template(self.policy)
         self.sampled = sampling_shapes(self.engine, self.policy)
-        self._trained, self._kv = trained, kv_memory
+        self._trained = trained
         layout = self.learner.layout(config.grpo, work.longest)
         length = layout.rounded(layout.row_tokens)
         self.micro = layout.rows(length), length
@@ -145,17 +143,18 @@ class Programs:
                 beside.pop("optimizer")  # what it makes
             yield Task(name, "update", lowered, given, beside, flops.get(name, 0.0))
 
-    def rollout(self) -> Iterator[Task]:
+    def rollout(self, kv: float) -> Iterator[Task]:
         """The sampler's programs, each in the largest shape that a step's rollouts ask for.
 
-        Raises UserError for a request that the memory can't hold.
+        kv: bytes of a chip for keys and values. Raises UserError for a request that the memory can't hold.
         """
         programs, twice = self.engine.programs, self.engine.programs.largest_share()
         if self.sampled_bytes:
             yield self._reshard()
-        stock = self._kv / (1 + twice)  # the limit holds what is there twice while a stock changes its size
+        stock = kv / (1 + twice)  # the limit holds what is there twice while a stock changes its size
         done = set()
-        for call in rehearse(self.engine, requests(self._work)):
+        limited = dataclasses.replace(self._work.config.sampling, kv_memory_gb=kv / 1e9)
+        for call in rehearse(self._engine(limited), requests(self._work)):
             if call.name in done:
                 continue
             done.add(call.name)
@@ -167,6 +166,9 @@ class Programs:
             beside = {kind: size for kind, size in there.items() if kind not in given}
             beside["keys and values, others"] = stock - pages
             yield Task(call.name, "sample", call.lower(programs, self.sampled), given, beside, self._flops(call))
+
+    def _engine(self, sampling: SamplingConfig) -> Engine:
+        return Engine(self._arch, sampling, STOPS, self._mesh, self._work.config.model.dtype)
 
     def _reshard(self) -> Task:
         """The largest array of the weights into the sampling layout, when all others are there already."""
