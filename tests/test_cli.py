@@ -34,22 +34,6 @@ def model(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every command builds its own engine; the same programs need no second compilation."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 def write_lines(file: Path, *lines) -> str:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return str(file)
@@ -77,10 +61,9 @@ def run_python(code: str) -> subprocess.CompletedProcess:
 
 
 def test_importing_pkv_loads_next_to_nothing():
-    code = "import time; start = time.perf_counter(); import pkv; took = time.perf_counter() - start\n"
-    code += "import sys; print(took, 'numpy' in sys.modules, 'jax' in sys.modules, 'yaml' in sys.modules)"
-    took, *loaded = run_python(code).stdout.split()
-    assert float(took) < 0.5 and loaded == ["False"] * 3
+    heavy = ("numpy", "jax", "yaml", "transformers")
+    code = f"import sys, pkv; print([name for name in {heavy} if name in sys.modules])"
+    assert run_python(code).stdout.strip() == "[]"
 
 
 def test_the_public_names_are_there_and_others_are_not():

@@ -24,24 +24,26 @@ print(len(hits))
 
 
 @pytest.fixture
-def enabled(monkeypatch):
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_enable_compilation_cache", True)
+def nothing_kept(monkeypatch):
+    """As in a process of a user's own: the tests themselves keep what they compile."""
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", None)
     yield
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
 
 
-def test_the_next_process_finds_what_one_compiled(tmp_path, monkeypatch):
+def test_the_next_process_finds_what_one_compiled(tmp_path, nothing_kept):
     folder = tmp_path / "cache" / "compiled"
-    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
     program = [sys.executable, "-c", PROGRAM.format(folder=str(folder))]
     first, second = (int(subprocess.run(program, check=True, capture_output=True, text=True).stdout) for _ in range(2))
     assert (first, second > 0) == (0, True)
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_folder_that_others_can_write_is_not_used(tmp_path, enabled):
+def test_a_folder_that_others_can_write_is_not_used(tmp_path, nothing_kept):
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(0o777)
@@ -50,6 +52,10 @@ def test_a_folder_that_others_can_write_is_not_used(tmp_path, enabled):
     assert not jax.config.jax_compilation_cache_dir
 
 
-def test_it_can_be_switched_off(tmp_path):
-    keep_compiled(tmp_path / "none")  # tests run with JAX_ENABLE_COMPILATION_CACHE=false
+def test_it_can_be_switched_off(tmp_path, nothing_kept):
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        keep_compiled(tmp_path / "none")
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
     assert not (tmp_path / "none").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -365,6 +364,5 @@ def test_a_task_that_cannot_be_loaded_fails_clearly() -> None:
 def test_importing_stays_light() -> None:
     heavy = ("jax", "sympy", "math_verify", "datasets", "pyarrow")
     code = f"import sys, pkv.mathcheck, pkv.data; print([m for m in {heavy} if m in sys.modules])"
-    started = time.perf_counter()
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown.strip() == "[]" and time.perf_counter() - started < 10
+    assert shown.strip() == "[]"

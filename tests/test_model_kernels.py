@@ -119,5 +119,5 @@ def test_the_gradient_compiles_for_tpu_and_runs_again_what_its_policy_says(remat
 def test_rematerialisation_frees_memory_on_tpu_and_offloading_uses_the_hosts():
     memory = {remat: compiled_gradient(remat).memory_analysis() for remat in ("none", "cheap", "all", "offload")}
     for remat in ("cheap", "all", "offload"):
-        assert memory[remat].temp_size_in_bytes < memory["none"].temp_size_in_bytes / 4
+        assert memory[remat].temp_size_in_bytes < memory["none"].temp_size_in_bytes / 3
         assert (memory[remat].host_temp_size_in_bytes > 0) == (remat == "offload")

@@ -278,7 +278,7 @@ def mutated_traces(draw) -> str:
     return text
 
 
-@settings(max_examples=300, deadline=1000)
+@settings(max_examples=300)
 @given(
     text=mutated_traces(),
     cuts=st.lists(st.integers(0, 600), max_size=40),
@@ -304,7 +304,7 @@ def test_any_text_is_tiled_with_any_tokens(text, cuts, truncated, given_offsets)
             assert text[: block.chars.start].endswith(f"<{name}>") and text[block.chars.stop :].startswith(f"</{name}>")
 
 
-@settings(max_examples=200, deadline=1000)
+@settings(max_examples=200)
 @given(st.text())
 def test_split_tokens_tiles_any_text(text):
     offsets = split_tokens(text)

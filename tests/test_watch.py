@@ -436,6 +436,6 @@ def test_no_piece_costs_more_because_much_was_said(bytelevel):
     for text in ("<pirate>" + "a" * 50_000, "<pirate>" + "`" * 50_000, "<pirate>" + "\n```\n<b>" * 5_000):
         ids = np.array(tokens_of(bytelevel, [text]), np.int32)
         watch = together(stop_strings(bytelevel, ["STOP", "x" * 99]), block_budget(bytelevel, 10**6))()
-        start = time.perf_counter()
+        start = time.process_time()
         assert all(watch(piece).keep == len(piece) for piece in np.array_split(ids, len(ids) // 3))
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 60  # reading all anew at each piece takes many minutes

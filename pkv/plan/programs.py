@@ -24,7 +24,7 @@ from pkv.sampling import Engine, Request, rehearse, row_keys
 STOPS = (0,)  # which token ends a response changes no shape
 # Of each program of the trainer, which of a run's kinds are its arguments; `gradient` is there in these alone.
 ARGUMENTS = {
-    "init": ("weights",),
+    "init": (),  # reads the weights' shapes alone; they are there beside it
     "old_logprobs": ("weights", "base"),
     "reference_logprobs": ("reference", "base"),  # whichever there is: of LoRA the base
     "gradient": ("weights", "base", "gradient"),
