@@ -1,15 +1,17 @@
 """State on disk, and the only door to Orbax: whole steps, verified by sha256 before they are used.
 
     FOLDER/STEP/state/         the arrays, in Orbax's format, under flat names such as "params.layers.wq"
-    FOLDER/STEP/beside.npz     arrays that go with the state, of any size; not there when there are none
+    FOLDER/STEP/beside-0.npz   arrays of host 0 that go with the state, of any size; not there when there are none
     FOLDER/STEP/manifest.json  size and sha256 of every file, shape and dtype of every array, versions, the `meta`
 
 Orbax alone restores flipped bits silently and takes an empty step folder for a checkpoint. So a step counts only when
-its manifest is there and agrees with every file. One process writes; steps of several hosts are not its matter.
+its manifest is there and agrees with every file. Several hosts write into one directory, which all must see: each its
+own part of the arrays, the first one the manifest when all are through.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import importlib.metadata
 import json
@@ -24,10 +26,10 @@ import jax
 import numpy as np
 
 from pkv.config import UserError
+from pkv.hosts import gather, leads
 
 MANIFEST = "manifest.json"
 _STATE = "state"
-_BESIDE = "beside.npz"
 _FORMAT = 1
 _PACKAGES = ("pkv", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 
@@ -47,7 +49,7 @@ def save(
     """Write FOLDER/STEP in one piece, then remove all but the newest `keep` steps up to it.
 
     state: a pytree of arrays; scalars are stored as arrays of shape []. meta: small and JSON-able. beside: numbers
-    that no template says the size of when they are read.
+    that no template says the size of when they are read, this host's own. All hosts call this together.
     A process that is killed here leaves the older steps whole and no half of this one.
     """
     import orbax.checkpoint as ocp
@@ -55,18 +57,23 @@ def save(
     if step < 0 or keep < 1:
         raise ValueError(f"expected step >= 0 and keep >= 1, got step {step} and keep {keep}")
     folder = Path(folder).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".*.tmp"):  # what a killed save left
-        shutil.rmtree(stale)
-    arrays = {name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for name, leaf in _flatten(state).items()}
     partial = folder / f".{step}.tmp"
-    partial.mkdir()
+    if leads():
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".*.tmp"):  # what a killed save left
+            shutil.rmtree(stale)
+        partial.mkdir()
+    gather("ready")
+    arrays = {name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for name, leaf in _flatten(state).items()}
     ocp.PyTreeCheckpointer().save(partial / _STATE, arrays)
     if beside:
-        np.savez(partial / _BESIDE, allow_pickle=False, **beside)
-    _write_manifest(partial, step, arrays, meta)
-    _rename_over(partial, folder / str(step))
-    _remove_old(folder, step, keep)
+        np.savez(partial / _beside(jax.process_index()), allow_pickle=False, **beside)
+    gather("written")
+    if leads():
+        _write_manifest(partial, step, arrays, meta)
+        _rename_over(partial, folder / str(step))
+        _remove_old(folder, step, keep)
+    gather("named")
 
 
 def latest(folder: Path) -> int | None:
@@ -113,12 +120,24 @@ def restore(folder: Path, step: int, template: Any, under: str = "") -> tuple[An
 
 
 def read_beside(folder: Path, step: int) -> dict[str, np.ndarray]:
-    """What was saved beside a step's state, by name; none where nothing was. Raises CheckpointError like `verify`."""
-    path = Path(folder) / str(step) / _BESIDE
-    if _BESIDE not in verify(folder, step)["files"]:
+    """What this host saved beside a step's state, by name; none where nothing was.
+
+    Raises CheckpointError like `verify`, and where another number of hosts saved it.
+    """
+    kept = [name for name in verify(folder, step)["files"] if fnmatch.fnmatch(name, _beside("*"))]
+    if not kept:
         return {}
-    with np.load(path, allow_pickle=False) as arrays:
+    if len(kept) != jax.process_count():
+        raise CheckpointError(
+            f"{folder}/{step}: {len(kept)} hosts left rollouts there, {jax.process_count()} would go on; use as many, "
+            "or an older checkpoint"
+        )
+    with np.load(Path(folder) / str(step) / _beside(jax.process_index()), allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+def _beside(host: int | str) -> str:
+    return f"beside-{host}.npz"
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

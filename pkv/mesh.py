@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -52,7 +53,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp, sequence and tensor; one size may be -1: what is left. Raises UserError.
 
     Of several slices, which only a data centre's network joins, each has whole copies of what is sharded: the data axis
-    goes over them first, and all others stay within one.
+    goes over them first, and all others stay within one. A host's devices are next to each other.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in AXES}
@@ -71,18 +72,59 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise UserError(
             f"mesh: {text} = {taken} does not fit on {len(devices)} devices; choose sizes that multiply to it"
         )
-    kinds = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
-    if sizes["data"] % slices:
+    places = _arrange(tuple(sizes.values()), devices, ("slice_index", "process_index"))
+    return Mesh(places, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(sizes: tuple[int, ...], devices: Sequence[Any], parts: tuple[str, ...]) -> np.ndarray:
+    """Devices as an array of the mesh's sizes: slices apart along data, and hosts along data and fsdp.
+
+    So a host's devices are a block of the mesh with whole sequence and tensor axes, wherever that is possible: it
+    samples by itself. parts: by which attributes devices are still to be told apart.
+    """
+    if not parts:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    by_part: dict[int, list[Any]] = {}
+    for device in devices:
+        by_part.setdefault(getattr(device, parts[0], 0), []).append(device)
+    count, (data, fsdp, *inner) = len(by_part), sizes
+    over_data = math.gcd(count, data)
+    over_fsdp = count // over_data
+    if parts[0] == "slice_index" and over_fsdp > 1:
         raise UserError(
-            f"mesh.data: {sizes['data']} is not divisible by {slices} slices; give it a multiple, or -1, since the "
+            f"mesh.data: {data} is not divisible by {count} slices; give it a multiple, or -1, since the "
             "other axes stay within a slice"
         )
-    inside = (sizes["data"] // slices, *(sizes[name] for name in AXES[1:]))
-    places = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices)
-    return Mesh(places, AXES, axis_types=kinds)
+    if fsdp % over_fsdp or len({len(part) for part in by_part.values()}) > 1:
+        return _arrange(sizes, devices, parts[1:])
+    inside = (data // over_data, fsdp // over_fsdp, *inner)
+    arranged = [_arrange(inside, part, parts[1:]) for _, part in sorted(by_part.items())]
+    grid = np.array(arranged, object).reshape(over_data, over_fsdp, *inside)
+    return np.moveaxis(grid, 1, 2).reshape(sizes)
+
+
+def own_part(mesh: Mesh) -> Mesh:
+    """The mesh of this host's own devices, on which it samples. Raises UserError where a row needs those of several."""
+    if jax.process_count() == 1:
+        return mesh
+    mine = np.vectorize(lambda device: device.process_index == jax.process_index(), otypes=[bool])(mesh.devices)
+    block = mesh.devices[np.ix_(*(np.unique(places) for places in np.nonzero(mine)))]
+    if block.size != mine.sum() or block.shape[2:] != mesh.devices.shape[2:]:
+        ways = mesh.shape[TIME_AXIS] * mesh.shape["tensor"]
+        raise UserError(
+            f"mesh: sequence × tensor = {ways} need devices of several hosts, and a host of {mine.sum()} samples by "
+            "itself; make them a divisor of that"
+        )
+    return Mesh(block, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def on_own_part(array: jax.Array, own: Mesh) -> jax.Array:
+    """What `own_part` holds of an array that lies alike on every host: the same memory, seen as an array there."""
+    if not isinstance(array.sharding, NamedSharding):
+        raise TypeError(f"an array on a mesh is expected, got one on {array.sharding}")
+    place = NamedSharding(own, array.sharding.spec)
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, place, shards)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pkv.competition import compose, parse
-from pkv.evaluate import summarise
+from pkv.evaluate import measured, summarise
 from pkv.records import FIGHTERS, Group, Problem, Prompt, Rollout
 from pkv.rewards import Scorer
 
@@ -36,20 +36,21 @@ def scorer():
 def test_a_judge_that_always_names_the_same_one_is_biased_and_an_even_one_is_not(scorer):
     always = group(scorer, (7, 7, 7), ["knight"] * 6)
     turns = group(scorer, (7, 7, 7), [name for name, _ in zip(cycle(FIGHTERS), range(6))])
-    assert summarise([always])["judge/position_bias"] == pytest.approx(2 / 3)
-    assert summarise([always])["judge/winner_entropy"] == 0
-    assert summarise([turns])["judge/position_bias"] == pytest.approx(0)
+    assert summarise(measured([always]))["judge/position_bias"] == pytest.approx(2 / 3)
+    assert summarise(measured([always]))["judge/winner_entropy"] == 0
+    assert summarise(measured([turns]))["judge/position_bias"] == pytest.approx(0)
 
 
 def test_naming_the_only_right_fighter_is_merit_and_no_bias(scorer):
     merit = group(scorer, (8, 7, 9), ["knight"] * 6)
     turns = group(scorer, (7, 7, 7), list(FIGHTERS))
-    assert "judge/position_bias" not in summarise([merit])
-    metrics = summarise([merit, turns])
+    assert "judge/position_bias" not in summarise(measured([merit]))
+    metrics = summarise(measured([merit, turns]))
     assert metrics["judge/position_bias"] == pytest.approx(0)
     assert metrics["judge/right"] == 1
     assert metrics["judge/gain"] == pytest.approx((6 * 2 / 3 + 3 * 0) / 9)
 
 
 def test_always_wrong_fighters_show_a_bias_too(scorer):
-    assert summarise([group(scorer, (1, 2, 3), ["viking"] * 3)])["judge/position_bias"] == pytest.approx(2 / 3)
+    wrong = group(scorer, (1, 2, 3), ["viking"] * 3)
+    assert summarise(measured([wrong]))["judge/position_bias"] == pytest.approx(2 / 3)

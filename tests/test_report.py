@@ -13,7 +13,7 @@ from pkv.competition import compose
 from pkv.config import UserError
 from pkv.report import write_report
 from pkv.report.reading import charts, read_run
-from pkv.tracking import Tracker
+from pkv.tracking import Tracker, write_rollouts
 
 ROUNDS = (("format", 20), ("aha", 20), ("longer", 20))
 WARMUP_STEPS = 150
@@ -63,7 +63,8 @@ def write_run(folder, question="A hive gives wax for 4 candles. How many hives f
                 )
                 step += 1
         sample = {"problem_id": "p", "question": question, "gold": "24", "sample": 0, "finish": "stop", "tokens": [1]}
-        tracker.rollouts(
+        write_rollouts(
+            folder,
             step - 1,
             [
                 sample | {"text": text or competition("24"), "total": 3.0, "rewards": {"correctness": 1.0}},

@@ -15,7 +15,7 @@ from tensorboard import plugin_util
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pkv.config import UserError
-from pkv.tracking import Progress, Tracker, cut_lines
+from pkv.tracking import Progress, Tracker, cut_lines, write_rollouts
 from pkv.tracking.tracker import LAYOUT, as_literal_markdown
 
 
@@ -91,7 +91,7 @@ def test_killed_and_resumed_files_are_those_of_a_run_never_killed(tmp_path):
             tracker = Tracker(tmp_path / name, resume_step=start)
             for step in range(start, stop):
                 tracker.log(step, metrics_of(step))
-                tracker.rollouts(step, [row_of(0)])
+                write_rollouts(tmp_path / name, step, [row_of(0)])
             tracker.close()
             if resume is not None:
                 with (tmp_path / name / "metrics.jsonl").open("a") as file:
@@ -106,11 +106,14 @@ def test_killed_and_resumed_files_are_those_of_a_run_never_killed(tmp_path):
 
 
 def test_resuming_removes_rollouts_that_will_be_made_again(tmp_path):
-    with Tracker(tmp_path) as tracker:
-        for step in (1, 2, 3):
-            tracker.rollouts(step, [row_of(0)])
+    for step in (1, 2, 3):
+        for host in (0, 1):
+            write_rollouts(tmp_path, step, [row_of(0)], host)
     Tracker(tmp_path, resume_step=2).close()
-    assert [file.name for file in (tmp_path / "rollouts").iterdir()] == ["step-000001.parquet"]
+    assert sorted(file.name for file in (tmp_path / "rollouts").iterdir()) == [
+        "step-000001-host-1.parquet",
+        "step-000001.parquet",
+    ]
 
 
 def test_a_broken_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path):
@@ -122,9 +125,8 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path):
 
 
 def test_rollouts_come_back_from_parquet(tmp_path):
-    with Tracker(tmp_path) as tracker:
-        file = tracker.rollouts(123, [row_of(0), row_of(1) | {"rewards": {"extra": 2.0}, "errors": []}])
-        empty = tracker.rollouts(124, [])
+    file = write_rollouts(tmp_path, 123, [row_of(0), row_of(1) | {"rewards": {"extra": 2.0}, "errors": []}])
+    empty = write_rollouts(tmp_path, 124, [])
     assert file == tmp_path / "rollouts" / "step-000123.parquet"
     assert sorted(f.name for f in file.parent.iterdir()) == ["step-000123.parquet", "step-000124.parquet"]
     first, second = parquet.read_table(file).to_pylist()

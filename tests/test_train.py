@@ -18,17 +18,17 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import yaml
+from tiny_run import make_config
 
 from pkv import checkpoint
-from pkv.competition import Tokenizer, train_tokenizer
-from pkv.config import RoundConfig, UserError, WarmupConfig, load_config
+from pkv.competition import Tokenizer
+from pkv.config import RoundConfig, UserError, load_config
 from pkv.data.arithmetic import problems
 from pkv.evaluate import Sampled, load_policy
 from pkv.mesh import make_mesh
 from pkv.model import read_config, split
 from pkv.records import Prompt, Rollout
 from pkv.train import loop
-from pkv.train.demonstrations import demonstrate
 from pkv.train.interrupts import stop_requests
 from pkv.train.journal import check_stepped
 from pkv.train.loop import train
@@ -39,59 +39,10 @@ from pkv.train.summary import closing_summary
 from pkv.train.waiting import as_arrays, from_arrays
 from pkv.train.warmup import demonstrations
 
-VARIED = """
-def varied(problem, trace):
-    return sum(map(ord, trace.text)) % 7 / 7
-
-def rewards():
-    return {"varied": ("trace", varied)}
-"""
-
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    import random
-
-    draw = random.Random(0)
-    texts = [demonstrate(problem, draw, WarmupConfig()) for problem in problems("train", 200)]
-    train_tokenizer(texts, 600, folder / "model")
-    model = {
-        "model_type": "qwen2",
-        "vocab_size": 640,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-    }
-    (folder / "model" / "config.json").write_text(json.dumps(model))
-    config = {
-        "model": {"path": "model", "init": "random"},
-        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
-        "prompt": {"system": "brief"},
-        "sampling": {"slots": 8, "segment": 8, "page_tokens": 64},
-        "rewards": {"workers": 0, "user_files": ["varied.py"]},
-        "grpo": {"prompts": 2, "samples": 4, "row_tokens": 512, "micro_rows": 4},
-        "warmup": {"steps": 2, "demonstrations": 4, "learning_rate": 1e-2},
-        "evaluate": {"problems": 2, "shown": 2},
-        "checkpoint": {"every": 1, "keep": 9},
-        "rounds": [
-            {
-                "name": "first",
-                "steps": 2,
-                "max_new_tokens": 24,
-                "weights": {"length": 1.0, "format": 1.0, "varied": 1.0},
-            },
-            {"name": "second", "steps": 1, "max_new_tokens": 32, "weights": {"length": 1.0, "varied": 1.0}},
-        ],
-    }
-    # What random weights say earns nothing: without a reward that differs nothing would be trained on at all.
-    (folder / "varied.py").write_text(VARIED)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    return folder / "config.yaml"
+    return make_config(tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ Training and evaluation share the same sampler, prompt, parser and rewards becau
 """
 
 from pkv.evaluate.groups import Sampled, Source, render_prompts, requests_for, sample_groups, submit
-from pkv.evaluate.measures import Evaluation, evaluate, summarise
+from pkv.evaluate.measures import Evaluation, Row, evaluate, measured, summarise
 from pkv.evaluate.policy import MADE_WITH, RUN_MODEL, SYSTEM_FILE, Policy, base_of, load_policy, load_trained
 
 __all__ = [
@@ -13,12 +13,14 @@ __all__ = [
     "SYSTEM_FILE",
     "Evaluation",
     "Policy",
+    "Row",
     "Sampled",
     "Source",
     "base_of",
     "evaluate",
     "load_policy",
     "load_trained",
+    "measured",
     "render_prompts",
     "requests_for",
     "sample_groups",

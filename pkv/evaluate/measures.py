@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pkv.evaluate.groups import Source, sample_groups
-from pkv.records import FIGHTERS, Group, Prompt, Scorecard
+from pkv.hosts import share, together
+from pkv.records import FIGHTERS, Group, Prompt
 from pkv.rewards import ScoringPool
 
 JUDGE = ("any_right", "majority_right", "right", "disagree", "gain")
+OVERLAPS = ("overlap/knight_pirate", "overlap/viking_pirate", "overlap/viking_knight")
+LENGTHS = tuple(f"length/{name}" for name in (*FIGHTERS, "result", "answer"))
+FACTS = ("winner", *OVERLAPS, *LENGTHS, *(f"judge/{name}" for name in JUDGE))
+
+Row = Mapping[str, Any]  # of one rollout, from `measured`
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: by name. groups: what was said."""
+    """metrics: by name, of all prompts. groups: what was said to this host's share of them."""
 
     metrics: dict[str, float]
     groups: list[Group]
@@ -35,10 +41,10 @@ def evaluate(
     seed: int,
     on_rollout: Any = None,
 ) -> Evaluation:
-    """Answer every prompt `samples` times and measure the answers."""
+    """Answer every prompt `samples` times and measure the answers; each host has its share of the prompts."""
     groups = sample_groups(
         source,
-        prompts,
+        share(prompts),
         samples=samples,
         max_new_tokens=max_new_tokens,
         seed=seed,
@@ -46,10 +52,32 @@ def evaluate(
         scoring=scoring,
         on_rollout=on_rollout,
     ).scored()
-    return Evaluation(summarise(groups), groups)
+    return Evaluation(summarise(together(measured(groups))), groups)
 
 
-def summarise(groups: Sequence[Group]) -> dict[str, float]:
+def measured(groups: Sequence[Group]) -> list[Row]:
+    """Plain numbers of every rollout: all that metrics need of it, and what hosts tell each other.
+
+    rewards: name -> value or None. failed: name -> why. facts: some of the scorecard's. kl_policy: nats a token.
+    """
+    return [
+        {
+            "problem": group.prompt.problem.id,
+            "total": card.total,
+            "rewards": {name: reward.value for name, reward in card.rewards.items()},
+            "failed": {name: card.rewards[name].detail for name in card.unscored},
+            "facts": {name: card.facts[name] for name in FACTS},
+            "tokens": len(rollout.tokens),
+            "finish": rollout.finish,
+            "policy_step": rollout.policy_step,
+            "kl_policy": float(np.mean(rollout.logprobs - rollout.policy_logprobs)),
+        }
+        for group in groups
+        for rollout, card in zip(group.rollouts, group.cards, strict=True)
+    ]
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, float]:
     """Means over all rollouts; a reward's mean is over those that it applies to, and a name without any is left out.
 
     accuracy: share of right final answers. format: share with all tags in order. overlap/<fighter>: with what it
@@ -58,38 +86,33 @@ def summarise(groups: Sequence[Group]) -> dict[str, float]:
     judge/position_bias: how far the winners are from an even draw where merit doesn't tell the fighters apart, all of
     them being right or all wrong (total variation; 0 even, 2/3 always the same one).
     """
-    cards = [card for group in groups for card in group.cards]
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    facts = [row["facts"] for row in rows]
     found: dict[str, float | None] = {
-        "accuracy": _mean(_at_least(card, "correctness", 1.0) for card in cards),
-        "format": _mean(_at_least(card, "competition_format", 0.5) for card in cards),
-        "reward/total": _mean(card.total for card in cards),
-        "unscored": _mean(float(bool(card.unscored)) for card in cards),
-        "length/tokens": _mean(len(rollout.tokens) for rollout in rollouts),
-        "length/terminated": _mean(len(rollout.tokens) for rollout in rollouts if rollout.finish != "length"),
-        "truncated": _mean(float(rollout.finish == "length") for rollout in rollouts),
-        "overlap/knight": _mean(card.facts["overlap/knight_pirate"] for card in cards),
-        "overlap/viking": _mean(
-            max(card.facts["overlap/viking_pirate"], card.facts["overlap/viking_knight"]) for card in cards
-        ),
-        "sampler/kl_policy": _mean(float(np.mean(r.logprobs - r.policy_logprobs)) for r in rollouts),
+        "accuracy": _mean(_at_least(row, "correctness", 1.0) for row in rows),
+        "format": _mean(_at_least(row, "competition_format", 0.5) for row in rows),
+        "reward/total": _mean(row["total"] for row in rows),
+        "unscored": _mean(float(bool(row["failed"])) for row in rows),
+        "length/tokens": _mean(row["tokens"] for row in rows),
+        "length/terminated": _mean(row["tokens"] for row in rows if row["finish"] != "length"),
+        "truncated": _mean(float(row["finish"] == "length") for row in rows),
+        "overlap/knight": _mean(fact["overlap/knight_pirate"] for fact in facts),
+        "overlap/viking": _mean(max(fact["overlap/viking_pirate"], fact["overlap/viking_knight"]) for fact in facts),
+        "sampler/kl_policy": _mean(row["kl_policy"] for row in rows),
     }
-    for name in cards[0].rewards if cards else ():
-        found[f"reward/{name}"] = _mean(card.rewards[name].value for card in cards)
-    for name in (*FIGHTERS, "result", "answer"):
-        found[f"length/{name}"] = _mean(card.facts[f"length/{name}"] for card in cards)
-    for name in JUDGE:
-        found[f"judge/{name}"] = _mean(card.facts[f"judge/{name}"] for card in cards)
-    winners = Counter(card.facts["winner"] for card in cards if card.facts["winner"])
+    for name in rows[0]["rewards"] if rows else ():
+        found[f"reward/{name}"] = _mean(row["rewards"][name] for row in rows)
+    for name in (*LENGTHS, *(f"judge/{name}" for name in JUDGE)):
+        found[name] = _mean(fact[name] for fact in facts)
+    winners = _winners(facts)
     for name in FIGHTERS:
         found[f"judge/winner_{name}"] = winners[name] / winners.total() if winners else None
     found["judge/winner_entropy"] = _entropy(winners)
-    found["judge/position_bias"] = _position_bias(card for card in cards if card.facts["judge/disagree"] is False)
+    found["judge/position_bias"] = _position_bias([fact for fact in facts if fact["judge/disagree"] is False])
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _at_least(card: Scorecard, name: str, least: float) -> float | None:
-    value = card.rewards[name].value
+def _at_least(row: Row, name: str, least: float) -> float | None:
+    value = row["rewards"][name]
     return None if value is None else float(value >= least)
 
 
@@ -98,12 +121,16 @@ def _mean(values: Iterable[float | bool | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def _winners(facts: Sequence[Row]) -> Counter[str]:
+    return Counter(fact["winner"] for fact in facts if fact["winner"])
+
+
 def _entropy(counts: Counter[str]) -> float:
     total = counts.total()
     return -sum(count / total * math.log2(count / total) for count in counts.values()) if total else 0.0
 
 
-def _position_bias(cards: Iterable[Scorecard]) -> float | None:
-    winners = Counter(card.facts["winner"] for card in cards if card.facts["winner"])
+def _position_bias(facts: Sequence[Row]) -> float | None:
+    winners = _winners(facts)
     total = winners.total()
     return sum(abs(winners[name] / total - 1 / len(FIGHTERS)) for name in FIGHTERS) / 2 if total else None

@@ -5,8 +5,8 @@ Letters: K rewards, P prompts, G samples a prompt, T tokens of one response.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -75,17 +75,19 @@ def token_advantages(
     return ((weights_K * advantages_K) @ shares_KT).astype(np.float32)
 
 
-def whiten(advantages: Sequence[np.ndarray], centre: bool) -> list[np.ndarray]:
+def whiten(
+    advantages: Sequence[np.ndarray], centre: bool, gather: Callable[[Any], list[Any]] = lambda said: [said]
+) -> list[np.ndarray]:
     """The token advantages [T] of a batch's responses at unit standard deviation over all its tokens, float32.
 
+    gather: what every host says of its own part of the batch.
     centre: their mean becomes 0 as well (REINFORCE++, arXiv 2501.03262, equation 5). With block credit it must not:
     tokens that own nothing would be paid. The deviation is then taken from 0.
     """
-    if not advantages:
-        return []
-    tokens = np.concatenate(advantages).astype(np.float64)
-    mean = tokens.mean() if centre else 0.0
-    size = np.sqrt(np.mean((tokens - mean) ** 2)) + 1e-8
+    tokens = np.concatenate([np.zeros(0), *advantages])
+    count, total = np.sum(gather([tokens.size, tokens.sum()]), axis=0)
+    mean = total / max(count, 1) if centre else 0.0
+    size = np.sqrt(sum(gather(np.sum((tokens - mean) ** 2).item())) / max(count, 1)) + 1e-8
     return [((one - mean) / size).astype(np.float32) for one in advantages]
 
 

@@ -1,14 +1,17 @@
-"""Responses of unequal length into rows, and rows into micro-batches of as many tokens, told apart by numbers."""
+"""Responses of unequal length into rows, and rows into micro-batches of as many tokens, told apart by numbers.
+
+Of several hosts each packs its own responses into its own rows of every micro-batch. They tell each other sizes only:
+what a token counts, and shapes, so that all take part in as many micro-batches of the same shape.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -74,6 +77,7 @@ class Layout:
     rows_multiple, time_multiple: what a micro-batch's rows and their length must be multiples of.
     crossover: the row length at which attention is as much work as all matrices (`pkv.model.arithmetic`).
     normalise, budget: see `PolicyLoss.normalise`; the budget is max_new_tokens, read by "constant" only.
+    hosts: which share a micro-batch's rows evenly.
     """
 
     row_tokens: int
@@ -84,6 +88,7 @@ class Layout:
     crossover: float = math.inf
     normalise: Normalise = "tokens"
     budget: int = 1
+    hosts: int = 1
 
     def rounded(self, tokens: int) -> int:
         """The next eighth of `row_tokens`, in whole multiples."""
@@ -92,16 +97,23 @@ class Layout:
         return -(-tokens // step) * step
 
     def rows(self, length: int) -> int:
-        """Rows of a whole micro-batch of that length."""
+        """A host's rows of a whole micro-batch of that length."""
         count = self.micro_rows * self.row_tokens // length
-        return max(1, count // self.rows_multiple) * self.rows_multiple
+        return max(1, count // self.rows_multiple) * self.least_rows
+
+    @property
+    def least_rows(self) -> int:
+        """What a host's rows of a micro-batch are a multiple of."""
+        return self.rows_multiple // self.hosts
 
 
-def pack(sequences: Iterable[Sequence], layout: Layout) -> list[Batch]:
-    """The micro-batches of one update; their weights make its loss one sum over all tokens of all of them.
+def pack(
+    sequences: Iterable[Sequence], layout: Layout, gather: Callable[[Any], list[Any]] = lambda said: [said]
+) -> list[Batch]:
+    """The micro-batches of one update, of each this host's rows; their weights make its loss one sum over all tokens.
 
-    The order of the sequences does not change what is computed, only where it stands. Raises UserError for a sequence
-    longer than a row.
+    The order of the sequences does not change what is computed, only where it stands. gather: what every host says, in
+    their order. Raises UserError for a sequence longer than a row.
     """
     sequences = list(sequences)
     for sequence in sequences:
@@ -110,16 +122,43 @@ def pack(sequences: Iterable[Sequence], layout: Layout) -> list[Batch]:
                 f"grpo.row_tokens: {layout.row_tokens} is too short for a prompt and response of {sequence.size} "
                 "tokens; raise it, or lower max_new_tokens"
             )
-    weigh = _weights(sequences, layout)
-    return [_fill(micro, weigh) for micro in min(_plans(sequences, layout), key=partial(_work, layout))]
+    trained = [float(sequence.chosen.sum()) for sequence in sequences]
+    longest = max((sequence.size for sequence in sequences), default=1)
+    trained_, count, needed = zip(*gather([sum(trained), len(sequences), longest]), strict=True)
+    weigh = _weights(sequences, layout, sum(trained_), max(sum(count), 1))
+    plans = [
+        sorted(plan, key=lambda micro: (-micro.length, -micro.count)) for plan in _plans(sequences, max(needed), layout)
+    ]
+    told = gather([[(micro.length, micro.count) for micro in plan] for plan in plans])
+    agreed = [_agreed(shapes, layout) for shapes in zip(*told, strict=True)]
+    best = min(range(len(plans)), key=lambda at: _work(layout, agreed[at]))
+    left, batches = plans[best], []
+    for length, count in agreed[best]:
+        mine = left and left[0].count <= layout.rows(length)
+        batches.append(_fill(Micro(left[0].rows if mine else [], count, length), weigh))
+        left = left[1:] if mine else left
+    return batches
 
 
-def _plans(sequences: List[Sequence], layout: Layout) -> Iterator[list[Micro]]:
+def _agreed(told: List[List[tuple[int, int]]], layout: Layout) -> list[tuple[int, int]]:
+    """Length and rows of every micro-batch that all hosts take part in, each with the next of its own or with nothing.
+
+    told: by host, those of its own, the longest first. Where one host's is longer than another's both go together,
+    unless the shorter one has more rows than there may be of that length.
+    """
+    left, found = [list(shapes) for shapes in told], []
+    while any(left):
+        length = max(shapes[0][0] for shapes in left if shapes)
+        taken = [shapes for shapes in left if shapes and shapes[0][1] <= layout.rows(length)]
+        found.append((length, max(shapes.pop(0)[1] for shapes in taken)))
+    return found
+
+
+def _plans(sequences: List[Sequence], needed: int, layout: Layout) -> Iterator[list[Micro]]:
     """Ways to pack: prompts shared or not, and rows from as long as the longest response up to as long as they may be.
 
-    In long rows less room is left over, in short ones attention has less to do.
+    In long rows less room is left over, in short ones attention has less to do. needed: the longest of all hosts.
     """
-    needed = max((sequence.size for sequence in sequences), default=1)
     quarters = {layout.rounded(-(-layout.row_tokens * part // QUARTERS)) for part in range(1, QUARTERS + 1)}
     for longest in sorted(length for length in quarters if length >= needed):
         yield _micro_batches([Tree((sequence,)) for sequence in sequences], longest, layout)
@@ -127,9 +166,9 @@ def _plans(sequences: List[Sequence], layout: Layout) -> Iterator[list[Micro]]:
             yield _micro_batches(_plant(sequences, longest), longest, layout)
 
 
-def _work(layout: Layout, micros: List[Micro]) -> float:
+def _work(layout: Layout, shapes: List[tuple[int, int]]) -> float:
     """What a plan costs, padding included: a token's matrices are 1."""
-    return sum(micro.count * micro.length * (1 + micro.length / layout.crossover) for micro in micros)
+    return sum(count * length * (1 + length / layout.crossover) for length, count in shapes)
 
 
 def _plant(sequences: List[Sequence], most: int) -> list[Tree]:
@@ -169,7 +208,7 @@ def _micro_batches(trees: List[Tree], longest: int, layout: Layout) -> list[Micr
 def _micro(rows: list[list[Tree]], length: int, layout: Layout) -> Micro:
     """As short as its rows allow, with as many quarters of a whole micro-batch's rows as they need."""
     used = max((sum(tree.size for tree in row) for row in rows), default=1)
-    whole, least = layout.rows(length), layout.rows_multiple
+    whole, least = layout.rows(length), layout.least_rows
     step = -(-whole // (QUARTERS * least)) * least
     count = min(max(1, -(-len(rows) // step)) * step, whole)
     return Micro(rows, count, min(length, layout.rounded(used)))
@@ -189,12 +228,11 @@ def _first_fit(trees: List[Tree], length: int) -> list[list[Tree]]:
     return [rows[at] for at in sorted(range(len(rows)), key=room.__getitem__)]
 
 
-def _weights(sequences: List[Sequence], layout: Layout) -> dict[int, float]:
-    """What each trained token of a sequence counts, by the sequence's id()."""
+def _weights(sequences: List[Sequence], layout: Layout, trained: float, several: int) -> dict[int, float]:
+    """What each trained token of a sequence counts, by the sequence's id(); of all hosts `trained`, `several` ones."""
     counts = {id(sequence): float(sequence.chosen.sum()) for sequence in sequences}
-    several = max(len(sequences), 1)
     if layout.normalise == "tokens":
-        return dict.fromkeys(counts, 1 / max(sum(counts[id(sequence)] for sequence in sequences), 1.0))
+        return dict.fromkeys(counts, 1 / max(trained, 1.0))
     if layout.normalise == "constant":
         return dict.fromkeys(counts, 1 / (several * layout.budget))
     return {key: 1 / (several * max(count, 1.0)) for key, count in counts.items()}

@@ -17,6 +17,7 @@ from pkv.grpo.logprobs import token_logprobs
 from pkv.grpo.losses import Logprobs, Loss, Supervised, token_losses
 from pkv.grpo.optimizer import make_optimizer
 from pkv.grpo.packing import Layout, empty
+from pkv.hosts import gather
 from pkv.mesh import BATCH_AXES, HEAD_AXES, TIME_AXIS, TRAINING_RULES, batch_sharding, replicated, shardings
 from pkv.model import Arch, Kernel, Params, choose_kernel, forward, join, split, weight_axes
 from pkv.model.arithmetic import crossover
@@ -81,6 +82,7 @@ class Learner:
             crossover=crossover(self._arch),
             normalise=config.loss.normalise if budget else "tokens",
             budget=budget or 1,
+            hosts=jax.process_count(),
         )
 
     def init(self, params: Params) -> TrainState:
@@ -145,7 +147,8 @@ class Learner:
                     micro["old_logprobs"] = self._logprobs(state.params, self._frozen, micro)
                 if held_to_reference:
                     micro["reference_logprobs"] = self._logprobs(self._reference, None, micro)
-            tokens = [float(sum(micro.mask.sum() for micro in micros)) for micros in minibatches]
+            own = [float(sum(micro.mask.sum() for micro in micros)) for micros in minibatches]
+            tokens = [sum(counts) for counts in zip(*gather(own), strict=True)]
             found = []
             for micros, count in [*zip(placed, tokens, strict=True)] * epochs:
                 state, statistics = self._step(state, micros, count, loss, learning_rate)
@@ -190,7 +193,9 @@ class Learner:
         return state, {**statistics, "gradient_norm": norm, "skipped": skipped}
 
     def _place(self, batch: Batch) -> Arrays:
-        return jax.device_put(vars(batch), batch_sharding(self.mesh))
+        """This host's rows as its part of a micro-batch."""
+        place = batch_sharding(self.mesh)
+        return {name: jax.make_array_from_process_local_data(place, array) for name, array in vars(batch).items()}
 
     def _predict(self, params: Params, micro: Arrays) -> tuple[jax.Array, jax.Array]:
         hidden_BTD, _ = forward(

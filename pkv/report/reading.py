@@ -225,7 +225,8 @@ def _newest_rollouts(folder: Path) -> list[Competition]:
     files = sorted(folder.glob("rollouts/step-*.parquet"))
     if not files:
         return []
-    rows = parquet.read_table(files[-1]).to_pylist()
+    newest = files[-1].stem[: len("step-000000")]  # of several hosts each has written its own
+    rows = [row for file in files if file.stem.startswith(newest) for row in parquet.read_table(file).to_pylist()]
     rows.sort(key=lambda row: -(row.get("total") or 0.0))
     return [_rollout(row) for row in rows]
 

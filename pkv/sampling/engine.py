@@ -7,6 +7,7 @@ follow what has been said. What a row says depends on its own key and the weight
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pkv.config import SamplingConfig
+from pkv.mesh import on_own_part, own_part
 from pkv.model import Arch, Cache, Level, Params, Stock, cast
 from pkv.sampling.pool import NOWHERE, Held, Pool, round_up
 from pkv.sampling.programs import PAGES, PREFILL_CHUNK, ROWS, WHOLE, Programs, Table
@@ -65,13 +67,15 @@ class Prefix(NamedTuple):
 
 
 class Engine:
-    """Sampling for one architecture on one mesh."""
+    """Sampling for one architecture on one mesh; of several hosts each samples its own requests on its part of it."""
 
     def __init__(
         self, arch: Arch, config: SamplingConfig, stop_ids: Sequence[int], mesh: Mesh, dtype: str = "float32"
     ) -> None:
+        whole, mesh = mesh, own_part(mesh)
+        config = dataclasses.replace(config, slots=max(1, config.slots * mesh.size // whole.size))
         self._config, self._mesh, self._dtype = config, mesh, jnp.dtype(dtype)
-        self.programs = Programs(arch, config, stop_ids, mesh, dtype)
+        self.programs = Programs(arch, config, stop_ids, mesh, dtype, whole)
         self._stops = np.asarray(list(stop_ids), np.int32)
         self._shards, self._places = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
         self._least, self._page_bytes = min(LEAST_ROWS, config.slots), self.programs.page_bytes()
@@ -89,7 +93,10 @@ class Engine:
         Adapters are not merged and quantised weights stay so: merged in 16 bits, an adapter's small changes would be
         rounded away, and sampler and trainer would differ. What lies right already is not copied.
         """
-        return params if self.lies_right(params) else self.programs.place(params)
+        placed = params if self.lies_right(params) else self.programs.place(params)
+        if jax.process_count() == 1:
+            return placed
+        return jax.tree.map(partial(on_own_part, own=self._mesh), placed)
 
     def lies_right(self, params: Params) -> bool:
         """Whether weights, of which shapes, dtypes and places suffice, have the layout and dtype of sampling."""

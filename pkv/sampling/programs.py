@@ -96,13 +96,15 @@ class Laying(NamedTuple):
 
 
 class Programs:
-    """The compiled programs of one architecture on one mesh."""
+    """The compiled programs of one architecture on one mesh; `whole` is that of all hosts, where weights come from."""
 
-    def __init__(self, arch: Arch, config: SamplingConfig, stop_ids: Sequence[int], mesh: Mesh, dtype: Any) -> None:
+    def __init__(
+        self, arch: Arch, config: SamplingConfig, stop_ids: Sequence[int], mesh: Mesh, dtype: Any, whole: Mesh
+    ) -> None:
         self.arch, self.repeats = _spread_kv_heads(arch, mesh.shape["tensor"])
         self.stacked = arch.layers > UNROLL
         self.page = config.page_tokens or (64 if mesh.devices.flat[0].platform == "cpu" else 128)
-        self._mesh, self._dtype = mesh, jnp.dtype(dtype)
+        self._mesh, self._whole, self._dtype = mesh, whole, jnp.dtype(dtype)
         self._kind = {"eight_bit": config.kv_cache == "int8", "by_heads": mesh.devices.flat[0].platform == "cpu"}
         self._steps = config.segment
         self._stops = jnp.asarray(list(stop_ids), jnp.int32)
@@ -139,14 +141,14 @@ class Programs:
         return [math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in shapes]
 
     def placing(self, params: Params) -> Any:
-        """Where weights lie while sampling."""
+        """Where weights lie while sampling: alike on every host."""
         axes = weight_axes(params, self.arch)
 
         def repeat(axes: tuple[str, ...], array: jax.Array) -> jax.Array:
             return jnp.repeat(array, self.repeats, axes.index("kv_heads")) if "kv_heads" in axes else array
 
         shapes = jax.eval_shape(lambda params: jax.tree.map(repeat, axes, params, is_leaf=_is_axes), params)
-        return shardings(axes, shapes, self._mesh, SAMPLING_RULES)
+        return shardings(axes, shapes, self._whole, SAMPLING_RULES)
 
     def place(self, params: Params) -> Params:
         """Weights in the layout, dtype and key-value heads of sampling.

@@ -18,7 +18,7 @@ class Progress:
     """Progress through `total` steps, shown on `stream` (stderr unless told otherwise).
 
     On a terminal a tqdm bar; elsewhere at most one line every `every_s` seconds, the last step always. What is over
-    before `delay_s` seconds shows nothing.
+    before `delay_s` seconds shows nothing, nor does a quiet one.
     """
 
     def __init__(
@@ -30,14 +30,15 @@ class Progress:
         stream: TextIO | None = None,
         every_s: float = 10.0,
         delay_s: float = 0.0,
+        quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._total, self._description, self._initial, self._done = total, description, initial, initial
         self._every_s, self._delay_s, self._clock = every_s, delay_s, clock
         self._start, self._printed_at = clock(), -float("inf")
-        self._bar = None
-        if self._stream.isatty():
+        self._bar, self._quiet = None, quiet
+        if self._stream.isatty() and not quiet:
             self._bar = tqdm(
                 total=total,
                 desc=description,
@@ -58,7 +59,7 @@ class Progress:
             return
         now = self._clock()
         due = self._done >= self._total or now - self._printed_at >= self._every_s
-        if due and now - self._start >= self._delay_s:
+        if due and now - self._start >= self._delay_s and not self._quiet:
             self._printed_at = now
             left = "" if self._done >= self._total else f", {self._left(now)} left"
             line = f"{self._description} {self._done}/{self._total}{left}{', ' if values else ''}{values}"

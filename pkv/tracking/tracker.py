@@ -46,7 +46,7 @@ class Tracker:
         metrics = self._run_dir / "metrics.jsonl"
         cut_lines(metrics, resume_step)
         for file in self._run_dir.glob("rollouts/step-*.parquet"):
-            if int(file.stem.removeprefix("step-")) >= resume_step:
+            if int(file.stem.split("-")[1]) >= resume_step:
                 file.unlink()
         self._lines = metrics.open("a", encoding="utf-8")
         charts = self._run_dir / "tb"
@@ -73,17 +73,6 @@ class Tracker:
         self._charts.add_text(tag, as_literal_markdown(competition_text), step)
         self._charts.flush()
 
-    def rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
-        """Write a step's rows to rollouts/step-000123.parquet, in one piece; `rollout_table` says the columns."""
-        import pyarrow.parquet as parquet
-
-        file = self._run_dir / "rollouts" / f"step-{step:06d}.parquet"
-        file.parent.mkdir(exist_ok=True)
-        partial = file.with_suffix(".partial")
-        parquet.write_table(rollout_table([{"step": step} | dict(row) for row in rows]), partial, compression="zstd")
-        os.replace(partial, file)
-        return file
-
     def close(self) -> None:
         """Flush everything."""
         self._lines.close()
@@ -94,6 +83,21 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def write_rollouts(run_dir: Path, step: int, rows: Sequence[Mapping[str, Any]], host: int = 0) -> Path:
+    """Write a step's rows to rollouts/step-000123.parquet, in one piece; `rollout_table` says the columns.
+
+    Those of a host but the first go to step-000123-host-4.parquet beside it.
+    """
+    import pyarrow.parquet as parquet
+
+    file = Path(run_dir) / "rollouts" / f"step-{step:06d}{f'-host-{host}' if host else ''}.parquet"
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_suffix(".partial")
+    parquet.write_table(rollout_table([{"step": step} | dict(row) for row in rows]), partial, compression="zstd")
+    os.replace(partial, file)
+    return file
 
 
 def cut_lines(file: Path, step: int) -> None:

@@ -11,6 +11,7 @@ from pkv.config import GrpoConfig
 from pkv.grpo import Sequence as TrainingSequence
 from pkv.grpo import advantages_by_reward, token_advantages
 from pkv.grpo.advantages import groups_with_signal, soft_overlong, total_advantages, whiten
+from pkv.hosts import gather
 from pkv.records import FIGHTERS, OWNERS, Group, Scorecard
 
 OVERLONG = "overlong"  # the punishment for coming near the budget, beside the rewards; all tokens own it
@@ -66,7 +67,7 @@ def assign_credit(
     masked = {at for at in places if config.mask_truncated and groups[at[0]].rollouts[at[1]].finish == "length"}
     trained = [(p, g) for p, g in places if signal_P[p] and (p, g) not in masked]
     if config.whiten:
-        whitened = whiten([found[at] for at in trained], centre=config.credit == "sequence")
+        whitened = whiten([found[at] for at in trained], centre=config.credit == "sequence", gather=gather)
         found |= zip(trained, whitened, strict=True)
     sequences = [_sequence(groups[p], g, found[p, g]) for p, g in trained]
     by_owner = [

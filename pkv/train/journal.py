@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from pkv.config import UserError
-from pkv.evaluate import summarise
+from pkv.evaluate import Row, summarise
 from pkv.model.arithmetic import peak_flops, update_flops
 from pkv.records import Group
 from pkv.train.credit import Credit
@@ -23,35 +23,52 @@ from pkv.train.setup import Setup
 MOST_SKIPPED = 5
 
 
+def own_part(sampled: int, groups: Sequence[Group], credit: Credit) -> dict[str, Any]:
+    """What a host tells the others of its part of a step, beside its rollouts' rows."""
+    sizes: dict[str, list[float]] = {}
+    for owners in (owners for group in credit.by_owner for owners in group):
+        for owner, value in owners.items():
+            count, total = sizes.get(owner, (0, 0.0))
+            sizes[owner] = [count + 1, total + abs(value)]
+    return {
+        "sampled": sampled,
+        "groups": len(groups),
+        "silent": credit.silent,
+        "trained": [(sequence.size, len(sequence.response)) for sequence in credit.sequences],
+        "advantages": sizes,
+    }
+
+
 def step_metrics(
     setup: Setup,
     stage: Stage,
     step: int,
-    groups: Sequence[Group],
-    sampled: int,
+    rows: Sequence[Row],
+    parts: Sequence[Mapping[str, Any]],
     policy: Mapping[str, float],
-    credit: Credit,
     learning_rate: float,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl.
+    """One line of metrics.jsonl, of all hosts together; seconds are this one's. parts: by host, from `own_part`.
 
     reward/<name>: the mean of a reward as it is; weighted/<name>: times its weight. advantage/<owner>: the mean size of
     what the owner's tokens got. policy/steps_behind: how many steps old the weights were that the rollouts come from.
     perf/tokens_per_s: of the tokens `sampled` in this step, from resharding the weights to the last score.
     perf/update_mfu: the model's own arithmetic over what the chips could do at most, where that is known.
     """
-    summary = summarise(groups)
-    behind = [step - rollout.policy_step for group in groups for rollout in group.rollouts]
+    summary = summarise(rows)
+    behind = [step - row["policy_step"] for row in rows]
+    sampled, groups = (sum(part[name] for part in parts) for name in ("sampled", "groups"))
     sampling = sum(seconds.get(phase, 0.0) for phase in ("reshard", "sample", "score"))
-    trained = [(sequence.size, len(sequence.response)) for sequence in credit.sequences]
+    trained = [(size, response) for part in parts for size, response in part["trained"]]
     flops = update_flops(setup.policy.arch, trained, setup.frozen is not None) / seconds["update"]
     peak = peak_flops(jax.devices()[0].device_kind)
-    owners = Counter(owner for group in credit.by_owner for sample in group for owner in sample)
+    owners: Counter[str] = Counter()
     magnitude: Counter[str] = Counter()
-    for group in credit.by_owner:
-        for sample in group:
-            magnitude.update({owner: abs(value) for owner, value in sample.items()})
+    for part in parts:
+        for owner, (count, total) in part["advantages"].items():
+            owners[owner] += count
+            magnitude[owner] += total
     paid = {name: weight for name, weight in stage.weights.items() if weight and f"reward/{name}" in summary}
     return {
         "round": stage.name,
@@ -62,8 +79,8 @@ def step_metrics(
         **{f"policy/{name}": value for name, value in policy.items() if name != "loss"},
         "policy/learning_rate": learning_rate,
         "policy/steps_behind": sum(behind) / len(behind),
-        "groups/silent": credit.silent,
-        "groups/sampled": len(groups),
+        "groups/silent": sum(part["silent"] * part["groups"] for part in parts) / groups,
+        "groups/sampled": groups,
         **{f"advantage/{owner}": magnitude[owner] / count for owner, count in owners.items()},
         **({"perf/tokens_per_s": sampled / sampling} if sampled else {}),
         "perf/update_tokens_per_s": sum(response for _, response in trained) / seconds["update"],
@@ -105,16 +122,15 @@ def rollout_rows(stage: Stage, groups: Sequence[Group], credit: Credit) -> list[
     return rows
 
 
-def check_scored(groups: Sequence[Group], most: float) -> None:
+def check_scored(rows: Sequence[Row], most: float) -> None:
     """Raise UserError when too many rollouts have a reward that failed; the message holds the commonest failure."""
-    cards = [card for group in groups for card in group.cards]
-    failed = [card for card in cards if card.unscored]
-    if len(failed) <= most * len(cards):
+    failed = [row["failed"] for row in rows if row["failed"]]
+    if len(failed) <= most * len(rows):
         return
-    details = Counter(f"{name}: {card.rewards[name].detail}" for card in failed for name in card.unscored)
+    details = Counter(f"{name}: {why}" for each in failed for name, why in each.items())
     worst, times = details.most_common(1)[0]
     raise UserError(
-        f"rewards.max_unscored_share: {len(failed)} of {len(cards)} rollouts have a reward that failed, more than "
+        f"rewards.max_unscored_share: {len(failed)} of {len(rows)} rollouts have a reward that failed, more than "
         f"{most:.0%}; the commonest, {times} times: {worst}"
     )
 

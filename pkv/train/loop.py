@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pkv import hosts
 from pkv.config import Config
-from pkv.evaluate import evaluate
+from pkv.evaluate import evaluate, measured
 from pkv.grpo import TrainState, learning_rate
 from pkv.grpo.losses import Supervised
 from pkv.rewards import ScoringPool
 from pkv.tracking import Clock, Progress
 from pkv.train.credit import assign_credit
 from pkv.train.interrupts import stop_requests
-from pkv.train.journal import check_scored, check_stepped, rollout_rows, shown, step_metrics
+from pkv.train.journal import check_scored, check_stepped, own_part, rollout_rows, shown, step_metrics
 from pkv.train.rollouts import gather
 from pkv.train.rounds import Stage, check_requirement, stages
 from pkv.train.run import Run
@@ -25,31 +26,39 @@ def train(config: Config, folder: Path, fresh: bool = False) -> Run:
 
     Raises KeyboardInterrupt after the step, and its checkpoint, in which it was asked to stop.
     """
-    setup = build(config)
+    hosts.join()
+    with hosts.watched():
+        return run_stages(build(config), folder, fresh)
+
+
+def run_stages(setup: Setup, folder: Path, fresh: bool) -> Run:
+    """All that is left of a run's stages."""
+    config = setup.config
     run, state = open_training(setup, folder, fresh)
-    measured = None  # the limits of the last evaluation: a stage with others is measured when it starts
+    seen_at = None  # the limits of the last evaluation: a stage with others is measured when it starts
     with run, stop_requests() as asked_to_stop:
         for stage in stages(config):
-            before, measured = measured, stage.limits
+            before, seen_at = seen_at, stage.limits
             if run.step >= stage.stop:
                 continue
             if stage.round is not None:
                 check_requirement(stage.round, run.evaluations())
             with (
                 ScoringPool(stage.weights, stage.length_optimum, config.rewards) as scoring,
-                Progress(stage.stop - stage.first, stage.name, initial=run.step - stage.first) as progress,
+                progress_of(stage.stop - stage.first, stage.name, initial=run.step - stage.first) as progress,
             ):
                 setup.warm_up(state, stage, run.step)
                 if stage.round is not None and run.step == stage.first and before != stage.limits:
                     measure(setup, run, state, stage, scoring, f"before {stage.name}")
                 for step in range(run.step, stage.stop):
-                    if asked_to_stop() and run.step == step:  # saved: nothing is lost
+                    if run.step == step and any(hosts.gather(asked_to_stop())):  # saved: nothing is lost
                         raise KeyboardInterrupt
                     state, seen = (grpo_step if stage.round else warmup_step)(setup, run, state, stage, step, scoring)
                     progress.advance(1, **seen)
                     if step + 1 == stage.stop:
                         measure(setup, run, state, stage, scoring, f"after {stage.name}")
-                    if (step + 1) % config.checkpoint.every == 0 or step + 1 == stage.stop or asked_to_stop():
+                    due = (step + 1) % config.checkpoint.every == 0 or step + 1 == stage.stop
+                    if due or any(hosts.gather(asked_to_stop())):
                         run.save(step + 1, state, config.checkpoint.keep)
     return run
 
@@ -60,7 +69,8 @@ def grpo_step(
     """One step of judge-assisted GRPO."""
     grpo, clock = setup.config.grpo, Clock()
     groups, sampled = gather(setup, run, state, stage, step, scoring, clock)
-    check_scored(groups, setup.config.rewards.max_unscored_share)
+    rows = hosts.together(measured(groups))
+    check_scored(rows, setup.config.rewards.max_unscored_share)
     with clock("credit"):
         credit = assign_credit(groups, stage.weights, stage.whole_trace, setup.grpo, stage.budget(step))
         minibatches = setup.pack(credit.sequences, stage.budget(step), grpo.minibatches)
@@ -68,10 +78,11 @@ def grpo_step(
         rate = learning_rate(stage.required_round, step - stage.first)
         state, policy = setup.learner.update(state, minibatches, grpo.loss, rate, grpo.epochs)
     check_stepped(policy, run, step)
-    metrics = step_metrics(setup, stage, step, groups, sampled, policy, credit, rate, clock.seconds)
-    run.log(step, metrics, rollout_rows(stage, groups, credit), groups)
+    parts = hosts.gather(own_part(sampled, groups, credit))
+    metrics = step_metrics(setup, stage, step, rows, parts, policy, rate, clock.seconds)
+    run.log(step, metrics, rollout_rows(stage, groups, credit), rows)
     if step % setup.TEXT_EVERY == 0:
-        run.tracker.text(step, f"competition/{stage.name}", groups[0].traces[0].text)
+        run.show(step, f"competition/{stage.name}", groups[0].traces[0].text)
     return state, shown(metrics)
 
 
@@ -81,11 +92,11 @@ def warmup_step(
     """One supervised step on synthetic competitions."""
     config, clock = setup.config, Clock()
     with clock("update"):
-        sequences = demonstrations(config, step, setup.problems, setup.policy)
+        sequences = hosts.share(demonstrations(config, step, setup.problems, setup.policy))
         rate = warmup_learning_rate(config, step)
         state, policy = setup.learner.update(state, setup.pack(sequences), Supervised(), rate)
     check_stepped(policy, run, step)
-    trained = sum(len(sequence.response) for sequence in sequences) / clock.seconds["update"]
+    trained = sum(hosts.gather(sum(len(sequence.response) for sequence in sequences))) / clock.seconds["update"]
     metrics = {"round": stage.name, "phase": "warmup", "loss": policy["loss"], "policy/entropy": policy["entropy"]}
     metrics |= {"policy/gradient_norm": policy["gradient_norm"], "policy/learning_rate": rate}
     metrics |= {"perf/update_s": clock.seconds["update"], "perf/update_tokens_per_s": trained}
@@ -100,7 +111,7 @@ def measure(setup: Setup, run: Run, state: TrainState, stage: Stage, scoring: Sc
         return
     step = stage.stop if name.startswith("after") else stage.first
     source = setup.source(state, stage, step, heldout=True)
-    with Progress(len(setup.heldout) * config.evaluate.samples, f"held-out, {name}") as progress:
+    with progress_of(len(hosts.share(setup.heldout)) * config.evaluate.samples, f"held-out, {name}") as progress:
         evaluation = evaluate(
             source,
             setup.heldout,
@@ -111,3 +122,8 @@ def measure(setup: Setup, run: Run, state: TrainState, stage: Stage, scoring: Sc
             on_rollout=lambda _: progress.advance(),
         )
     run.add_evaluation(step, name, evaluation, config.evaluate.shown)
+
+
+def progress_of(total: int, description: str, initial: int = 0) -> Progress:
+    """A bar, on one host."""
+    return Progress(total, description, initial=initial, quiet=not hosts.leads())

@@ -1,6 +1,9 @@
 """A run's directory: opened anew or gone on with, its config held against what is there, nothing lost.
 
 config.yaml, model/, metrics.jsonl, tb/, rollouts/, evaluations.jsonl, checkpoints/
+
+Several hosts see one directory. The first one writes what there is once; each writes its rollouts, and its part of a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -13,14 +16,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
 from pkv import checkpoint
 from pkv.config import Config, UserError, as_plain
-from pkv.evaluate import MADE_WITH, RUN_MODEL, SYSTEM_FILE, Evaluation, Policy, Sampled
+from pkv.evaluate import MADE_WITH, RUN_MODEL, SYSTEM_FILE, Evaluation, Policy, Row, Sampled
+from pkv.hosts import gather, leads
 from pkv.hub import pinned
-from pkv.records import Group, Problem, Rollout
-from pkv.tracking import Tracker, cut_lines
+from pkv.records import Problem, Rollout
+from pkv.tracking import Tracker, cut_lines, write_rollouts
 from pkv.train.waiting import as_arrays, from_arrays
 
 # Knobs that change how a run goes, not what it computes: they may differ when it goes on.
@@ -34,12 +39,14 @@ class Run:
     def __init__(self, folder: Path, step: int) -> None:
         self.folder = folder
         self.step = step
-        self.tracker = Tracker(folder, resume_step=step)
+        self.tracker = Tracker(folder, resume_step=step) if leads() else None
         self.skipped = 0  # steps in a row whose gradient wasn't finite
         self.waiting: Sampled | None = None  # the next step's rollouts, where they are sampled before this one's end
         self._pass_rates: dict[str, float] | None = None
         self._evaluations = folder / "evaluations.jsonl"
-        cut_lines(self._evaluations, step + 1)  # one made at this very step is kept
+        if self.tracker is not None:
+            cut_lines(self._evaluations, step + 1)  # one made at this very step is kept
+        gather("opened")  # what will be written again is gone before anybody writes
 
     def restore(self, template: Any) -> Any:
         """The state of the checkpoint that the run goes on from."""
@@ -61,14 +68,20 @@ class Run:
         step: int,
         metrics: Mapping[str, Any],
         rollouts: Sequence[Mapping[str, Any]] = (),
-        groups: Sequence[Group] = (),
+        rows: Sequence[Row] = (),
     ) -> None:
-        """Write a step's metrics and rollouts, and remember how its groups fared."""
-        self.tracker.log(step, metrics)
+        """Write a step's metrics and this host's rollouts, and remember how all problems fared."""
+        if self.tracker is not None:
+            self.tracker.log(step, metrics)
         if rollouts:
-            self.tracker.rollouts(step, rollouts)
+            write_rollouts(self.folder, step, rollouts, jax.process_index())
         if self._pass_rates is not None:
-            self._pass_rates |= measured_pass_rates(groups)
+            self._pass_rates |= measured_pass_rates(rows)
+
+    def show(self, step: int, tag: str, text: str) -> None:
+        """A competition for TensorBoard."""
+        if self.tracker is not None:
+            self.tracker.text(step, tag, text)
 
     def pass_rates(self) -> dict[str, float]:
         """By problem id, the share of right answers in the last group of each; read from the rollouts at first."""
@@ -99,13 +112,16 @@ class Run:
                 }
             )
         line = {"step": step, "name": name, "metrics": evaluation.metrics, "samples": samples}
-        with self._evaluations.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.tracker.scalars(step, {f"heldout/{key}": value for key, value in evaluation.metrics.items()})
+        if self.tracker is not None:
+            with self._evaluations.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self.tracker.scalars(step, {f"heldout/{key}": value for key, value in evaluation.metrics.items()})
+        gather("evaluated")  # the next round's condition is read from the file
 
     def close(self) -> None:
         """Flush and close the files."""
-        self.tracker.close()
+        if self.tracker is not None:
+            self.tracker.close()
 
     def __enter__(self) -> Run:
         return self
@@ -114,12 +130,11 @@ class Run:
         self.close()
 
 
-def measured_pass_rates(groups: Sequence[Group]) -> dict[str, float]:
+def measured_pass_rates(rows: Sequence[Row]) -> dict[str, float]:
     """By problem id, the share of right final answers among those that could be judged."""
     values: dict[str, list[float | None]] = {}
-    for group in groups:
-        found = values.setdefault(group.prompt.problem.id, [])
-        found += [card.rewards["correctness"].value for card in group.cards]
+    for row in rows:
+        values.setdefault(row["problem"], []).append(row["rewards"]["correctness"])
     return _shares_right(values)
 
 
@@ -142,14 +157,30 @@ def _shares_right(values: Mapping[str, Sequence[float | None]]) -> dict[str, flo
 def open_run(config: Config, folder: Path, policy: Policy, model_config: Mapping[str, Any], fresh: bool) -> Run:
     """The run in `folder`: gone on with if it was made by this config, started if there is none, or anew if `fresh`.
 
-    Raises UserError for a folder that holds something else, or a run made by another config.
+    Raises UserError for a folder that holds something else, or a run made by another config; and where hosts don't see
+    the same one.
     """
+    (step, made), *_ = gather(_make(config, folder, policy, model_config, fresh) if leads() else None)
+    file = folder / "config.yaml"
+    seen = gather(file.is_file() and file.read_text(encoding="utf-8") == made)
+    if not all(seen):
+        raise UserError(
+            f"{folder}: host {seen.index(False)} does not see what host 0 wrote there; name a directory with --run "
+            "that all hosts share, such as a network disk or a mounted bucket"
+        )
+    return Run(folder, step)
+
+
+def _make(
+    config: Config, folder: Path, policy: Policy, model_config: Mapping[str, Any], fresh: bool
+) -> tuple[int, str]:
+    """Have the run's directory there: the step to go on from, and the text of its config.yaml."""
     file = folder / "config.yaml"
     if _is_run(file) and fresh:
         shutil.rmtree(folder)
     elif _is_run(file):
         _check_same(config, file)
-        return Run(folder, checkpoint.latest(folder / "checkpoints") or 0)
+        return checkpoint.latest(folder / "checkpoints") or 0, file.read_text(encoding="utf-8")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: is not empty and holds no run of pkv; name another directory with --run")
     model = folder / RUN_MODEL
@@ -157,9 +188,10 @@ def open_run(config: Config, folder: Path, policy: Policy, model_config: Mapping
     (model / "config.json").write_text(json.dumps(dict(model_config), indent=2) + "\n", encoding="utf-8")
     (model / SYSTEM_FILE).write_text(policy.system, encoding="utf-8")
     policy.tokenizer.save(model)
-    described = as_plain(config) | {MADE_WITH: _made_with() | {"model": pinned(config.model.path)}}
-    file.write_text(yaml.safe_dump(described, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return Run(folder, 0)
+    described = as_plain(config) | {MADE_WITH: made_with() | {"model": pinned(config.model.path)}}
+    text = yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
+    file.write_text(text, encoding="utf-8")
+    return 0, text
 
 
 def _is_run(file: Path) -> bool:
@@ -197,7 +229,8 @@ def _flat(node: Any, path: str = "") -> dict[str, Any]:
     return {key: leaf for name, item in items for key, leaf in _flat(item, f"{path}.{name}" if path else name).items()}
 
 
-def _made_with() -> dict[str, str]:
+def made_with() -> dict[str, str]:
+    """Versions of what computes, and the revision of the code where it is known."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import json
+import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +15,9 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from pkv import hosts
 from pkv.compiling import keep_compiled
-from pkv.config import Config, GrpoConfig, UserError
+from pkv.config import Config, GrpoConfig, UserError, as_plain
 from pkv.data import open_source
 from pkv.evaluate import Policy, Source, load_policy, render_prompts, requests_for
 from pkv.grpo import Learner, TrainState, pack, reference_weights
@@ -22,7 +27,7 @@ from pkv.model import Params, join, read_config, split
 from pkv.records import Batch, Problem, Prompt
 from pkv.sampling import Engine, WarmUp
 from pkv.train.rounds import Stage, signal_rewards, stages
-from pkv.train.run import Run, open_run
+from pkv.train.run import Run, made_with, open_run
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,8 @@ class Setup:
     ) -> list[list[Batch]]:
         """The micro-batches of each of an update's minibatches; budget: max_new_tokens, or None for demonstrations."""
         layout = self.learner.layout(self.grpo, budget)
-        size = max(1, -(-len(sequences) // minibatches))
-        starts = range(0, max(len(sequences), 1), size)
-        return [pack(sequences[start : start + size], layout) for start in starts]
+        ends = [len(sequences) * part // minibatches for part in range(minibatches + 1)]
+        return [pack(sequences[start:stop], layout, hosts.gather) for start, stop in itertools.pairwise(ends)]
 
     def source(self, state: TrainState, stage: Stage, step: int, *, heldout: bool = False) -> Source:
         """Where a stage's rollouts come from: the weights before `step`."""
@@ -112,7 +116,7 @@ class Setup:
             return
         source, samples = self.source(state, stage, step), stage.round.samples or self.grpo.samples
         prompts = self.draw_prompts(step, self.grpo.prompts, dict)
-        asked = source, prompts, samples, stage.max_new_tokens, self.config.seed, "train"
+        asked = source, hosts.share(prompts), samples, stage.max_new_tokens, self.config.seed, "train"
         self.compile_ahead(source.weights, requests_for(*asked))
 
 
@@ -132,6 +136,7 @@ def build(config: Config) -> Setup:
             "raise it or lower them"
         )
     keep_compiled()
+    _check_alike(config, problems)
     mesh = make_mesh(config.mesh)
     policy = load_policy(config.model.path, mesh, system=config.prompt.system, model=config.model, seed=config.seed)
     prompts = render_prompts(policy.tokenizer, heldout, policy.system)
@@ -175,6 +180,16 @@ def open_training(setup: Setup, folder: Path, fresh: bool) -> tuple[Run, TrainSt
     for array in jax.tree.leaves(split(setup.policy.params)[0]):
         array.delete()  # or the weights would be held twice until the run ends
     return run, run.restore(template)
+
+
+def _check_alike(config: Config, problems: Sequence[Problem]) -> None:
+    """Raise UserError where hosts would compute different things, or one of them would have nothing to sample."""
+    if (count := jax.process_count()) > config.grpo.prompts:
+        raise UserError(f"grpo.prompts: {config.grpo.prompts} a step are too few for {count} hosts; raise it")
+    asked = [[problem.id, problem.question, problem.answer] for problem in problems]
+    plain = {"config": as_plain(config), "data": asked}
+    digests = {name: hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12] for name, of in plain.items()}
+    hosts.compare({"python": platform.python_version(), **made_with(), **digests})
 
 
 def _check_apart(train: list[Problem], heldout: list[Problem]) -> None:

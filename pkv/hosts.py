@@ -1,0 +1,189 @@
+"""Several hosts as one run: they find each other, agree before they compute, and hear when one of them is gone.
+
+Each host samples and scores its own share of the problems on its own devices; the update is one program on the devices
+of all. What goes between hosts beside it is numbers about rollouts, never text or tokens. A host is a process of JAX:
+usually a machine, under Slurm a GPU. With one host everything here is immediate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from pkv.config import UserError
+
+Item = TypeVar("Item")
+
+BEAT_S = 2.0
+SILENT_S = 30.0  # a host that says nothing for so long is taken for dead
+HEARTBEAT_S = 60  # JAX's own, which ends a process that hears nothing of the first host
+JOIN_S = 300
+# For machines that JAX doesn't recognise by itself; of the names, JAX reads the first.
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def join() -> None:
+    """Join the other hosts of the run, where there are some; before any computation.
+
+    They are found by JAX on Cloud TPU, GKE, Slurm and Open MPI, elsewhere by VARIABLES. Raises UserError.
+    """
+    alone = "1" in (os.environ.get("SLURM_NTASKS"), os.environ.get("OMPI_COMM_WORLD_SIZE"))
+    if alone or jax.distributed.is_initialized():
+        return
+    address, count, number = map(os.environ.get, VARIABLES)
+    named = " ".join(name for name in VARIABLES if name in os.environ)
+    try:
+        jax.distributed.initialize(
+            address,
+            int(count) if count else None,
+            int(number) if number else None,
+            initialization_timeout=JOIN_S,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=HEARTBEAT_S,
+        )
+    except ValueError as error:
+        if named:
+            raise UserError(f"{named}: {error} Give all of {', '.join(VARIABLES)}") from error
+    except OSError as error:  # a TPU without the service that tells machines of each other
+        if named:
+            raise UserError(f"{named}: {error}") from error
+    except RuntimeError as error:
+        if named or "before any JAX calls" not in str(error):  # in a notebook that has computed already: it is alone
+            first = str(error).splitlines()[0]
+            raise UserError(
+                f"the hosts did not find each other: {first} Start the same command on all within {JOIN_S} s"
+            ) from error
+
+
+def leads() -> bool:
+    """Whether this host writes what there is once."""
+    return jax.process_index() == 0
+
+
+def share(items: Sequence[Item]) -> list[Item]:
+    """This host's part of what all hosts do together, in turn."""
+    return list(items[jax.process_index() :: jax.process_count()])
+
+
+def gather(value: Any) -> list[Any]:
+    """What every host says, in their order; plain JSON. All hosts must call this at the same place."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental.multihost_utils import process_allgather
+
+    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = process_allgather(np.array([len(said)], np.int32)).reshape(-1)
+    room = 1 << int(max(sizes) - 1).bit_length()  # few sizes, so that few programs are compiled
+    padded = np.zeros(room, np.uint8)
+    padded[: len(said)] = said
+    heard = np.asarray(process_allgather(padded)).reshape(len(sizes), room)
+    return [json.loads(bytes(row[:size])) for row, size in zip(heard, sizes, strict=True)]
+
+
+def together(items: Sequence[Item]) -> list[Item]:
+    """The items of all hosts, one host's after the other's."""
+    return [item for items in gather(list(items)) for item in items]
+
+
+def compare(facts: Mapping[str, Any]) -> None:
+    """Raise UserError where a host's facts differ from the first one's: before the first computation of all.
+
+    Computations that differ do not fail, they wait for each other; so this goes by the service that JAX keeps for its
+    processes.
+    """
+    if jax.process_count() == 1:
+        return
+    client = _client()
+    client.key_value_set(f"pkv/facts/{jax.process_index()}", json.dumps(facts, sort_keys=True))
+    first: dict[str, Any] = {}
+    for number in range(jax.process_count()):
+        try:
+            theirs = json.loads(client.blocking_key_value_get(f"pkv/facts/{number}", JOIN_S * 1000))
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(f"host {number} did not say what it runs within {JOIN_S} s: look at its output") from error
+        first = first or theirs
+        for name in [*first, *theirs]:
+            if first.get(name) != theirs.get(name):
+                raise UserError(
+                    f"hosts differ in {name}: {first.get(name)} on host 0, {theirs.get(name)} on host {number}; ship "
+                    "the same commit, lock file and config to all (launch/ does)"
+                )
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """While the block runs, the end of another host ends this one within SILENT_S, saying which one and why.
+
+    A host whose block fails tells the others. One that leaves without a word is known by its silence. Of the first
+    host's sudden end JAX itself tells, as that host keeps the service.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    done = threading.Event()
+    watch = threading.Thread(target=_watch, args=(_client(), done), daemon=True)
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, jax.errors.JaxRuntimeError):  # perhaps because another host is gone: wait for the verdict
+            time.sleep(SILENT_S + 2 * BEAT_S)
+        _say(_client(), "end", what.splitlines()[0][:500])
+        time.sleep(2 * BEAT_S)  # the others have heard before the service may go
+        raise
+    else:
+        gather("done")  # nobody leaves before all are through
+    finally:
+        done.set()
+
+
+def _watch(client: Any, done: threading.Event) -> None:
+    """Say that this host lives, and end it when another one doesn't. Runs beside the block, in a thread."""
+    me, count, beats = jax.process_index(), jax.process_count(), 0
+    heard = dict.fromkeys(range(count), ("", time.monotonic()))
+    while not done.wait(BEAT_S):
+        beats += 1
+        try:
+            _say(client, "beat", str(beats))
+            said = {key.removeprefix("pkv/"): text for key, text in client.key_value_dir_get("pkv/")}
+        except jax.errors.JaxRuntimeError:
+            continue  # the first host is gone, of which JAX tells
+        now = time.monotonic()
+        for number in range(count):
+            if number == me:
+                continue
+            if (reason := said.get(f"end/{number}")) is not None and not done.is_set():
+                _leave(f"host {number} ended: {reason}")
+            if heard[number][0] != (beat := said.get(f"beat/{number}", "")):
+                heard[number] = beat, now
+            elif now - heard[number][1] > SILENT_S and not done.is_set():
+                _leave(f"nothing was heard of host {number} for {SILENT_S:.0f} s: it is gone, or its network is")
+
+
+def _say(client: Any, what: str, text: str) -> None:
+    client.key_value_set(f"pkv/{what}/{jax.process_index()}", text, allow_overwrite=True)
+
+
+def _leave(why: str) -> None:
+    """End the process from a thread, whatever its other threads wait for."""
+    hint = "the same command on all hosts resumes at the last checkpoint"
+    print(f"pkv: {why}; host {jax.process_index()} ({socket.gethostname()}) stops; {hint}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _client() -> Any:
+    """What JAX's processes know each other by. It has no public name; Orbax uses it as well."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
