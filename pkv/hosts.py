@@ -32,6 +32,10 @@ JOIN_S = 300
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
+class StoppedTogetherError(KeyboardInterrupt):
+    """All hosts leave at the same place, as one of them was asked to."""
+
+
 def join() -> None:
     """Join the other hosts of the run, where there are some; before any computation.
 
@@ -135,6 +139,9 @@ def watched() -> Iterator[None]:
     watch.start()
     try:
         yield
+    except StoppedTogetherError:
+        gather("stopped")
+        raise
     except BaseException as error:
         what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         if isinstance(error, jax.errors.JaxRuntimeError):  # perhaps because another host is gone: wait for the verdict

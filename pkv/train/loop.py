@@ -52,7 +52,7 @@ def run_stages(setup: Setup, folder: Path, fresh: bool) -> Run:
                     measure(setup, run, state, stage, scoring, f"before {stage.name}")
                 for step in range(run.step, stage.stop):
                     if run.step == step and any(hosts.gather(asked_to_stop())):  # saved: nothing is lost
-                        raise KeyboardInterrupt
+                        raise hosts.StoppedTogetherError
                     state, seen = (grpo_step if stage.round else warmup_step)(setup, run, state, stage, step, scoring)
                     progress.advance(1, **seen)
                     if step + 1 == stage.stop:
