@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -46,21 +47,34 @@ def alone(config_file, tmp_path_factory) -> Path:
 
 
 class Hosts:
-    """Processes that train together, each with its share of the devices."""
+    """Processes that train together, each with its share of the devices.
 
-    def __init__(self, count: int, config: Path, run: Path, *flags: str, of: dict[int, Sequence[str]] | None = None):
+    of: flags of one of them. networks: names of network namespaces, one for each; the first has the address `first`.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        config: Path,
+        run: Path,
+        *flags: str,
+        of: dict[int, Sequence[str]] | None = None,
+        networks: Sequence[str] = (),
+        first: str = "127.0.0.1",
+    ):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.processes = []
         for number in range(count):
             environment = os.environ | {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_COORDINATOR_ADDRESS": f"{first}:{port}",
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(number),
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}",
             }
-            command = [sys.executable, "-m", "pkv", "train", str(config), "--run", str(run), *flags]
+            inside = ["ip", "netns", "exec", networks[number]] if networks else []
+            command = [*inside, sys.executable, "-m", "pkv", "train", str(config), "--run", str(run), *flags]
             self.processes.append(
                 subprocess.Popen(
                     [*command, *(of or {}).get(number, ())],
@@ -119,6 +133,56 @@ def test_hosts_make_the_rollouts_and_updates_that_one_makes(count, config_file, 
             assert code == 0, stderr[-3000:]
     written = sorted(file.name for file in (tmp_path / "run" / "rollouts").glob("step-000002*"))
     assert written == [*(f"step-000002-host-{n}.parquet" for n in range(1, count)), "step-000002.parquet"]
+    assert_alike(tmp_path / "run", alone, config_file)
+
+
+@pytest.fixture
+def two_networks() -> Iterator[list[str]]:
+    """Two network namespaces, joined by one cable; in each the machine's name means its own address."""
+    ip = shutil.which("ip")
+    names = [f"pkv-{os.getpid()}-{number}" for number in range(2)]
+
+    def run(*arguments: str) -> bool:
+        return subprocess.run([ip, *arguments], capture_output=True, check=False).returncode == 0
+
+    if ip is None or not all(run("netns", "add", name) for name in names):
+        pytest.skip("needs the right to make network namespaces")
+    try:
+        cable = (
+            "link",
+            "add",
+            "name",
+            "pkv-a",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "pkv-b",
+            "netns",
+            names[1],
+        )
+        assert run(*cable)
+        for number, (name, end) in enumerate(zip(names, ("pkv-a", "pkv-b"), strict=True)):
+            run("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", end)
+            run("-n", name, "link", "set", "lo", "up")
+            assert run("-n", name, "link", "set", end, "up")
+            hosts = Path("/etc/netns", name, "hosts")  # what `ip netns exec` shows as /etc/hosts
+            hosts.parent.mkdir(parents=True)
+            hosts.write_text(f"127.0.0.1 localhost\n10.77.0.{number + 1} {socket.gethostname()}\n")
+        yield names
+    finally:
+        for name in names:
+            run("netns", "del", name)
+            shutil.rmtree(Path("/etc/netns", name), ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_hosts_on_networks_of_their_own_make_the_same_run(two_networks, config_file, alone, tmp_path):
+    with Hosts(2, config_file, tmp_path / "run", *FLAGS, networks=two_networks, first="10.77.0.1") as hosts:
+        for code, _, stderr in hosts.ended():
+            assert code == 0, stderr[-3000:]
     assert_alike(tmp_path / "run", alone, config_file)
 
 
