@@ -240,8 +240,25 @@ def test_what_waits_on_the_host_is_what_stands_between_layers():
 def test_slices_add_their_gradients_up_over_their_machines_network():
     one, two = read_slice("v5e:4x8"), read_slice("2xv5e:4x8")
     assert network_seconds(SPREAD, one) == 0
-    rate = two.chip.dcn_gbs * 1e9 * ASSUMED["link_share"] / two.chip.host_chips
+    rate = two.chip.dcn_gbs * 1e9 * ASSUMED["link_share"] / 4  # its machines have four chips each
     assert network_seconds(SPREAD, two) == pytest.approx(2e6 / rate)
+
+
+@pytest.mark.parametrize(
+    ("name", "chips"),
+    [("v5e:1x1", 1), ("v5e:2x4", 8), ("v6e:4x4", 4), ("2xv5e:2x4", 8), ("v5p:2x2x2", 4), ("h100:4", 4), ("h100:16", 8)],
+)
+def test_a_machine_holds_a_small_slice_and_four_chips_of_a_large_one(name, chips):
+    assert read_slice(name).host_chips == chips
+
+
+def test_a_mesh_whose_rows_need_several_machines_is_refused():
+    eight = read_slice("h100:8")
+    of_four = dataclasses.replace(eight, chip=dataclasses.replace(eight.chip, host_chips=4))
+    config = config_of(mesh={"data": 1, "fsdp": 1, "tensor": 8})
+    described_mesh(config, eight)
+    with pytest.raises(UserError, match=r"tensor = 8, and a machine of h100:8 has 4 chips and samples by itself"):
+        described_mesh(config, of_four)
 
 
 def test_meshes_are_tried_from_the_least_sent_on_and_use_every_chip():

@@ -14,6 +14,7 @@ from pkv.config import UserError
 
 TABLE = Path(__file__).with_name("chips.yaml")
 TPUS = ("v4", "v5e", "v5p", "v6e")
+SLICED = 4
 _FORM = re.compile(r"(?:(?P<slices>\d+)x)??(?P<kind>[a-z][a-z0-9-]*):(?P<shape>\d+(?:x\d+)*)")
 
 
@@ -43,6 +44,14 @@ class Slice:
     @property
     def chips(self) -> int:
         return self.slices * math.prod(self.grid)
+
+    @property
+    def host_chips(self) -> int:
+        """Chips of one of its machines: a TPU slice that one machine doesn't hold is made of machines of four."""
+        in_slice = self.chips // self.slices
+        if in_slice <= self.chip.host_chips:
+            return in_slice
+        return SLICED if self.chip.kind in TPUS else self.chip.host_chips
 
     @property
     def compiles(self) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +86,19 @@ def described_mesh(config: Config, wanted: Slice) -> Mesh:
 
     Raises UserError without libtpu, or for a mesh.
     """
+    mesh = make_mesh(config.mesh, _devices(wanted))
+    ways = mesh.shape["sequence"] * mesh.shape["tensor"]
+    if wanted.host_chips % ways:
+        raise UserError(
+            f"mesh: sequence × tensor = {ways}, and a machine of {wanted.name} has {wanted.host_chips} chips and "
+            "samples by itself; make them a divisor of that"
+        )
+    return mesh
+
+
+def _devices(wanted: Slice) -> Sequence[Any]:
     if not wanted.compiles:
-        return make_mesh(config.mesh, _stand_ins(wanted))
+        return _stand_ins(wanted)
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # there is no TPU here that two processes could fight for
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor a metadata server to be asked
     more: dict[str, Any] = {"num_slices": wanted.slices} if wanted.slices > 1 else {}
@@ -101,7 +112,7 @@ def described_mesh(config: Config, wanted: Slice) -> Mesh:
             f"--topology {wanted.name}: cannot be described here ({lines[0][:160]}); install pkv[tpu], which brings "
             "libtpu, or name another grid"
         ) from None
-    return make_mesh(config.mesh, devices)
+    return devices
 
 
 def _stand_ins(wanted: Slice) -> list[Any]:

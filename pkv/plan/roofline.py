@@ -111,7 +111,7 @@ def micro_batches(work: Work, spread: Spread, budget: int) -> float:
 
 def network_seconds(spread: Spread, wanted: Slice) -> float:
     """A micro-batch's gradient, added up over slices by the network that a machine's chips share."""
-    sent = 2 * spread.trained * (wanted.slices - 1) / wanted.slices * wanted.chip.host_chips
+    sent = 2 * spread.trained * (wanted.slices - 1) / wanted.slices * wanted.host_chips
     return sent / (wanted.chip.dcn_gbs * 1e9 * ASSUMED["link_share"])
 
 
