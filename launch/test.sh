@@ -33,4 +33,5 @@ if $all; then
 else
     set -- --durations=15 -m "not slow"
 fi
-exec "$folder/bin/python" -m pytest "$@" ${arguments[@]+"${arguments[@]}"}
+# Two processes, a file's tests in one of them: compiling, most of the time, keeps hardly more than one core busy.
+exec "$folder/bin/python" -m pytest -n 2 --dist loadfile "$@" ${arguments[@]+"${arguments[@]}"}

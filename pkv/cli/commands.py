@@ -31,10 +31,15 @@ class Train:
     def __call__(self, out: Output, flags: Sequence[str]) -> None:
         config = load_config(self.config, flags)
         folder = Path(self.run) if self.run else Path("runs") / find_config(self.config).stem
+        from pkv import hosts
         from pkv.train.loop import train
         from pkv.train.rounds import reward_budgets
         from pkv.train.summary import closing_summary
 
+        hosts.join()
+        if not hosts.leads():
+            train(config, folder, self.fresh)
+            return
         out.say(reward_budgets(config))
         train(config, folder, self.fresh)
         out.say(closing_summary(folder))

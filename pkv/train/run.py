@@ -86,16 +86,17 @@ class Run:
     def pass_rates(self) -> dict[str, float]:
         """By problem id, the share of right answers in the last group of each; read from the rollouts at first."""
         if self._pass_rates is None:
-            self._pass_rates = {}
-            for file in sorted((self.folder / "rollouts").glob("step-*.parquet")):
-                self._pass_rates |= stored_pass_rates(file)
+            found: dict[str, float] = {}
+            for file in sorted((self.folder / "rollouts").glob("step-*.parquet")) if leads() else ():
+                found |= stored_pass_rates(file)
+            self._pass_rates = dict(gather(found)[0])
         return self._pass_rates
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluations so far: {"step", "name", "metrics", "samples"}."""
-        if not self._evaluations.exists():
-            return []
-        return [json.loads(line) for line in self._evaluations.read_text(encoding="utf-8").splitlines()]
+        there = leads() and self._evaluations.exists()  # a shared disk may show others what was there a while ago
+        lines = self._evaluations.read_text(encoding="utf-8").splitlines() if there else []
+        return [json.loads(line) for line in gather(lines)[0]]
 
     def add_evaluation(self, step: int, name: str, evaluation: Evaluation, shown: int) -> None:
         """Append an evaluation with its first `shown` answers, and put its numbers beside the training's."""
@@ -116,7 +117,6 @@ class Run:
             with self._evaluations.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self.tracker.scalars(step, {f"heldout/{key}": value for key, value in evaluation.metrics.items()})
-        gather("evaluated")  # the next round's condition is read from the file
 
     def close(self) -> None:
         """Flush and close the files."""
