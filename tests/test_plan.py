@@ -117,6 +117,38 @@ def test_what_a_program_sends_is_read_from_its_text():
     }
 
 
+CHAIN = """
+HloModule m
+
+%begin (p: bf16[8]) -> bf16[32] {
+  ROOT %g = bf16[32]{0} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+}
+
+%piece (p: bf16[8]) -> bf16[32] {
+  %g = bf16[32]{0} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+  ROOT %m = bf16[32]{0} multiply(%g, %g)
+}
+
+%turn (s: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %f = bf16[32]{0} fusion(%s), kind=kCustom, calls=%piece
+  ROOT %t = (s32[], bf16[8]) tuple(%i, %f)
+}
+
+%layer (s: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %a = bf16[32]{0} fusion(%s), kind=kCustom, calls=%begin
+  ROOT %w = (s32[], bf16[8]) while(%a), condition=%c, body=%turn, backend_config={"known_trip_count":{"n":"4"}}
+}
+
+ENTRY %main (a: bf16[8]) -> bf16[8] {
+  ROOT %w = (s32[], bf16[8]) while(%i), condition=%c, body=%layer, backend_config={"known_trip_count":{"n":"48"}}
+}
+"""
+
+
+def test_a_collective_that_is_done_piece_by_piece_is_counted_once_each_time_that_it_begins():
+    assert sent_bytes(CHAIN) == {"all-gather": 48 * 64 * 3 / 4}
+
+
 def test_a_sum_over_devices_within_a_scan_is_counted_at_every_turn():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 

@@ -24,17 +24,20 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
 _OPERATION = re.compile(r"\s([a-z][a-z0-9-]*)\(")
 _CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":\s*"?(\d+)')
+_CHAIN = re.compile(r"channel_id=(\d+),.*frontend_attributes=\{[^}]*chain_id=")
 _LOOP = re.compile(r"\bcondition=%?([\w.-]+), body=%?([\w.-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.-]+))")
 
 
 @dataclass
 class _Computation:
-    """sent: bytes by kind of collective. calls: other computations. loops: condition, body, and turns where they are
-    said. largest: of its whole constants; a loop counts up to its condition's.
+    """sent: bytes by kind of collective. chains: those of collectives that several computations do a part of each, by
+    channel. calls: other computations. loops: condition, body, and turns where they are said. largest: of its whole
+    constants; a loop counts up to its condition's.
     """
 
     sent: dict[str, float] = field(default_factory=dict)
+    chains: dict[str, tuple[str, float]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     loops: list[tuple[str, str, float | None]] = field(default_factory=list)
     largest: float = 1.0
@@ -44,13 +47,18 @@ def sent_bytes(text: str) -> dict[str, float]:
     """Bytes that each chip sends in one call of a compiled program, by kind of collective.
 
     text: from `Compiled.as_text()`. A loop whose turns the compiler doesn't say is taken to count up to the constant in
-    its condition: the sampler's may end before, when no row is left.
+    its condition: the sampler's may end before, when no row is left. A TPU does some collectives piece by piece among
+    other work, and every piece stands in the text as the whole one: such a chain counts as often as it begins.
     """
     computations, entry = _read(text)
     total: dict[str, float] = {}
+    pieces: dict[str, dict[str, float]] = {}  # of a chain, how often each computation does its piece
 
     def add(name: str, times: float) -> None:
         computation = computations.get(name, _Computation())
+        for channel in computation.chains:
+            done = pieces.setdefault(channel, {})
+            done[name] = done.get(name, 0.0) + times
         for kind, size in computation.sent.items():
             total[kind] = total.get(kind, 0.0) + times * size
         for called in computation.calls:
@@ -63,6 +71,10 @@ def sent_bytes(text: str) -> dict[str, float]:
         return max([computation.largest, *map(counted, computation.calls)])
 
     add(entry, 1.0)
+    for channel, done in pieces.items():
+        name = min(done, key=done.__getitem__)
+        kind, size = computations[name].chains[channel]
+        total[kind] = total.get(kind, 0.0) + done[name] * size
     return total
 
 
@@ -96,7 +108,10 @@ def _note(computation: _Computation, instruction: str) -> None:
             largest = largest / group
         elif result.lstrip().startswith("(") and not operation[1].endswith("-start"):
             largest = sum(sizes)  # several arrays at once
-        computation.sent[kind] = computation.sent.get(kind, 0.0) + _SENT[kind](largest, group)
+        if chain := _CHAIN.search(instruction):
+            computation.chains[chain[1]] = kind, _SENT[kind](largest, group)
+        else:
+            computation.sent[kind] = computation.sent.get(kind, 0.0) + _SENT[kind](largest, group)
     if loop := _LOOP.search(instruction):
         turns = _TURNS.search(instruction)
         computation.loops.append((loop[1], loop[2], float(turns[1]) if turns else None))
