@@ -11,7 +11,6 @@ own part of the arrays, the first one the manifest when all are through.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import importlib.metadata
 import json
@@ -119,24 +118,16 @@ def restore(folder: Path, step: int, template: Any, under: str = "") -> tuple[An
     return jax.tree.unflatten(structure, [_like(arrays[name], leaf) for name, leaf in wanted.items()]), manifest["meta"]
 
 
-def read_beside(folder: Path, step: int) -> dict[str, np.ndarray]:
-    """What this host saved beside a step's state, by name; none where nothing was.
-
-    Raises CheckpointError like `verify`, and where another number of hosts saved it.
-    """
-    kept = [name for name in verify(folder, step)["files"] if fnmatch.fnmatch(name, _beside("*"))]
-    if not kept:
-        return {}
-    if len(kept) != jax.process_count():
-        raise CheckpointError(
-            f"{folder}/{step}: {len(kept)} hosts left rollouts there, {jax.process_count()} would go on; use as many, "
-            "or an older checkpoint"
-        )
-    with np.load(Path(folder) / str(step) / _beside(jax.process_index()), allow_pickle=False) as arrays:
-        return dict(arrays)
+def read_beside(folder: Path, step: int) -> list[dict[str, np.ndarray]]:
+    """What each host saved beside a step's state, by name; none where nothing was. Raises CheckpointError."""
+    there, found = verify(folder, step)["files"], []
+    while (name := _beside(len(found))) in there:
+        with np.load(Path(folder) / str(step) / name, allow_pickle=False) as arrays:
+            found.append(dict(arrays))
+    return found
 
 
-def _beside(host: int | str) -> str:
+def _beside(host: int) -> str:
     return f"beside-{host}.npz"
 
 

@@ -1,13 +1,14 @@
 """Several hosts as one run: they find each other, agree before they compute, and hear when one of them is gone.
 
 Each host samples and scores its own share of the problems on its own devices; the update is one program on the devices
-of all. What goes between hosts beside it is numbers about rollouts, never text or tokens. A host is a process of JAX:
+of all. What goes between hosts beside it is numbers about rollouts, never what they say. A host is a process of JAX:
 usually a machine, under Slurm a GPU. With one host everything here is immediate.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import sys
@@ -28,6 +29,7 @@ BEAT_S = 2.0
 SILENT_S = 30.0  # a host that says nothing for so long is taken for dead
 HEARTBEAT_S = 60  # JAX's own, which ends a process that hears nothing of the first host
 JOIN_S = 300
+_RUNS: list[int] = []  # that this process has watched over
 # For machines that JAX doesn't recognise by itself; of the names, JAX reads the first.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -39,13 +41,16 @@ class StoppedTogetherError(KeyboardInterrupt):
 def join() -> None:
     """Join the other hosts of the run, where there are some; before any computation.
 
-    They are found by JAX on Cloud TPU, GKE, Slurm and Open MPI, elsewhere by VARIABLES. Raises UserError.
+    They are found by JAX on Cloud TPU, GKE, Slurm and Open MPI, elsewhere by VARIABLES; with JAX_NUM_PROCESSES=1 none
+    are looked for. Raises UserError.
     """
-    alone = "1" in (os.environ.get("SLURM_NTASKS"), os.environ.get("OMPI_COMM_WORLD_SIZE"))
-    if alone or jax.distributed.is_initialized():
-        return
     address, count, number = map(os.environ.get, VARIABLES)
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS"))  # of srun; of the whole allocation
+    if "1" in (count, tasks, os.environ.get("OMPI_COMM_WORLD_SIZE")) or jax.distributed.is_initialized():
+        return
     named = " ".join(name for name in VARIABLES if name in os.environ)
+    # Its handler takes SIGTERM for a word to a service that pkv has no use for: a run that loads would not end.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             address,
@@ -61,12 +66,15 @@ def join() -> None:
     except OSError as error:  # a TPU without the service that tells machines of each other
         if named:
             raise UserError(f"{named}: {error}") from error
-    except RuntimeError as error:
-        if named or "before any JAX calls" not in str(error):  # in a notebook that has computed already: it is alone
-            first = str(error).splitlines()[0]
-            raise UserError(
-                f"the hosts did not find each other: {first} Start the same command on all within {JOIN_S} s"
-            ) from error
+    except Exception as error:
+        late = "before any JAX calls" in str(error)
+        if late and not named and jax.process_count() == 1:  # in a notebook that has computed already: it is alone
+            return
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the hosts did not find each other: {first} Start the same command on all within {JOIN_S} s, or set "
+            "JAX_NUM_PROCESSES=1 to train on this one alone"
+        ) from error
 
 
 def leads() -> bool:
@@ -108,11 +116,11 @@ def compare(facts: Mapping[str, Any]) -> None:
     if jax.process_count() == 1:
         return
     client = _client()
-    client.key_value_set(f"pkv/facts/{jax.process_index()}", json.dumps(facts, sort_keys=True))
+    _say(client, "facts", json.dumps(facts, sort_keys=True))
     first: dict[str, Any] = {}
     for number in range(jax.process_count()):
         try:
-            theirs = json.loads(client.blocking_key_value_get(f"pkv/facts/{number}", JOIN_S * 1000))
+            theirs = json.loads(client.blocking_key_value_get(f"{_place()}facts/{number}", JOIN_S * 1000))
         except jax.errors.JaxRuntimeError as error:
             raise UserError(f"host {number} did not say what it runs within {JOIN_S} s: look at its output") from error
         first = first or theirs
@@ -134,6 +142,7 @@ def watched() -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
+    _RUNS.append(len(_RUNS))
     done = threading.Event()
     watch = threading.Thread(target=_watch, args=(_client(), done), daemon=True)
     watch.start()
@@ -146,6 +155,7 @@ def watched() -> Iterator[None]:
         what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         if isinstance(error, jax.errors.JaxRuntimeError):  # perhaps because another host is gone: wait for the verdict
             time.sleep(SILENT_S + 2 * BEAT_S)
+        done.set()  # what the others say by now, they say of the same
         _say(_client(), "end", what.splitlines()[0][:500])
         time.sleep(2 * BEAT_S)  # the others have heard before the service may go
         raise
@@ -163,7 +173,7 @@ def _watch(client: Any, done: threading.Event) -> None:
         beats += 1
         try:
             _say(client, "beat", str(beats))
-            said = {key.removeprefix("pkv/"): text for key, text in client.key_value_dir_get("pkv/")}
+            said = {key.removeprefix(_place()): text for key, text in client.key_value_dir_get(_place())}
         except jax.errors.JaxRuntimeError:
             continue  # the first host is gone, of which JAX tells
         now = time.monotonic()
@@ -179,13 +189,20 @@ def _watch(client: Any, done: threading.Event) -> None:
 
 
 def _say(client: Any, what: str, text: str) -> None:
-    client.key_value_set(f"pkv/{what}/{jax.process_index()}", text, allow_overwrite=True)
+    client.key_value_set(f"{_place()}{what}/{jax.process_index()}", text, allow_overwrite=True)
+
+
+def _place() -> str:
+    """Where the hosts of this run leave word: another run of the same processes has another place."""
+    return f"pkv/{len(_RUNS)}/"
 
 
 def _leave(why: str) -> None:
     """End the process from a thread, whatever its other threads wait for."""
     hint = "the same command on all hosts resumes at the last checkpoint"
     print(f"pkv: {why}; host {jax.process_index()} ({socket.gethostname()}) stops; {hint}", file=sys.stderr, flush=True)
+    for child in multiprocessing.active_children():  # or what scores would live on, and hold the terminal
+        child.kill()
     os._exit(1)
 
 

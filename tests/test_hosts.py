@@ -31,7 +31,7 @@ from pkv.train.loop import train
 from pkv.train.setup import build
 
 DEVICES = 8
-FLAGS = ("--grpo.prompts=4", "--evaluate.problems=5")  # which don't go round evenly
+FLAGS = ("--grpo.prompts=4", "--evaluate.problems=3")  # which don't go round four hosts
 
 
 @pytest.fixture(scope="module")
@@ -219,18 +219,17 @@ def test_a_host_that_dies_ends_the_others_with_a_named_error(gone, config_file, 
 def test_hosts_that_would_not_compute_the_same_say_so(config_file, tmp_path):
     with Hosts(2, config_file, tmp_path / "run", *FLAGS, of={1: ["--seed=5"]}) as hosts:
         ended = hosts.ended(120)
-    assert all(code != 0 for code, *_ in ended)
-    assert any("hosts differ in config" in stderr for *_, stderr in ended), ended
+    for code, _, stderr in ended:
+        assert code == 2 and "pkv: hosts differ in config: " in stderr, stderr
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_what_ends_one_host_is_said_by_all(config_file, tmp_path):
-    """A directory that only one of them sees."""
+def test_a_directory_that_not_all_see_is_named_by_all(config_file, tmp_path):
     with Hosts(2, config_file, tmp_path / "a", *FLAGS, of={1: ["--run", str(tmp_path / "b")]}) as hosts:
         ended = hosts.ended(120)
-    assert all(code != 0 for code, *_ in ended)
-    assert any("host 1 does not see what host 0 wrote there" in stderr for *_, stderr in ended), ended
+    for code, _, stderr in ended:
+        assert code == 2 and "host 1 does not see what host 0 wrote there" in stderr, stderr
 
 
 def wait_for(path: Path, hosts: Hosts) -> None:

@@ -153,7 +153,8 @@ class Learner:
             for micros, count in [*zip(placed, tokens, strict=True)] * epochs:
                 state, statistics = self._step(state, micros, count, loss, learning_rate)
                 found.append(statistics)
-            return state, {name: float(sum(one[name] for one in found)) / len(found) for name in found[0]}
+            stepped = [one for one, count in zip(found, tokens * epochs, strict=True) if count] or found
+            return state, {name: float(sum(one[name] for one in stepped)) / len(stepped) for name in stepped[0]}
 
     def lower(
         self, state: TrainState, rows: int, length: int, loss: PolicyLoss, steps: int = 1

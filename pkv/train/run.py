@@ -9,6 +9,7 @@ checkpoint.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ import yaml
 from pkv import checkpoint
 from pkv.config import Config, UserError, as_plain
 from pkv.evaluate import MADE_WITH, RUN_MODEL, SYSTEM_FILE, Evaluation, Policy, Row, Sampled
-from pkv.hosts import gather, leads
+from pkv.hosts import gather, leads, share
 from pkv.hub import pinned
 from pkv.records import Problem, Rollout
 from pkv.tracking import Tracker, cut_lines, write_rollouts
@@ -59,9 +60,17 @@ class Run:
         checkpoint.save(self.folder / "checkpoints", step, state, {"step": step}, keep, waiting)
 
     def kept(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[list[Rollout]]]:
-        """The problems, and their rollouts, that waited in the checkpoint that the run goes on from; usually none."""
-        arrays = checkpoint.read_beside(self.folder / "checkpoints", self.step)
-        return from_arrays(arrays, problems) if arrays else ([], [])
+        """The problems, and their rollouts, that waited in the checkpoint that the run goes on from; usually none.
+
+        They are this host's share of what all hosts of then have left.
+        """
+        left = [
+            from_arrays(arrays, problems) for arrays in checkpoint.read_beside(self.folder / "checkpoints", self.step)
+        ]
+        by_host = [list(zip(*part, strict=True)) for part in left]
+        in_turn = [one for turn in itertools.zip_longest(*by_host) for one in turn if one is not None]
+        asked, rollouts = zip(*share(in_turn), strict=True) if in_turn else ((), ())
+        return list(asked), list(rollouts)
 
     def log(
         self,
@@ -93,10 +102,11 @@ class Run:
         return self._pass_rates
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The evaluations so far: {"step", "name", "metrics", "samples"}."""
+        """The evaluations so far: {"step", "name", "metrics"}."""
         there = leads() and self._evaluations.exists()  # a shared disk may show others what was there a while ago
         lines = self._evaluations.read_text(encoding="utf-8").splitlines() if there else []
-        return [json.loads(line) for line in gather(lines)[0]]
+        found = [json.loads(line) for line in lines]
+        return gather([{name: one[name] for name in ("step", "name", "metrics")} for one in found])[0]
 
     def add_evaluation(self, step: int, name: str, evaluation: Evaluation, shown: int) -> None:
         """Append an evaluation with its first `shown` answers, and put its numbers beside the training's."""

@@ -22,6 +22,7 @@ from pkv.data import open_source
 from pkv.evaluate import Policy, Source, load_policy, render_prompts, requests_for
 from pkv.grpo import Learner, TrainState, pack, reference_weights
 from pkv.grpo import Sequence as TrainingSequence
+from pkv.hub import pinned
 from pkv.mesh import make_mesh
 from pkv.model import Params, join, read_config, split
 from pkv.records import Batch, Problem, Prompt
@@ -136,7 +137,7 @@ def build(config: Config) -> Setup:
             "raise it or lower them"
         )
     keep_compiled()
-    _check_alike(config, problems)
+    _check_alike(config, problems, heldout)
     mesh = make_mesh(config.mesh)
     policy = load_policy(config.model.path, mesh, system=config.prompt.system, model=config.model, seed=config.seed)
     prompts = render_prompts(policy.tokenizer, heldout, policy.system)
@@ -182,13 +183,22 @@ def open_training(setup: Setup, folder: Path, fresh: bool) -> tuple[Run, TrainSt
     return run, run.restore(template)
 
 
-def _check_alike(config: Config, problems: Sequence[Problem]) -> None:
+def _check_alike(config: Config, problems: Sequence[Problem], heldout: Sequence[Problem]) -> None:
     """Raise UserError where hosts would compute different things, or one of them would have nothing to sample."""
-    if (count := jax.process_count()) > config.grpo.prompts:
+    count, model = jax.process_count(), Path(config.model.path)
+    if count == 1:
+        return
+    if count > config.grpo.prompts:
         raise UserError(f"grpo.prompts: {config.grpo.prompts} a step are too few for {count} hosts; raise it")
-    asked = [[problem.id, problem.question, problem.answer] for problem in problems]
-    plain = {"config": as_plain(config), "data": asked}
-    digests = {name: hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12] for name, of in plain.items()}
+    own = [*config.rewards.user_files, *([config.prompt.system] if Path(config.prompt.system).is_file() else [])]
+    weights = {file.name: file.stat().st_size for file in sorted(model.glob("*.safetensors"))}
+    read = {
+        "config": as_plain(config),
+        "data": [[problem.id, problem.question, problem.answer] for problem in (*problems, *heldout)],
+        "rewards.user_files or prompt.system": [Path(file).read_text(encoding="utf-8") for file in own],
+        "the model": [read_config(config.model.path), weights] if model.is_dir() else pinned(config.model.path),
+    }
+    digests = {name: hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12] for name, of in read.items()}
     hosts.compare({"python": platform.python_version(), **made_with(), **digests})
 
 
