@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pkv.config import MeshConfig, UserError
@@ -82,8 +81,8 @@ def _arrange(sizes: tuple[int, ...], devices: Sequence[Any], parts: tuple[str, .
     So a host's devices are a block of the mesh with whole sequence and tensor axes, wherever that is possible: it
     samples by itself. parts: by which attributes devices are still to be told apart.
     """
-    if not parts:
-        return mesh_utils.create_device_mesh(sizes, devices)
+    if not parts:  # by jax.make_mesh, which knows where an axis of chips may be split
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices).devices
     by_part: dict[int, list[Any]] = {}
     for device in devices:
         by_part.setdefault(getattr(device, parts[0], 0), []).append(device)

@@ -147,21 +147,8 @@ def two_networks() -> Iterator[list[str]]:
     if ip is None or not all(run("netns", "add", name) for name in names):
         pytest.skip("needs the right to make network namespaces")
     try:
-        cable = (
-            "link",
-            "add",
-            "name",
-            "pkv-a",
-            "netns",
-            names[0],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "pkv-b",
-            "netns",
-            names[1],
-        )
+        ends = (f"name pkv-{end} netns {name}" for end, name in zip("ab", names, strict=True))
+        cable = "link add {} type veth peer {}".format(*ends).split()
         assert run(*cable)
         for number, (name, end) in enumerate(zip(names, ("pkv-a", "pkv-b"), strict=True)):
             run("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", end)

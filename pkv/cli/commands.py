@@ -36,12 +36,10 @@ class Train:
         from pkv.train.rounds import reward_budgets
         from pkv.train.summary import closing_summary
 
-        hosts.join()
-        if not hosts.leads():
-            train(config, folder, self.fresh)
-            return
         out.say(reward_budgets(config))
         train(config, folder, self.fresh)
+        if not hosts.leads():
+            return
         out.say(closing_summary(folder))
         if out.json:
             lines = (folder / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()

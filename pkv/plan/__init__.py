@@ -1,8 +1,9 @@
 """Will it fit: a run's real programs compiled for a slice that is not here, with memory, time and money.
 
-Scale on paper, in words (tables: BENCHMARKS.md, by benchmarks/scale.py): at a fixed step of 512 rollouts decoding the
-longest response dominates from some 64 chips on, for each of its tokens reads all weights; collectives stay below a
-tenth of a step up to 4,096 chips. More chips then want more rollouts a step, sampling one step off, weights in 8 bits.
+Scale on paper, in words (tables: BENCHMARKS.md, by benchmarks/scale.py): at a fixed step of 512 rollouts decoding takes
+most of it, and from some 128 chips on hardly more than the longest response does, each of whose tokens reads all
+weights; collectives stay below a tenth of a step up to 4,096 chips. More chips then want more rollouts a step, sampling
+one step off, weights in 8 bits.
 """
 
 from __future__ import annotations
