@@ -97,9 +97,17 @@ def _arrange(sizes: tuple[int, ...], devices: Sequence[Any], parts: tuple[str, .
     if fsdp % over_fsdp or len({len(part) for part in by_part.values()}) > 1:
         return _arrange(sizes, devices, parts[1:])
     inside = (data // over_data, fsdp // over_fsdp, *inner)
-    arranged = [_arrange(inside, part, parts[1:]) for _, part in sorted(by_part.items())]
-    grid = np.array(arranged, object).reshape(over_data, over_fsdp, *inside)
+    # All as the first one is: collectives over several need chips at the same place in each.
+    sorted_parts = [sorted(part, key=_place) for _, part in sorted(by_part.items())]
+    order = {device: number for number, device in enumerate(sorted_parts[0])}
+    first = np.vectorize(order.__getitem__, otypes=[int])(_arrange(inside, sorted_parts[0], parts[1:]))
+    grid = np.array(sorted_parts, object)[:, first].reshape(over_data, over_fsdp, *inside)
     return np.moveaxis(grid, 1, 2).reshape(sizes)
+
+
+def _place(device: Any) -> tuple[Any, ...]:
+    """Where a chip is in its slice, from the last axis of the torus on; other devices in the order of their numbers."""
+    return *reversed(getattr(device, "coords", ())), device.id
 
 
 def own_part(mesh: Mesh) -> Mesh:
@@ -194,16 +202,18 @@ def by_heads(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[j
     return q_BTNH, k_BTKH, v_BTKH
 
 
-def over_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
+def over_tokens(function: Callable[..., Any], weights_axes: Any) -> Callable[..., Any]:
     """A function `(weights, *arrays)` that every device calls on its own tokens of the arrays [B, T, ...].
 
-    Its results are [B, T] alike. The weights come whole over data, fsdp and sequence, and their gradient is added up
-    over devices once, after the function; over tensor the compiler spreads both as it does elsewhere. Inside
-    `jax.set_mesh`; without a mesh, or with tokens that the devices don't divide, it is the function itself.
+    Its results are [B, T] alike. The weights, of the logical axes `weights_axes`, come whole but for the vocabulary,
+    which is spread over tensor: of its columns the function has its own, and adds up over `vocabulary_axis`. What is a
+    sum over devices in the gradients is added up once, after the function. Inside `jax.set_mesh`; without a mesh, or
+    with tokens that the devices don't divide, it is the function itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not set(AXES) <= set(mesh.axis_names) or _ways(mesh, TOKEN_AXES) == 1:
+    if not set(AXES) <= set(mesh.axis_names) or mesh.size == 1:
         return function
+    rules = {**dict.fromkeys(TRAINING_RULES), "vocab": TRAINING_RULES["vocab"]}
 
     def sharded(weights: Any, *arrays: jax.Array) -> Any:
         B, T = arrays[0].shape[:2]
@@ -211,14 +221,23 @@ def over_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(weights, *arrays)
         tokens = PartitionSpec(BATCH_AXES, TIME_AXIS)
 
-        def own(weights: Any, *arrays: jax.Array) -> Any:
-            # Each device's own copy: within a loop of the function, a shared one's gradient is added up at every turn.
-            return function(jax.lax.pcast(weights, TOKEN_AXES, to="varying"), *arrays)
+        def apart(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+            """Each device's own copy: within a loop of the function, a shared one's gradient is added up every turn."""
+            spread = {name for names in spec if names for name in ((names,) if isinstance(names, str) else names)}
+            return jax.lax.pcast(array, tuple(name for name in AXES if name not in spread), to="varying")
 
-        specs = (PartitionSpec(), *(tokens for _ in arrays))
-        return jax.shard_map(own, in_specs=specs, out_specs=tokens, axis_names=set(TOKEN_AXES))(weights, *arrays)
+        spec = lambda axes, table: _spec("weights", axes, table.shape, mesh, rules)  # noqa: E731
+        specs = jax.tree.map(spec, weights_axes, weights, is_leaf=_is_axes), *(tokens for _ in arrays)
+        own = lambda *given: function(*jax.tree.map(apart, given, specs))  # noqa: E731
+        return jax.shard_map(own, in_specs=specs, out_specs=tokens)(weights, *arrays)
 
     return sharded
+
+
+def vocabulary_axis() -> str | None:
+    """The mesh axis over which devices have columns of the same table, where each sees its own only; None elsewhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return "tensor" if "tensor" in mesh.manual_axes else None
 
 
 def merging_axis() -> str | None:

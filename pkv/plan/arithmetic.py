@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from pkv.grpo.logprobs import CHUNK
+from pkv.grpo.logprobs import MOST_LOGITS
 from pkv.model.arithmetic import forward_flops, update_flops
 from pkv.plan.chips import Slice
 from pkv.plan.compiled import Program
@@ -58,7 +58,7 @@ def activations(work: Work, spread: Spread) -> float:
     """Bytes of a chip for a micro-batch's forward and backward pass.
 
     What is kept of every layer; one layer's own work, twice for its gradient; a layer's weights, gathered over fsdp,
-    and their gradient in 32 bits; XLA's scores of one layer, which cuDNN doesn't keep; a chunk of logits three times.
+    and their gradient in 32 bits; XLA's scores of one layer, which cuDNN doesn't keep; three parts of logits.
     """
     arch, model, tensor = work.arch, work.config.model, spread.tensor
     two = jnp.dtype(model.dtype).itemsize
@@ -75,7 +75,7 @@ def activations(work: Work, spread: Spread) -> float:
     matrices = 2 * arch.hidden * heads * (1 + arch.kv_heads / arch.heads) + 3 * arch.hidden * wide
     pairs = rows * length**2 / 2 * arch.heads / tensor / spread.sequence
     scores = 0.0 if model.attention == "cudnn" else pairs * (4 + two)
-    logits = 3 * rows * min(CHUNK, length) * arch.vocab_size / tensor * 4
+    logits = 3 * min(MOST_LOGITS, tokens * arch.vocab_size / tensor) * 4
     return arch.layers * tokens * kept * two + one + matrices * (two + 4) + scores + logits
 
 

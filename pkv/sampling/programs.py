@@ -112,7 +112,8 @@ class Programs:
         if config.temperature > 0:
             self._drawing = Nucleus(config.top_p < 1 or config.top_k > 0 or config.min_p > 0, config.top_k)
         self._scalars = (jnp.float32(config.temperature or 1.0), jnp.float32(config.top_p), jnp.float32(config.min_p))
-        self.lay = jax.jit(_lay, static_argnames="how")
+        # Partials, as jit counts the programs of a function together, whoever compiled them.
+        self.lay = jax.jit(partial(_lay), static_argnames="how")
         self.unstack = jax.jit(partial(unstack_layers, arch=self.arch))
         self.prefix = jax.jit(self._prefix)
         self.prefill = jax.jit(self._prefill, donate_argnames="stock")
@@ -120,7 +121,7 @@ class Programs:
         self.empty = jax.jit(self._empty, static_argnames="pages")
         self.grow = jax.jit(self._grow, static_argnames="more")
         self.move = jax.jit(self._move)
-        self.fetch = jax.jit(take_pages)
+        self.fetch = jax.jit(partial(take_pages))
         self.restore = jax.jit(self._restore, donate_argnames="stock")
 
     @property

@@ -1,0 +1,192 @@
+"""Keys and values stay within their memory, which follows the lengths, and few programs are compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from tiny_sampling import ARCH, CONFIG, MESHES, PARAMS, STOPS, assert_same, one_device, requests, run
+
+from pkv.config import MeshConfig, UserError
+from pkv.mesh import make_mesh
+from pkv.sampling import Engine, Request, WarmUp, rehearse, row_keys
+from pkv.sampling.schedule import Schedule
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_segment_never_copies_the_pages(monkeypatch, stacked):
+    """The compiled loop writes the donated pages in place."""
+    if stacked:
+        monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
+    engine = Engine(ARCH, CONFIG, STOPS, one_device())
+    decode, texts = engine.programs.decode, []
+
+    def seen_decode(*args):
+        shapes = {",".join(map(str, array.shape)) for array in jax.tree.leaves(args[2])}
+        texts.append((shapes, decode.lower(*args).compile().as_text()))
+        return decode(*args)
+
+    monkeypatch.setattr(engine.programs, "decode", seen_decode)
+    list(engine.sample(engine.load(PARAMS), requests()))
+    shapes, text = texts[0]
+    body = text[: text.index("ENTRY")]
+    copies = [line for line in body.splitlines() if re.search(r"= f32\[(\S+?)\]\S* (copy|transpose)\(", line)]
+    assert not [line for line in copies if re.search(r"f32\[(\S+?)\]", line)[1] in shapes]
+
+
+def memory_of(pages: int, page: int = 8) -> dict[str, float]:
+    """A limit that so many pages of ARCH fit into, and one of its two layers twice."""
+    return {"page_tokens": page, "kv_memory_gb": 1.5 * (pages + 0.5) * 2 * ARCH.layers * 2 * 8 * page * 4 / 1e9}
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, sequence=2, tensor=2)])
+def test_when_the_memory_ends_rows_wait_and_say_the_same(plain, mesh):
+    limit = memory_of(9) if mesh is None else memory_of(4)
+    engine = Engine(
+        ARCH, dataclasses.replace(CONFIG, **limit), STOPS, one_device() if mesh is None else make_mesh(mesh)
+    )
+    found = {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), requests())}
+    assert_same(plain, found)
+    assert engine.usage.peak_bytes <= limit["kv_memory_gb"] * 1e9
+    if mesh is None:
+        assert engine.usage.evicted, "the case must show it"
+
+
+def test_the_memory_suffices_while_pages_are_added_too(monkeypatch):
+    monkeypatch.setattr("pkv.sampling.engine.LEAST_PAGES", 8)
+    limit = memory_of(60)
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=16, **limit), (), one_device())
+    grow, seen = engine.programs.grow, []
+
+    def seen_grow(stock, *, more):
+        fresh = grow(stock, more=more)
+        seen.append(sum(array.nbytes for array in jax.live_arrays() if array.shape[1:] == (2, 8, 8)))
+        return fresh
+
+    monkeypatch.setattr(engine.programs, "grow", seen_grow)
+    list(engine.sample(engine.load(PARAMS), requests((70, 70, 70), samples=8)))
+    assert len(seen) > 4 and engine.usage.evicted and max(seen) <= limit["kv_memory_gb"] * 1e9
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_long_wait_for_memory_loses_no_page(monkeypatch, slots):
+    """Many prompts come, go out and come back: at every visit each page is free or has its holder."""
+    extend = Schedule.extend
+
+    def checked(schedule, fresh):
+        extend(schedule, fresh)
+        for pool, holders in zip((schedule.own, schedule.prompts), schedule.holders(), strict=True):
+            held = sum(len(one.pages) for one in holders)
+            assert held + sum(map(len, pool._free)) == pool.size * len(pool._free)
+
+    monkeypatch.setattr(Schedule, "extend", checked)
+    draw, limit = np.random.default_rng(3), memory_of(9)
+    keys = row_keys(0, "pressure", 0, [str(n) for n in range(12)], 3)
+    prompts = [draw.integers(10, 200, draw.integers(2, 33)).astype(np.int32) for _ in range(12)]
+    asked = [Request(prompt, key, 30) for prompt, key in zip(prompts, keys, strict=True)]
+    roomy = run(dataclasses.replace(CONFIG, page_tokens=8), asked)
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=slots * 2, **limit), STOPS, one_device())
+    assert_same(roomy, {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), asked)})
+    assert engine.usage.peak_bytes <= limit["kv_memory_gb"] * 1e9
+
+
+def test_a_request_that_the_memory_cannot_hold_is_refused_before_anything_is_sampled():
+    with pytest.raises(UserError, match="holds 3"):
+        run(dataclasses.replace(CONFIG, **memory_of(3)))
+
+
+def test_without_a_limit_the_memory_that_is_available_counts(monkeypatch, tmp_path):
+    told = tmp_path / "meminfo"
+    # A page of CONFIG takes 4 KiB, and half of it twice while a stock changes its size.
+    told.write_text("MemTotal:  100 kB\nMemFree:  1 kB\nMemAvailable:  8 kB\n")
+    monkeypatch.setattr("pkv.sampling.engine.MEMINFO", told)
+    with pytest.raises(UserError, match="holds 1"):
+        run()
+    told.unlink()
+    run()
+
+
+def test_memory_follows_the_lengths():
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, page_tokens=4, segment=4, slots=32), (), one_device())
+    draw, lengths = np.random.default_rng(0), (200, 20, 30, 40, 25, 100)
+    keys = row_keys(0, "long", 0, [str(n) for n in lengths], 8)
+    asked = [Request(draw.integers(10, 200, 30).astype(np.int32), k, n) for k, n in zip(keys, lengths, strict=True)]
+    list(engine.sample(engine.load(PARAMS), asked))
+    assert engine.usage.ratio < 1.3
+
+
+def test_a_long_run_compiles_few_programs():
+    """Rows end where their budgets do, long-tailed: so what is compiled is the same on every machine."""
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=32, page_tokens=16), (), one_device())
+    draw, weights = np.random.default_rng(0), engine.load(PARAMS)
+    for step in range(12):
+        budgets = np.minimum(draw.geometric(1 / 60, 24), 300)
+        keys = row_keys(0, "long", step, [str(n) for n in range(24)], 2)
+        asked = [
+            Request(draw.integers(10, 200, draw.integers(1, 200)).astype(np.int32), k, int(n))
+            for k, n in zip(keys, budgets, strict=True)
+        ]
+        list(engine.sample(weights, asked))
+        if step == 7:
+            before = engine.compilations
+    assert engine.compilations - before <= 2, "what a run needs is compiled in its first steps"
+    assert engine.compilations <= 72
+
+
+@pytest.mark.parametrize(
+    "mesh, memory",
+    [
+        (None, {}),
+        (MESHES["all"], {}),
+        pytest.param(None, {"kv_memory_gb": 1.5 * 40 * 16 * 256 / 1e9}, marks=pytest.mark.slow),
+    ],
+)
+def test_after_a_warm_up_rollouts_to_the_end_of_their_budget_compile_nothing(mesh, memory):
+    config = dataclasses.replace(CONFIG, slots=16, page_tokens=16, **memory)
+    engine = Engine(ARCH, config, (), make_mesh(mesh) if mesh else one_device())
+    weights, asked = engine.load(PARAMS), requests((70, 70, 70), samples=8)
+    warm_up = WarmUp(engine)
+    assert warm_up(weights, asked) > 0
+    before = engine.compilations
+    list(engine.sample(weights, asked))
+    assert bool(engine.usage.evicted) == bool(memory), "the case must show it"
+    from_the_host = engine.programs.restore._cache_size()  # of rows that come back: what is left to compile then
+    assert engine.compilations - before == from_the_host
+    assert warm_up(weights, asked) == 0
+
+
+def test_a_warm_up_leaves_little_to_compile_for_long_tailed_lengths():
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=32), STOPS, one_device())
+    weights, asked = engine.load(PARAMS), requests((100, 100, 100), samples=16)
+    warmed = WarmUp(engine)(weights, asked)
+    before = engine.compilations
+    list(engine.sample(weights, asked))
+    assert engine.compilations - before <= warmed // 3
+
+
+def test_the_longest_shapes_are_compiled_first_and_are_the_longest_there_will_be():
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=16), (), one_device())
+    asked = requests((70, 70, 70), samples=8)
+    calls = rehearse(engine, asked)
+    assert [call.bytes for call in calls] == sorted((call.bytes for call in calls), reverse=True)
+    list(engine.sample(engine.load(PARAMS), asked))
+    decode = next(call for call in calls if call.name == "decode")
+    pages = sum(
+        array.size * array.dtype.itemsize
+        for array in jax.tree.leaves((decode.arguments[0][0].stock, decode.arguments[1]))
+    )
+    assert pages == engine.usage.peak_bytes
+
+
+def test_a_rehearsal_refuses_what_sampling_would_refuse():
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, kv_memory_gb=1e-6), (), one_device())
+    with pytest.raises(UserError, match="its memory holds"):
+        rehearse(engine, requests((70, 70, 70)))
