@@ -75,6 +75,11 @@ def _base_apart(run_or_model: str, merge_lora: bool) -> ModelConfig | None:
         return None
     if config.model.init == "random":
         raise UserError(f"{run_or_model}: its base was drawn at random, so that nobody else has it; use --merge-lora")
+    if config.model.context:
+        raise UserError(
+            f"{run_or_model}: its base was stretched to {config.model.context} positions (model.context), which an "
+            "adapter can't tell; use --merge-lora"
+        )
     return config.model
 
 

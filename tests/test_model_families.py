@@ -4,9 +4,10 @@ import copy
 import dataclasses
 
 import pytest
-from released_configs import LONGROPE, LONGROPE_BLOCK, QWEN, RELEASED, but
+from released_configs import LONGROPE, LONGROPE_BLOCK, QWEN, RELEASED, YARN_BLOCK, but
 
 from pkv.config import UserError
+from pkv.model import stretched
 from pkv.model.families import FAMILIES, family_of
 from pkv.model.rope import Linear
 
@@ -123,6 +124,21 @@ def test_the_context_decides_between_the_factors_of_longrope():
     assert arch.for_context(4097) == arch
     assert arch.for_context(4096) == but(arch, rope_scaling=dataclasses.replace(LONGROPE, long_context=False))
     assert QWEN.for_context(10**6) == QWEN
+
+
+def test_a_config_is_stretched_as_its_card_says_and_only_where_that_is_needed():
+    config, arch = RELEASED["Qwen2.5-14B-Instruct"]
+    assert stretched(config, 0) == stretched(config, 32_768) == config
+    longer = stretched(config, 131_072)
+    assert longer["rope_scaling"] == {"rope_type": "yarn", **{k: v for k, v in YARN_BLOCK.items() if k != "type"}}
+    assert family_of(longer).read(longer) == family_of(config).read(config | {"rope_scaling": YARN_BLOCK})
+    new = {k: v for k, v in config.items() if k != "rope_theta"}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": arch.rope_theta}
+    assert family_of(new).read(stretched(new, 131_072)) == family_of(longer).read(longer)
+    with pytest.raises(UserError, match="a rope_scaling already, for 131072 positions"):
+        stretched(longer, 262_144)
+    with pytest.raises(UserError, match="phi3 isn't stretched by YaRN"):
+        stretched(RELEASED["Phi-3-mini-4k"][0], 131_072)
 
 
 def test_an_arch_that_contradicts_itself_cannot_be_made():

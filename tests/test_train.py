@@ -226,6 +226,13 @@ def test_a_directory_with_something_else_in_it_is_refused(config_file, tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
+def test_a_stretched_model_is_trained_and_left_as_such(config_file):
+    setup = build(load_config(config_file, ["--model.context", "2048"]))
+    assert setup.policy.arch.max_positions == 2048 and setup.policy.arch.rope_scaling.factor == 4
+    assert setup.engine.programs.arch == setup.policy.arch
+    assert setup.model_config["rope_scaling"]["factor"] == 4, "what the run's directory and its export say"
+
+
 def test_a_run_is_a_model(whole, config_file):
     policy = load_policy(str(whole), make_mesh(load_config(config_file).mesh))
     assert policy.step == 5

@@ -288,7 +288,7 @@ class Plan:
         from pkv.plan import as_record, in_words, make_plan, model_shape, nearest, read_slice, search, work_of
 
         wanted = read_slice(self.topology, Path(self.prices) if self.prices else None)
-        work = work_of(config, model_shape(config.model.path), self.prompt_tokens)
+        work = work_of(config, model_shape(config.model.path, config.model.context), self.prompt_tokens)
         found = search(work, wanted, out.say) if self.search else None
         if found is not None:
             plan, changed = found

@@ -40,6 +40,7 @@ class ModelConfig:
     # in the host's memory.
     remat: Literal["none", "cheap", "all", "offload"] = "none"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # of whole rows; auto: splash on TPU, else xla
+    context: int = 0  # positions, where more than the checkpoint's own are wanted: stretched by YaRN; 0: its own
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -241,6 +242,7 @@ class Config:
 
 # Bounds that a type cannot say: path -> (least, greatest).
 BOUNDS: dict[str, tuple[float, float]] = {
+    "model.context": (0, math.inf),
     "model.lora.rank": (0, math.inf),
     "model.lora.alpha": (1e-6, math.inf),
     "data.hardest": (0.0, 1.0),

@@ -73,7 +73,7 @@ def load_policy(
             return policy
         frozen = _load_weights(base.model.path, policy.arch, mesh, base.model, base.seed)
         return dataclasses.replace(policy, params=join(policy.params, frozen))
-    arch = read_arch(source)
+    arch = read_arch(source, model.context)
     tokenizer = Tokenizer.load(source)
     if tokenizer.text_size > arch.vocab_size:
         raise UserError(

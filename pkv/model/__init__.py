@@ -9,7 +9,7 @@ from pkv.model.decoder import forward, head, logits
 from pkv.model.export import save_params
 from pkv.model.kernels import Kernel, choose_kernel
 from pkv.model.linear import BLOCK, cast
-from pkv.model.load import load_params, read_arch, read_config
+from pkv.model.load import load_params, read_arch, read_config, stretched
 from pkv.model.lora import freezer, init_adapters, join, split, weight_axes
 from pkv.model.pages import (
     Level,
@@ -59,6 +59,7 @@ __all__ = [
     "split",
     "stock_axes",
     "stock_pages",
+    "stretched",
     "take_pages",
     "unstack_layers",
     "weight_axes",

@@ -22,20 +22,53 @@ from pkv.hub import fetch, find_checkpoint
 from pkv.model.arch import Arch
 from pkv.model.families import family_of, gemma3
 from pkv.model.layout import DiskTensor, WholeTensor, by_path, disk_tensors, whole_tensors
+from pkv.model.rope import Yarn
 from pkv.model.tensorfiles import DTYPES, TensorFiles, read_json, weight_files
 from pkv.model.weights import Params
 from pkv.tracking import Progress
 
 
-def read_config(source: str | Path) -> dict[str, Any]:
-    """A checkpoint's config.json as it stands; of a Gemma 3 with vision, its text model's. Raises UserError."""
+def read_config(source: str | Path, context: int = 0) -> dict[str, Any]:
+    """A checkpoint's config.json as it stands, or `stretched`; of a Gemma 3 with vision, its text model's.
+
+    Raises UserError.
+    """
     config = read_json(find_checkpoint(source) / "config.json")
-    return gemma3.text_config(config) if config.get("model_type") == "gemma3" else config
+    return stretched(gemma3.text_config(config) if config.get("model_type") == "gemma3" else config, context)
 
 
-def read_arch(source: str | Path) -> Arch:
-    """What a checkpoint is made of, from its config.json. Raises UserError for a family or feature pkv doesn't know."""
-    config = read_config(source)
+def stretched(config: dict[str, Any], context: int) -> dict[str, Any]:
+    """A config.json for so many positions, where they are more than its own: by YaRN (arXiv 2309.00071), in the words
+    of Qwen's model cards. Raises UserError for a model that is scaled already, or that isn't by YaRN."""
+    if not context or (arch := family_of(config).read(config)).max_positions >= context:
+        return config
+    if arch.rope_scaling is not None:
+        raise UserError(
+            f"model.context: {context}, and config.json has a rope_scaling already, for {arch.max_positions} positions"
+        )
+    block = {"rope_type": "yarn", "factor": context / arch.max_positions}
+    block["original_max_position_embeddings"] = arch.max_positions
+    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    longer = {**config, name: {**(config.get(name) or {}), **block}}
+    longer.pop("rope_parameters" if name == "rope_scaling" else "rope_scaling", None)
+    try:
+        known = isinstance(family_of(longer).read(longer).rope_scaling, Yarn)
+    except UserError:
+        known = False
+    if not known:
+        raise UserError(
+            f"model.context: {context}, and the model holds {arch.max_positions} positions: {config['model_type']} "
+            "isn't stretched by YaRN"
+        )
+    return longer
+
+
+def read_arch(source: str | Path, context: int = 0) -> Arch:
+    """What a checkpoint is made of, from its config.json, for `context` positions where it holds fewer.
+
+    Raises UserError for a family or feature that pkv doesn't know.
+    """
+    config = read_config(source, context)
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
         raise UserError(

@@ -6,19 +6,20 @@ from pathlib import Path
 
 import yaml
 
-from pkv.model import Arch, read_arch
+from pkv.model import Arch, read_arch, stretched
 from pkv.model.families import family_of
 
 TABLE = Path(__file__).with_name("released.yaml")
 ALIKE = {"model_type": "qwen2", "rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768}
 
 
-def model_shape(source: str) -> Arch:
-    """The Arch of a directory, a run, or a hub id. Raises UserError as `read_arch` does."""
+def model_shape(source: str, context: int = 0) -> Arch:
+    """The Arch of a directory, a run, or a hub id, for `context` positions. Raises UserError as `read_arch` does."""
     if Path(source).is_dir():
-        return read_arch(source)
+        return read_arch(source, context)
     known = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
     if source in known:
         config = ALIKE | known[source]
+        config = stretched(config, context)
         return family_of(config).read(config)
-    return read_arch(source)
+    return read_arch(source, context)

@@ -78,7 +78,9 @@ class Plan:
 
 def plan(config: Config, topology: str, prompt_tokens: int | None = None) -> Plan:
     """The plan of a config's run on a slice such as v5e:4x8. Raises UserError as `make_plan` does."""
-    return make_plan(work_of(config, model_shape(config.model.path), prompt_tokens), read_slice(topology))
+    return make_plan(
+        work_of(config, model_shape(config.model.path, config.model.context), prompt_tokens), read_slice(topology)
+    )
 
 
 def described_mesh(config: Config, wanted: Slice) -> Mesh:

@@ -168,7 +168,7 @@ def build(config: Config) -> Setup:
         None if frozen is None else engine.load(frozen),
         problems,
         prompts,
-        read_config(config.model.path),
+        read_config(config.model.path, config.model.context),
     )
 
 
