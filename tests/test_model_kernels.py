@@ -98,10 +98,8 @@ def test_a_kernel_that_cannot_run_here_is_one_line():
 
 @functools.cache
 def compiled_gradient(remat):
-    local = (True, False, True, False)
-    arch = dataclasses.replace(
-        ARCH, hidden=512, head_size=64, ffn=1024, window=300, local_layers=local, attention_cap=50.0
-    )
+    arch = dataclasses.replace(ARCH, layers=8, hidden=512, head_size=64, ffn=1024)
+    arch = dataclasses.replace(arch, window=300, local_layers=(True, False) * 4, attention_cap=50.0)
     return compile_gradient(arch, "v5e:2x2", MeshConfig(data=1, fsdp=2, tensor=2), 1024, remat)
 
 
