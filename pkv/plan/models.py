@@ -19,7 +19,6 @@ def model_shape(source: str, context: int = 0) -> Arch:
         return read_arch(source, context)
     known = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
     if source in known:
-        config = ALIKE | known[source]
-        config = stretched(config, context)
+        config = stretched(ALIKE | known[source], context)
         return family_of(config).read(config)
     return read_arch(source, context)
