@@ -333,21 +333,16 @@ def test_mixed_forms_are_refused(arch, params, tokens):
         forward(params, arch, tokens, along(tokens), cache=init_cache(arch, B, T), segments_BT=tokens)
 
 
-@pytest.mark.parametrize("by_heads", [True, False])
 @pytest.mark.parametrize("stacked", [True, False])
-def test_pages_taken_and_put_are_those_pages(arch, stacked, by_heads):
+def test_pages_taken_and_put_are_those_pages(arch, stacked):
     cache = init_cache(arch, 2, 6, stacked=stacked)
     cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), cache)
-    stock, axis = cut_into_pages(cache, 3, by_heads=by_heads), 1 if stacked else 0
+    stock, axis = cut_into_pages(cache, 3), 1 if stacked else 0
     layer, kept = (stock, cache) if stacked else (stock[0], cache[0])
     lead = (slice(None),) * axis
     for page, (row, at) in enumerate([(0, 0), (0, 3), (1, 0), (1, 3)]):
-        if by_heads:
-            keys, values = layer["k_heads"], layer["v_heads"]
-        else:
-            keys, values = jnp.moveaxis(layer["k"], -3, -1), jnp.moveaxis(layer["v"], -3, -2)
-        np.testing.assert_array_equal(keys[(*lead, page)], kept["k"][(*lead, row)][..., at : at + 3])
-        np.testing.assert_array_equal(values[(*lead, page)], kept["v"][(*lead, row)][..., at : at + 3, :])
+        np.testing.assert_array_equal(layer["k"][(*lead, page)], kept["k"][(*lead, row)][..., at : at + 3])
+        np.testing.assert_array_equal(layer["v"][(*lead, page)], kept["v"][(*lead, row)][..., at : at + 3, :])
     taken = take_pages(stock, jnp.array([2, 0]))
     jax.tree.map(lambda got, x: np.testing.assert_array_equal(got, np.take(x, [2, 0], axis)), taken, stock)
     placed = put_pages(add_pages(stock, 1), jnp.array([4, 9]), taken)  # page 9 is past the end

@@ -14,6 +14,7 @@ from tiny_sampling import ARCH, CONFIG, MESHES, PARAMS, STOPS, assert_same, one_
 from pkv.config import MeshConfig
 from pkv.mesh import make_mesh
 from pkv.model import forward, load_params, logits, read_arch
+from pkv.model.pages import WRITING
 from pkv.records import Verdict
 from pkv.sampling import Engine, Request, row_keys
 from pkv.sampling.drawing import Nucleus, draw, invert
@@ -190,13 +191,13 @@ def test_a_watch_cuts_forces_and_ends(segment, mesh):
 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("kv_cache", ["plain", "int8"])
-def test_pages_as_accelerators_have_them_say_the_same(monkeypatch, stacked, kv_cache):
+def test_pages_as_tpu_writes_them_say_the_same(monkeypatch, stacked, kv_cache):
     if stacked:
         monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
     config = dataclasses.replace(CONFIG, kv_cache=kv_cache)
-    by_heads, engine = run(config), Engine(ARCH, config, STOPS, one_device())
-    engine.programs._kind = engine.programs._kind | {"by_heads": False}
-    assert_same(by_heads, {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), requests())})
+    by_positions = run(config)
+    monkeypatch.setitem(WRITING, "default", WRITING["tpu"])
+    assert_same(by_positions, run(config))
 
 
 def test_scanned_and_unrolled_layers_say_the_same(monkeypatch, plain):

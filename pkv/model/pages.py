@@ -18,14 +18,12 @@ import jax.numpy as jnp
 from pkv.mesh import merging_axis
 from pkv.model.arch import Arch
 
-# {"k": [L, P, S, K, H], "v": [L, P, S, K, H]} or by heads {"k_heads": [L, P, K, H, S], "v_heads": [L, P, K, S, H]}, in
-# 8 bits with "k_scale" and so on, where H is 1; or a tuple of L such dicts without the axis L. S: positions a page.
-# A CPU takes them by heads, for its loops run along S; accelerators write a position in one piece, and would copy all
-# pages at each segment's start and end if these stood in another order.
+# {"k": [L, P, K, H, S], "v": [L, P, K, S, H]}, in 8 bits with "k_scale" and "v_scale", where H is 1; or a tuple of L
+# such dicts without the axis L. S: positions a page. In these orders neither product of attention sums over the last
+# axis; else XLA's compiler for TPU copies a layer's pages out of the stack before it reads them.
 Stock = Any
 LEAST = jnp.finfo(jnp.float32).min
-WANTED = {"k": "KHS", "v": "KSH"}  # by attention
-ORDERS = {"k": "SKH", "v": "SKH", "k_heads": "KHS", "v_heads": "KSH"}  # of the last three axes
+ORDERS = {"k": "KHS", "v": "KSH"}  # of the last three axes
 FEW_QUERIES = 16  # so many queries a page at most meet it on a CPU as broadcast products (see `attention`)
 
 
@@ -54,11 +52,10 @@ def init_stock(
     *,
     stacked: bool = True,
     eight_bit: bool = False,
-    by_heads: bool = False,
 ) -> Stock:
     """Empty pages of `size` positions; `stacked` must match the layers of the weights."""
     sizes = {"S": size, "K": arch.kv_heads, "H": arch.head_size}
-    kinds = dict.fromkeys(_names(by_heads), (sizes, jnp.int8 if eight_bit else dtype))
+    kinds = dict.fromkeys(ORDERS, (sizes, jnp.int8 if eight_bit else dtype))
     if eight_bit:
         kinds |= {f"{name}_scale": (sizes | {"H": 1}, jnp.float32) for name in kinds}
     lead = (arch.layers, pages) if stacked else (pages,)
@@ -69,18 +66,8 @@ def init_stock(
     return empty() if stacked else tuple(empty() for _ in range(arch.layers))
 
 
-def _names(by_heads: bool) -> tuple[str, str]:
-    return ("k_heads", "v_heads") if by_heads else ("k", "v")
-
-
 def _order(name: str) -> str:
     return ORDERS[name.removesuffix("_scale")]
-
-
-def _turned(array: jax.Array, order: str, wanted: str) -> jax.Array:
-    """An array whose last three axes stand in `order`, in the order `wanted`."""
-    lead = array.ndim - 3
-    return array.transpose(*range(lead), *(lead + order.index(axis) for axis in wanted))
 
 
 def stock_axes(stock: Stock) -> Any:
@@ -119,20 +106,20 @@ def add_pages(stock: Stock, more: int) -> Stock:
     return jax.tree.map(lambda a: jnp.pad(a, [(0, more if axis == a.ndim - 4 else 0) for axis in range(a.ndim)]), stock)
 
 
-def cut_into_pages(cache: Any, size: int, *, eight_bit: bool = False, by_heads: bool = False) -> Stock:
+def cut_into_pages(cache: Any, size: int, *, eight_bit: bool = False) -> Stock:
     """The rows of a cache (see `cache`), whose length `size` divides, as pages: row after row, [..., B·S/size, ...]."""
 
-    def rows(array: jax.Array) -> jax.Array:  # [..., B, K, S, H]
-        *lead, K, S, H = array.shape
-        pages = jnp.moveaxis(array.reshape(*lead, K, S // size, size, H), -3, -4)
-        return pages.reshape(*lead[:-1], -1, *pages.shape[-3:])
+    def cut(name: str, array: jax.Array) -> jax.Array:  # [..., B, K, H, S] or [..., B, K, S, H]
+        axis = array.ndim - 3 + ORDERS[name].index("S")
+        before, length, after = array.shape[:axis], array.shape[axis], array.shape[axis + 1 :]
+        pages = jnp.moveaxis(array.reshape(*before, length // size, size, *after), axis, -4)  # behind the rows
+        return pages.reshape(*pages.shape[:-5], -1, *pages.shape[-3:])
 
-    def cut(layers: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        both = rows(layers["k"].swapaxes(-1, -2)), rows(layers["v"])
-        stock = {name: _turned(x, "KSH", ORDERS[name]) for name, x in zip(_names(by_heads), both, strict=True)}
-        return quantised(stock) if eight_bit else stock
+    def layer(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        pages = {name: cut(name, array) for name, array in arrays.items()}
+        return quantised(pages) if eight_bit else pages
 
-    return jax.tree.map(cut, cache, is_leaf=lambda node: isinstance(node, dict))
+    return jax.tree.map(layer, cache, is_leaf=lambda node: isinstance(node, dict))
 
 
 def quantised(pages: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -183,23 +170,39 @@ def _of_layer(stock: Stock, layer: Any) -> dict[str, jax.Array]:
 
 
 def _write(stock: Stock, layer: Any, page_B: jax.Array, slot_B: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array) -> Stock:
-    """In place when donated. Slices between the index arrays: the shape of the updates is [B, ...]."""
+    """In place when donated; no two rows write into the same page."""
     kinds = stock if isinstance(stock, dict) else stock[layer]
-    fresh = dict(zip(_names("v_heads" in kinds), (k_BKH, v_BKH), strict=True))
-    if len(kinds) > len(fresh):  # in 8 bits, as pages of one position
-        fresh = quantised({name: jnp.expand_dims(new, 1 + ORDERS[name].index("S")) for name, new in fresh.items()})
-        fresh = {name: jnp.squeeze(new, 1 + _order(name).index("S")) for name, new in fresh.items()}
-
-    def place(name: str) -> tuple[Any, ...]:
-        found = (page_B, *(slice(None),) * _order(name).index("S"), slot_B)
-        return (layer, *found) if isinstance(stock, dict) else found
-
-    written = {
-        name: array.at[place(name)].set(fresh[name].astype(array.dtype), mode="drop") for name, array in kinds.items()
-    }
+    lead = (layer,) if isinstance(stock, dict) else ()
+    fresh = {"k": k_BKH[..., None], "v": v_BKH[:, :, None]}  # as pages of one position
+    fresh = quantised(fresh) if len(kinds) > len(fresh) else fresh
+    written = {}
+    for name, array in kinds.items():
+        put = {way: partial(how, lead=lead, axis=_order(name).index("S")) for way, how in WRITING.items()}
+        written[name] = jax.lax.platform_dependent(array, fresh[name].astype(array.dtype), page_B, slot_B, **put)
     if isinstance(stock, dict):
         return written
     return tuple(written if number == layer else one for number, one in enumerate(stock))
+
+
+def _put_positions(
+    array: jax.Array, new: jax.Array, page_B: jax.Array, slot_B: jax.Array, *, lead: tuple[Any, ...], axis: int
+) -> jax.Array:
+    # Slices between the index arrays: the shape of the updates is [B, ...].
+    place = (*lead, page_B, *(slice(None),) * axis, slot_B)
+    return array.at[place].set(jnp.squeeze(new, 1 + axis), mode="drop")
+
+
+def _put_whole_pages(
+    array: jax.Array, new: jax.Array, page_B: jax.Array, slot_B: jax.Array, *, lead: tuple[Any, ...], axis: int
+) -> jax.Array:
+    place = (*lead, page_B)
+    old = array.at[place].get(mode="clip")
+    here = slot_B[:, None, None, None] == jax.lax.broadcasted_iota(slot_B.dtype, old.shape, 1 + axis)
+    return array.at[place].set(jnp.where(here, new, old), mode="drop")
+
+
+# TPU writes what lies in one piece: for single positions XLA would turn all pages round, and back again.
+WRITING = {"tpu": _put_whole_pages, "default": _put_positions}
 
 
 def _seen(level: Level, stock: Stock, positions_B: jax.Array, window: int | None, local: bool | jax.Array) -> jax.Array:
@@ -237,20 +240,18 @@ def _partial(
     q_PRKGH = (q_BKGH * scale).at[readers_PR].get(mode="clip")
     q_PKQH = q_PRKGH.swapaxes(1, 2).reshape(P, K, R * G, H)
     score, mix = partial(_score, few=R * G <= FEW_QUERIES), partial(_mix, few=R * G <= FEW_QUERIES)
-    # By kind, whatever the order: k and its scale as [P, K, H, S], v and its own as [P, K, S, H].
-    kinds = {name.replace("_heads", ""): _turned(pages[name], _order(name), WANTED[name[0]]) for name in pages}
-    scores_PKQS = score(q_PKQH, kinds["k"])
-    if "k_scale" in kinds:
-        scores_PKQS = scores_PKQS * kinds["k_scale"]
+    scores_PKQS = score(q_PKQH, pages["k"])
+    if "k_scale" in pages:
+        scores_PKQS = scores_PKQS * pages["k_scale"]
     if cap is not None:
         scores_PKQS = cap * jnp.tanh(scores_PKQS / cap)
     scores_PKRGS = jnp.where(seen_PRS[:, None, :, None], scores_PKQS.reshape(P, K, R, G, S), LEAST)
     most_PKRG = scores_PKRGS.max(axis=-1)
     shares_PKQS = jnp.exp(scores_PKRGS - most_PKRG[..., None]).reshape(P, K, R * G, S)
     whole_PKRG = shares_PKQS.sum(axis=-1).reshape(P, K, R, G)
-    if "v_scale" in kinds:
-        shares_PKQS = shares_PKQS * kinds["v_scale"].swapaxes(-1, -2)
-    mixed_PKRGH = mix(shares_PKQS, kinds["v"], q_BKGH.dtype).reshape(P, K, R, G, H)
+    if "v_scale" in pages:
+        shares_PKQS = shares_PKQS * pages["v_scale"].swapaxes(-1, -2)
+    mixed_PKRGH = mix(shares_PKQS, pages["v"], q_BKGH.dtype).reshape(P, K, R, G, H)
     return Part(*(array.swapaxes(1, 2) for array in (most_PKRG, whole_PKRG, mixed_PKRGH)))
 
 

@@ -105,7 +105,7 @@ class Programs:
         self.stacked = arch.layers > UNROLL
         self.page = config.page_tokens or (64 if mesh.devices.flat[0].platform == "cpu" else 128)
         self._mesh, self._whole, self._dtype = mesh, whole, jnp.dtype(dtype)
-        self._kind = {"eight_bit": config.kv_cache == "int8", "by_heads": mesh.devices.flat[0].platform == "cpu"}
+        self._eight_bit = config.kv_cache == "int8"
         self._steps = config.segment
         self._stops = jnp.asarray(list(stop_ids), jnp.int32)
         self._drawing: Drawing = Greedy()
@@ -310,7 +310,7 @@ class Programs:
         return math.prod(self._mesh.shape[name] for name in axes)
 
     def _stock(self, pages: int) -> Stock:
-        return init_stock(self.arch, pages, self.page, self._dtype, stacked=self.stacked, **self._kind)
+        return init_stock(self.arch, pages, self.page, self._dtype, stacked=self.stacked, eight_bit=self._eight_bit)
 
     def _cache(self, rows: int, length: int) -> Cache:
         return init_cache(self.arch, rows, length, self._dtype, stacked=self.stacked)
@@ -321,7 +321,7 @@ class Programs:
         return jax.tree.map(lambda a: NamedSharding(self._mesh, PartitionSpec(*(None,) * (a.ndim - 3), heads)), cache)
 
     def _cut(self, cache: Cache) -> Stock:
-        return cut_into_pages(cache, self.page, **self._kind)
+        return cut_into_pages(cache, self.page, eight_bit=self._eight_bit)
 
     def _placing(self, stock: Stock) -> Any:
         return shardings(stock_axes(stock), stock, self._mesh, SAMPLING_RULES)
