@@ -50,7 +50,7 @@ def test_the_sampler_compiles_for_tpu_and_keeps_its_pages_in_place(topology, siz
 
 
 def _made(program: str) -> Iterator[int]:
-    """Bytes of the 16-bit arrays that a compiled program makes, but for those within a fusion, which are never whole."""
+    """Bytes of the 16-bit arrays that a compiled program makes, but for those within fusions: never whole."""
     for computation in program.split("\n\n"):
         if computation.lstrip().startswith("%fused"):
             continue

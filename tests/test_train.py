@@ -28,6 +28,7 @@ from pkv.evaluate import Sampled, load_policy
 from pkv.mesh import make_mesh
 from pkv.model import read_config, split
 from pkv.records import Prompt, Rollout
+from pkv.rewards import ScoringPool
 from pkv.train import loop
 from pkv.train.interrupts import stop_requests
 from pkv.train.journal import check_stepped
@@ -61,6 +62,20 @@ def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
 def final_state(folder: Path, config_file: Path, flags=(), steps=5):
     setup = build(load_config(config_file, flags))
     return checkpoint.restore(folder / "checkpoints", steps, setup.learner.init(setup.policy.params))[0]
+
+
+def test_rollouts_and_evaluations_of_a_stage_are_compiled_before_it(config_file, tmp_path):
+    setup = build(load_config(config_file, ["--evaluate.temperature=0"]))
+    run, state = open_training(setup, tmp_path / "run", fresh=False)
+    warm_up, first, _ = stages(setup.config)
+    setup.warm_up(state, warm_up, 0)
+    laid, measuring = setup.engine.compilations, setup.heldout_engine.compilations
+    assert measuring > 0
+    setup.warm_up(state, first, 2)
+    assert setup.engine.compilations > laid
+    with ScoringPool(first.weights, first.length_optimum, setup.config.rewards) as scoring:
+        loop.measure(setup, run, state, first, scoring, "before first")
+    assert setup.heldout_engine.compilations == measuring
 
 
 def test_a_run_leaves_what_the_contract_says(whole):

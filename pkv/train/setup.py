@@ -35,7 +35,7 @@ from pkv.train.run import Run, made_with, open_run
 class Setup:
     """The compiled parts and the data of one run. `engine` samples for training, `heldout_engine` for evaluation.
 
-    grpo: the config's, with families of signal rewards resolved. compile_ahead: what `engine` will be asked in a stage.
+    grpo: the config's, with families of signal rewards resolved. compile_ahead: for each engine, what it will be asked.
     frozen: what is not trained, laid out for both engines; None
     when everything is.
     """
@@ -47,7 +47,7 @@ class Setup:
     policy: Policy
     engine: Engine
     heldout_engine: Engine
-    compile_ahead: WarmUp
+    compile_ahead: Mapping[Engine, WarmUp]
     learner: Learner
     frozen: Params | None
     problems: list[Problem]
@@ -112,13 +112,19 @@ class Setup:
         return Source(engine, self.weights(state), self.policy.tokenizer, step, *limits, policy_step=step)
 
     def warm_up(self, state: TrainState, stage: Stage, step: int) -> None:
-        """Compile what a stage's rollouts will ask, the longest first: what doesn't fit fails now."""
-        if stage.round is None or not self.config.sampling.warm_up:
+        """Compile what a stage's rollouts and evaluations will ask, the longest first: what doesn't fit fails now."""
+        if not self.config.sampling.warm_up:
             return
-        source, samples = self.source(state, stage, step), stage.round.samples or self.grpo.samples
-        prompts = self.draw_prompts(step, self.grpo.prompts, dict)
-        asked = source, hosts.share(prompts), samples, stage.max_new_tokens, self.config.seed, "train"
-        self.compile_ahead(source.weights, requests_for(*asked))
+        source = self.source(state, stage, step)
+        measuring = dataclasses.replace(source, engine=self.heldout_engine)
+        asked = [(measuring, self.heldout, self.config.evaluate.samples)]
+        if stage.round is not None:
+            prompts = self.draw_prompts(step, self.grpo.prompts, dict)
+            asked.insert(0, (source, prompts, stage.round.samples or self.grpo.samples))
+        for place, prompts, samples in asked:
+            of_host = hosts.share(prompts)
+            requests = requests_for(place, of_host, samples, stage.max_new_tokens, self.config.seed, "compile ahead")
+            self.compile_ahead[place.engine](place.weights, requests)
 
 
 def build(config: Config) -> Setup:
@@ -163,7 +169,7 @@ def build(config: Config) -> Setup:
         policy,
         engine,
         heldout_engine,
-        WarmUp(engine),
+        {each: WarmUp(each) for each in (engine, heldout_engine)},
         Learner(arch, config.model, config.optimizer, mesh, frozen, reference),
         None if frozen is None else engine.load(frozen),
         problems,
