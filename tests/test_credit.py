@@ -86,6 +86,8 @@ def test_a_response_near_its_budget_pays_with_all_its_tokens():
     given[0].cards[0].rewards["correctness"] = Reward("correctness", 0.0, "answer")  # type: ignore[index]
     found = credited(given, {"correctness": 1.0}, budget=12, overlong_tokens=4)
     np.testing.assert_allclose(found.sequences[0].advantages[:5], [-0.25] * 4 + [-0.75])
+    found = credited(given, {"correctness": 1.0}, budget=12, overlong_tokens=4, overlong_weight=2.0)
+    np.testing.assert_allclose(found.sequences[0].advantages[:5], [-0.5] * 4 + [-1.0])
 
 
 def test_truncated_responses_may_be_masked():

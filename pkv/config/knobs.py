@@ -159,7 +159,8 @@ class GrpoConfig:
     epochs: int = 1  # passes over a rollout batch,
     minibatches: int = 1  # in so many updates each; one update in all is exactly on-policy
     mask_truncated: bool = False  # rollouts that ended at their budget give no gradient
-    overlong_tokens: int = 0  # the last so many tokens of the budget cost up to 1 (DAPO's soft punishment); 0: nothing
+    overlong_tokens: int = 0  # the last so many tokens of the budget are punished (DAPO's soft punishment); 0: none
+    overlong_weight: float = 1.0  # what a response that reaches its budget loses by it
     row_tokens: int = 1024  # T of a packed row; longrope has its long factors where it is above the original window
     micro_rows: int = 4  # such rows in one forward and backward pass, or as many tokens in shorter ones
     # Responses are packed behind one copy of their prompt where that is less work; with XLA's attention, so not on TPU.
@@ -279,6 +280,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "grpo.epochs": (1, math.inf),
     "grpo.minibatches": (1, math.inf),
     "grpo.overlong_tokens": (0, math.inf),
+    "grpo.overlong_weight": (0.0, math.inf),
     "grpo.row_tokens": (8, math.inf),
     "grpo.micro_rows": (1, math.inf),
     "warmup.steps": (0, math.inf),

@@ -49,7 +49,7 @@ def assign_credit(
         lengths_PG = np.array([[len(rollout.tokens) for rollout in group.rollouts] for group in groups])
         punishment_PG = soft_overlong(lengths_PG, budget, config.overlong_tokens)
         values_KPG = np.concatenate((values_KPG, punishment_PG[None]))
-        weights_K, whole_K = np.append(weights_K, 1.0), np.append(whole_K, 1.0)
+        weights_K, whole_K = np.append(weights_K, config.overlong_weight), np.append(whole_K, 1.0)
         names, owners = [*names, OVERLONG], [*owners, "trace"]
     signal_P = with_signal(groups, weights, config)
     if config.combine == "total":
