@@ -28,11 +28,11 @@ PAGE_AXES = (*BATCH_AXES, "sequence")  # the KV pages of a row lie on the row's 
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-# Training spreads every large weight over fsdp and tensor; a chip holds 1/(fsdp·tensor) of the state.
+# Training spreads every large weight over all axes but data; a chip holds 1/(fsdp·sequence·tensor) of the state.
 TRAINING_RULES: Rules = {
     "layers": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", TIME_AXIS),
     "heads": "tensor",
     "kv_heads": "tensor",
     "row_heads": HEAD_AXES,

@@ -60,6 +60,8 @@ def test_weights_are_spread_by_the_rules():
     axes, shape = ("layers", "embed", "heads", "head"), (2, 8, 4, 6)
     assert spec_of(axes, shape, mesh) == PartitionSpec(None, ("fsdp",), ("tensor",), None)
     assert spec_of(axes, shape, mesh, SAMPLING_RULES) == PartitionSpec(None, None, ("tensor",), None)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2))
+    assert spec_of(axes, shape, mesh) == PartitionSpec(None, ("fsdp", "sequence"), ("tensor",), None)
 
 
 def test_on_one_device_nothing_is_spread():
