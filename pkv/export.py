@@ -75,9 +75,10 @@ def _base_apart(run_or_model: str, merge_lora: bool) -> ModelConfig | None:
         return None
     if config.model.init == "random":
         raise UserError(f"{run_or_model}: its base was drawn at random, so that nobody else has it; use --merge-lora")
-    if config.model.context:
+    path, context = config.model.path, config.model.context
+    if context and read_config(path, context) != read_config(path):
         raise UserError(
-            f"{run_or_model}: its base was stretched to {config.model.context} positions (model.context), which an "
+            f"{run_or_model}: its base was stretched to {context} positions (model.context), which an "
             "adapter can't tell; use --merge-lora"
         )
     return config.model

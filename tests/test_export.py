@@ -258,8 +258,10 @@ def test_what_cannot_be_merged_or_shared_is_said_before_anything_is_written(run_
     (drawn / "config.yaml").write_text(yaml.safe_dump(recipe | {"model": recipe["model"] | {"context": 4096}}))
     with pytest.raises(UserError, match=r"stretched to 4096 positions.*use --merge-lora"):
         export(str(drawn), tmp_path / "out")
-    (drawn / "config.yaml").write_text(yaml.safe_dump(recipe | {"model": recipe["model"] | {"init": "random"}}))
     assert not (tmp_path / "out").exists()
+    (drawn / "config.yaml").write_text(yaml.safe_dump(recipe | {"model": recipe["model"] | {"context": 8}}))
+    assert export(str(drawn), tmp_path / "apart"), "the base holds so many as it is"
+    (drawn / "config.yaml").write_text(yaml.safe_dump(recipe | {"model": recipe["model"] | {"init": "random"}}))
     assert (export(str(drawn), tmp_path / "out", merge_lora=True) / "model.safetensors").is_file()
 
 

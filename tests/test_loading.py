@@ -348,14 +348,15 @@ def test_what_is_no_safetensors_file_is_one_line(tmp_path, raw):
         load_params(tmp_path, ARCH)
 
 
+@pytest.mark.parametrize("context", [0, 1_000_000])
 @pytest.mark.parametrize(
     ("quantised", "named"), [({"quant_method": "gptq", "bits": 4}, "gptq"), ({"quant_method": "fp8"}, "fp8")]
 )
-def test_a_quantised_checkpoint_is_refused_by_name(tmp_path, quantised, named):
+def test_a_quantised_checkpoint_is_refused_by_name(tmp_path, quantised, named, context):
     config = FAMILIES["qwen2"].write(ARCH) | {"quantization_config": quantised}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=rf"quantization_config: quantised weights \({named}\) are not supported"):
-        read_arch(tmp_path)
+        read_arch(tmp_path, context)
 
 
 def test_loading_a_small_model_shows_no_bar(tmp_path, capsys):

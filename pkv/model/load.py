@@ -68,14 +68,15 @@ def read_arch(source: str | Path, context: int = 0) -> Arch:
 
     Raises UserError for a family or feature that pkv doesn't know.
     """
-    config = read_config(source, context)
+    config = read_config(source)
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
         raise UserError(
             f"config.json: quantization_config: quantised weights ({method}) are not supported; "
             "take the checkpoint in bf16, f16 or f32"
         )
-    return family_of(config).read(config)
+    longer = stretched(config, context)
+    return family_of(longer).read(longer)
 
 
 def load_params(
