@@ -11,10 +11,8 @@ shape_options='' # what the script that sources this takes besides
 verb='' name='' zone='' project='' prepare='' worker=0 lines=100 follow=false max_restarts=10 every=60
 # shellcheck disable=SC2034
 spot=false
-environment=() # NAME=VALUE for pkv
-arguments=()   # the pkv command, behind --
-trouble=0      # commands that failed one after another, while babysitting
-patience=10    # so many end it
+trouble=0   # commands that failed one after another, while babysitting
+patience=10 # so many end it
 
 # options ARGUMENTS...: VERB NAME [--option value]... [-- PKV COMMAND]
 options() {
@@ -27,29 +25,8 @@ options() {
     name=${2-}
     must_be_name "$verb NAME" "$name"
     shift 2
-    while (($#)); do
-        case $1 in
-        --) arguments=("${@:2}") && break ;;
-        --dry-run) dry_run=true ;;
-        --allow-dirty) allow_dirty=true ;;
-        --spot) take spot true ;;
-        --follow) follow=true ;;
-        --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
-        *)
-            [[ " $shape_options $common_options " == *" $1 "* ]] ||
-                stop "$(quoted "$1"): unknown option; see launch/$(basename "$0") help"
-            (($# > 1)) || stop "$1: expected a value after it"
-            take "${1#--}" "$2" && shift
-            ;;
-        esac
-        shift
-    done
+    read_options '' "$shape_options $common_options" "--spot --follow" "$@"
     check
-}
-
-# take OPTION VALUE: into the variable of that name.
-take() {
-    if [[ $1 == env ]]; then environment+=("$2"); else printf -v "${1//-/_}" %s "$2"; fi
 }
 
 check() {

@@ -8,6 +8,9 @@ dry_run=false     # --dry-run: print the commands, run none
 allow_dirty=false # --allow-dirty: ship the commit, though there are changes beside it
 commit=''         # what is shipped, in `bundle`
 bundle=''
+arguments=() # the pkv command, behind --
+# shellcheck disable=SC2034
+environment=() # NAME=VALUE for pkv, of --env
 
 # quoted WORDS...: one line that bash takes apart into the same words.
 quoted() {
@@ -39,6 +42,34 @@ must_be_name() {
 # must_be_given WHO COUNT: stop without a pkv command.
 must_be_given() {
     (($2)) || stop "$1: expected a pkv command behind --, as in: -- train CONFIG --run /mnt/pkv/NAME"
+}
+
+# read_options OF KNOWN FLAGS ARGUMENTS...: every option's value into the variable of its name, a flag's is true, and what
+# stands behind -- into `arguments`.
+read_options() {
+    local of=$1 known=$2 flags="--dry-run --allow-dirty $3"
+    shift 3
+    while (($#)); do
+        if [[ $1 == -- ]]; then
+            # shellcheck disable=SC2034
+            arguments=("${@:2}") && break
+        elif [[ $1 == --*=* ]]; then
+            set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue
+        elif [[ $1 == --[a-z]* && " $flags " == *" $1 "* ]]; then
+            take "${1#--}" true
+        else
+            [[ $1 == --[a-z]* && " $known " == *" $1 "* ]] ||
+                stop "$(quoted "$1"): unknown option$of; see launch/$(basename "$0") help"
+            (($# > 1)) || stop "$1: expected a value after it"
+            take "${1#--}" "$2" && shift
+        fi
+        shift
+    done
+}
+
+# take OPTION VALUE: into the variable of that name; --env may come several times.
+take() {
+    if [[ $1 == env ]]; then environment+=("$2"); else printf -v "${1//-/_}" %s "$2"; fi
 }
 
 # The header of the script that runs, as its help.

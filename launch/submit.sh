@@ -15,39 +15,23 @@ source launch/shipping.sh
 
 nodes=1 gpus=8 partition='' account='' time=''
 accelerator='' topology='' claim='' slices=1 chips=4 image=python:3.12 max_restarts=10 bucket='' runtime='' spot=false
-arguments=()
 whole='[1-9][0-9]*'
 word='[A-Za-z0-9][-_.A-Za-z0-9]*'
 
 options() {
-    local known option
+    local known flags=''
     where=${1-}
     case $where in
     slurm) known="--nodes --gpus --partition --account --time" ;;
-    gke) known="--accelerator --topology --claim --slices --chips --image --max-restarts" ;;
-    sky) known="--accelerator --bucket --runtime" ;;
+    gke) known="--accelerator --topology --claim --slices --chips --image --max-restarts" flags=--spot ;;
+    sky) known="--accelerator --bucket --runtime" flags=--spot ;;
     '' | help | -h | --help) usage && exit 0 ;;
     *) stop "$where: no such scheduler; expected slurm, gke or sky" ;;
     esac
     name=${2-}
     must_be_name "$where NAME" "$name"
     shift 2
-    while (($#)); do
-        case $1 in
-        --) arguments=("${@:2}") && break ;;
-        --dry-run) dry_run=true ;;
-        --allow-dirty) allow_dirty=true ;;
-        --spot) spot=true ;;
-        --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
-        *)
-            [[ " $known " == *" $1 "* ]] || stop "$(quoted "$1"): unknown option of $where; see launch/submit.sh help"
-            (($# > 1)) || stop "$1: expected a value after it"
-            option=${1#--}
-            printf -v "${option//-/_}" %s "$2" && shift
-            ;;
-        esac
-        shift
-    done
+    read_options " of $where" "$known" "$flags" "$@"
     must_be_given "$where" "${#arguments[@]}"
 }
 

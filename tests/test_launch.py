@@ -305,6 +305,7 @@ def test_a_dry_run_prints_what_would_be_run(launch):
         ((*VM, "--slices", "0"), "--slices: got 0"),
         ((*VM, "--project", "A"), "--project: got A"),
         ((*VM, "--zonne", "b"), "--zonne: unknown option"),
+        ((*VM, ""), "unknown option"),
         ((*VM, "--runtime"), "--runtime: expected a value"),
         (("tpu_vm.sh", "run", "a1", *HERE), "run: expected a pkv command behind --"),
         (("tpu_vm.sh", "run", "a1", *HERE, "--env", "A-B=1", *TRAIN), "--env: got A-B="),
