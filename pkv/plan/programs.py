@@ -175,12 +175,12 @@ class Programs:
         programs, arrays = self.engine.programs, jax.tree.leaves(self._trained)
         both = list(zip(arrays, programs.laying(self._trained), strict=True))
         array, how = max(both, key=lambda pair: bytes_on_chip(pair[0]))
-        laid = jax.eval_shape(lambda array: programs.lay(array, how=how), array)
+        laid = jax.eval_shape(lambda array: programs.lay(array, how), array)
         result = bytes_on_chip(jax.ShapeDtypeStruct(laid.shape, laid.dtype, sharding=how.place))
         own = bytes_on_chip(array)
         beside = self.state_bytes | {"weights": self.state_bytes["weights"] - own}
         beside["sampled weights"] = self.sampled_bytes - result
-        lowered = programs.lay.lower(array, how=how)
+        lowered = programs.lay.lower(array, how)
         return Task("reshard", "reshard", lowered, {"weights": own}, beside, times=self.sampled_bytes / result)
 
     def _flops(self, call: Any) -> float:
@@ -222,14 +222,23 @@ def reference_shapes(policy: Params, dtype: str) -> Params:
 
 
 def sampling_shapes(engine: Engine, policy: Params) -> Params:
-    """What `Engine.load` would give."""
+    """What `Engine.load` would give, of what is trained and of what isn't."""
+    trained, frozen = split(policy)
+    return join(_loaded(engine, trained), None if frozen is None else _loaded(engine, frozen))
+
+
+def _loaded(engine: Engine, params: Params) -> Params:
     programs = engine.programs
-    shapes, placing = jax.eval_shape(programs.place, policy), programs.placing(policy)
-    if not programs.stacked:
-        inner = lambda place: NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))  # noqa: E731
-        layer = jax.tree.map(inner, placing["layers"])
-        placing = {**placing, "layers": (layer,) * programs.arch.layers}
-    return _placed(shapes, placing)
+    if engine.lies_right(params):
+        return params
+    shapes = jax.eval_shape(programs.place, params)
+    if programs.stacked:
+        places = [how.place for how in programs.laying(params)]
+        return _placed(shapes, jax.tree.unflatten(jax.tree.structure(params), places))
+    placing = programs.placing(params)
+    inner = lambda place: NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))  # noqa: E731
+    layer = jax.tree.map(inner, placing["layers"])
+    return _placed(shapes, {**placing, "layers": (layer,) * programs.arch.layers})
 
 
 def _placed(shapes: Any, places: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pkv.config import SamplingConfig
@@ -41,6 +42,7 @@ from pkv.sampling.drawing import Drawing, Greedy, Nucleus, draw
 
 UNROLL = 8  # models of at most so many layers run with their layers unrolled: no slicing of stacked weights and pages
 STEPS_BETWEEN = 8  # two looks at whether any shard has a row left
+LANES = 128  # numbers of a row that a TPU's registers hold
 PREFILL_CHUNK = 512  # prompt tokens of a row that meet their keys at the same time, at most
 
 ROWS, PAGES, WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec(PAGE_AXES), PartitionSpec()
@@ -84,15 +86,38 @@ class Segment(NamedTuple):
 
 
 class Laying(NamedTuple):
-    """How an array of weights becomes one to sample from: its dtype and place, and how often key-value heads stand.
+    """How an array of weights becomes one to sample from: its dtype, place, and how often key-value heads stand.
 
-    heads: their axis, None where an array has none.
+    place: with the order of the axes in memory, if it isn't the compiler's own choice. heads: their axis, None where an
+    array has none.
     """
 
     dtype: Any
-    place: NamedSharding
+    place: Format
     heads: int | None
     repeats: int
+
+
+class Lay:
+    """Arrays of weights in the layout of sampling: a program for each way and shape."""
+
+    def __init__(self) -> None:
+        self._ways: dict[Laying, Any] = {}
+
+    def __call__(self, array: jax.Array, how: Laying) -> jax.Array:
+        return self._way(how)(array)
+
+    def lower(self, array: jax.ShapeDtypeStruct, how: Laying) -> jax.stages.Lowered:
+        """The program before it is compiled."""
+        return self._way(how).lower(array)
+
+    def _way(self, how: Laying) -> Any:
+        if how not in self._ways:
+            self._ways[how] = jax.jit(partial(_lay, how=how), out_shardings=how.place)
+        return self._ways[how]
+
+    def _cache_size(self) -> int:
+        return sum(way._cache_size() for way in self._ways.values())
 
 
 class Programs:
@@ -113,7 +138,7 @@ class Programs:
             self._drawing = Nucleus(config.top_p < 1 or config.top_k > 0 or config.min_p > 0, config.top_k)
         self._scalars = (jnp.float32(config.temperature or 1.0), jnp.float32(config.top_p), jnp.float32(config.min_p))
         # Partials, as jit counts the programs of a function together, whoever compiled them.
-        self.lay = jax.jit(partial(_lay), static_argnames="how")
+        self.lay = Lay()
         self.unstack = jax.jit(partial(unstack_layers, arch=self.arch))
         self.prefix = jax.jit(self._prefix)
         self.prefill = jax.jit(self._prefill, donate_argnames="stock")
@@ -158,7 +183,7 @@ class Programs:
         weights twice.
         """
         arrays, structure = jax.tree.flatten(params)
-        laid = [self.lay(array, how=how) for array, how in zip(arrays, self.laying(params), strict=True)]
+        laid = [self.lay(array, how) for array, how in zip(arrays, self.laying(params), strict=True)]
         placed = jax.tree.unflatten(structure, laid)
         return placed if self.stacked else self.unstack(placed)
 
@@ -166,11 +191,12 @@ class Programs:
         """What `lay` does with every array of weights; their shapes suffice."""
         axes = jax.tree.leaves(weight_axes(params, self.arch), is_leaf=_is_axes)
         casts = jax.tree.leaves(jax.eval_shape(partial(cast, dtype=self._dtype), params))
-        places = jax.tree.leaves(self.placing(params))
-        return [
-            Laying(kind.dtype, place, names.index("kv_heads") if "kv_heads" in names else None, self.repeats)
-            for names, kind, place in zip(axes, casts, places, strict=True)
-        ]
+        found = []
+        for names, kind, place in zip(axes, casts, jax.tree.leaves(self.placing(params)), strict=True):
+            heads = names.index("kv_heads") if "kv_heads" in names else None
+            shape = tuple(size * (self.repeats if axis == heads else 1) for axis, size in enumerate(kind.shape))
+            found.append(Laying(kind.dtype, _in_memory(shape, place), heads, self.repeats))
+        return found
 
     def _prefix(self, weights: Params, tokens_C: jax.Array) -> tuple[Cache, Stock]:
         """The keys and values of what all prompts begin with: as a cache of one row, and as a level's stock."""
@@ -349,7 +375,14 @@ class Programs:
 def _lay(array: jax.Array, how: Laying) -> jax.Array:
     if how.repeats > 1 and how.heads is not None:
         array = jnp.repeat(array, how.repeats, how.heads)
-    return jax.lax.with_sharding_constraint(array.astype(how.dtype), how.place)
+    return array.astype(how.dtype)
+
+
+def _in_memory(shape: tuple[int, ...], place: NamedSharding) -> Format:
+    """Row by row where a device's rows don't fill whole registers: to save the padding XLA would turn such an array on
+    TPU, and every segment would copy it back."""
+    ragged = len(shape) > 1 and place.shard_shape(shape)[-1] % LANES
+    return Format(Layout(tuple(range(len(shape)))) if ragged else None, place)
 
 
 def _described(tree: Any, placing: Callable[[Any], Any]) -> Any:
