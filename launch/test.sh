@@ -34,4 +34,4 @@ else
     set -- --durations=15 -m "not slow"
 fi
 # Two processes, a file's tests in one of them: compiling, most of the time, keeps hardly more than one core busy.
-exec "$folder/bin/python" -m pytest -n 2 --dist loadfile "$@" ${arguments[@]+"${arguments[@]}"}
+exec "$folder/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" ${arguments[@]+"${arguments[@]}"}

@@ -32,6 +32,22 @@ settings.register_profile(
 settings.load_profile("pkv")
 
 
+# The files that take minutes. They begin a run: at its end one of two processes would wait for the other.
+LONGEST = (
+    "test_plan",
+    "test_hosts",
+    "test_train",
+    "test_sampling_memory",
+    "test_sampling",
+    "test_grpo",
+    "test_rehearsal",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_end_with_their_file():
     """XLA maps every compiled function into memory apart, and a process has 65,530 maps on Linux: then it crashes."""
