@@ -33,15 +33,7 @@ settings.load_profile("pkv")
 
 
 # The files that take minutes. They begin a run: at its end one of two processes would wait for the other.
-LONGEST = (
-    "test_plan",
-    "test_hosts",
-    "test_train",
-    "test_sampling_memory",
-    "test_sampling",
-    "test_grpo",
-    "test_rehearsal",
-)
+LONGEST = ("test_plan", "test_train", "test_sampling_memory", "test_hosts", "test_sampling", "test_grpo")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):
