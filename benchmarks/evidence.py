@@ -1,16 +1,20 @@
 """What each choice of the trainer does to learning: `python benchmarks/evidence.py OUT [--seeds 0 1] [--only NAME]`.
 
 Runs the tiny config, shortened, from one warm-up a seed, in variants that differ in one thing each; every run is a run
-directory under OUT, and a run that is there is gone on with, or only read. Prints a table of the last evaluations.
+directory under OUT, and a run that is there is gone on with, or only read. Prints a table of the evaluations after the
+warm-up and after the last round, a cell's values by seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from pkv.records import FIGHTERS
 
 STEPS = {"format": 25, "aha": 15, "longer": 30}
 # What differs from the tiny config's recipe, as flags.
@@ -28,12 +32,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "leave one out": ("--grpo.baseline=leave_one_out",),
 }
 SHOWN = {
-    "right %": ("accuracy", 100),
-    "tags %": ("format", 100),
-    "fighters right": ("reward/fighter_correctness_pirate", 1),
-    "reflection": ("reward/reflection_pirate", 1),
-    "viking's overlap": ("overlap/viking", 1),
-    "tokens": ("length/tokens", 1),
+    "right %": ("{:.0f}", 100, ("accuracy",)),
+    "tags in order %": ("{:.0f}", 100, ("format",)),
+    "fighters' own answers": ("{:.2f}", 1, tuple(f"reward/fighter_correctness_{name}" for name in FIGHTERS)),
+    "reflection": ("{:.3f}", 1, tuple(f"reward/reflection_{name}" for name in FIGHTERS)),
+    "knight's overlap": ("{:.2f}", 1, ("overlap/knight",)),
+    "viking's overlap": ("{:.2f}", 1, ("overlap/viking",)),
+    "tokens": ("{:.0f}", 1, ("length/tokens",)),
 }
 
 
@@ -59,12 +64,10 @@ def main() -> None:
                 *steps,
                 *VARIANTS[name],
             )
+    print("| | " + " | ".join(SHOWN) + " |\n" + "|---" * (1 + len(SHOWN)) + "|")
+    print(row("after the warm-up", [evaluation(chosen.out, "as shipped", seed, 0) for seed in chosen.seeds]))
     for name in chosen.only:
-        print(f"\n{name}\n{'':<22}" + "".join(f"{label:>18}" for label in SHOWN))
-        for seed in chosen.seeds:
-            file = run_of(chosen.out, name, seed) / "evaluations.jsonl"
-            for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-                print(row(seed, json.loads(line)))
+        print(row(name, [evaluation(chosen.out, name, seed, -1) for seed in chosen.seeds]))
 
 
 def warmed_up(out: Path, seed: int) -> Path:
@@ -84,10 +87,19 @@ def pkv(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "pkv", *map(str, words)], check=True)
 
 
-def row(seed: int, evaluation: dict) -> str:
-    metrics = evaluation["metrics"]
-    cells = (metrics.get(key, float("nan")) * factor for key, factor in SHOWN.values())
-    return f"seed {seed}, {evaluation['name']:<14}" + "".join(f"{cell:>18.3g}" for cell in cells)
+def evaluation(out: Path, name: str, seed: int, which: int) -> dict[str, float] | None:
+    """One evaluation of a run, None of a run that isn't there or not at its end."""
+    file = run_of(out, name, seed) / "evaluations.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return json.loads(lines[which])["metrics"] if len(lines) == 1 + len(STEPS) else None
+
+
+def row(name: str, found: list[dict[str, float] | None]) -> str:
+    cells = []
+    for form, factor, keys in SHOWN.values():
+        values = [factor * statistics.mean(one[key] for key in keys) for one in found if one is not None]
+        cells.append(", ".join(map(form.format, values)))
+    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
