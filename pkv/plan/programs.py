@@ -173,7 +173,7 @@ class Programs:
     def _reshard(self) -> Task:
         """The largest array of the weights into the sampling layout, when all others are there already."""
         programs, arrays = self.engine.programs, jax.tree.leaves(self._trained)
-        both = list(zip(arrays, programs.laying(self._trained), strict=True))
+        both = list(zip(arrays, programs.lay.ways(self._trained), strict=True))
         array, how = max(both, key=lambda pair: bytes_on_chip(pair[0]))
         laid = jax.eval_shape(lambda array: programs.lay(array, how), array)
         result = bytes_on_chip(jax.ShapeDtypeStruct(laid.shape, laid.dtype, sharding=how.place))
@@ -233,9 +233,9 @@ def _loaded(engine: Engine, params: Params) -> Params:
         return params
     shapes = jax.eval_shape(programs.place, params)
     if programs.stacked:
-        places = [how.place for how in programs.laying(params)]
+        places = [how.place for how in programs.lay.ways(params)]
         return _placed(shapes, jax.tree.unflatten(jax.tree.structure(params), places))
-    placing = programs.placing(params)
+    placing = programs.lay.placing(params)
     inner = lambda place: NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))  # noqa: E731
     layer = jax.tree.map(inner, placing["layers"])
     return _placed(shapes, {**placing, "layers": (layer,) * programs.arch.layers})

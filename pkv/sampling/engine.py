@@ -107,7 +107,7 @@ class Engine:
         def right(array: Any, shape: Any, place: Any) -> bool:
             return array.dtype == shape.dtype and array.sharding.is_equivalent_to(place, array.ndim)
 
-        return jax.tree.all(jax.tree.map(right, params, shapes, self.programs.placing(params)))
+        return jax.tree.all(jax.tree.map(right, params, shapes, self.programs.lay.placing(params)))
 
     def sample(
         self,

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pkv.config import SamplingConfig
@@ -26,7 +25,6 @@ from pkv.model import (
     Params,
     Stock,
     add_pages,
-    cast,
     cut_into_pages,
     forward,
     init_cache,
@@ -36,13 +34,12 @@ from pkv.model import (
     stock_axes,
     take_pages,
     unstack_layers,
-    weight_axes,
 )
 from pkv.sampling.drawing import Drawing, Greedy, Nucleus, draw
+from pkv.sampling.laying import Lay
 
 UNROLL = 8  # models of at most so many layers run with their layers unrolled: no slicing of stacked weights and pages
 STEPS_BETWEEN = 8  # two looks at whether any shard has a row left
-LANES = 128  # numbers of a row that a TPU's registers hold
 PREFILL_CHUNK = 512  # prompt tokens of a row that meet their keys at the same time, at most
 
 ROWS, PAGES, WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec(PAGE_AXES), PartitionSpec()
@@ -85,41 +82,6 @@ class Segment(NamedTuple):
     active: Any
 
 
-class Laying(NamedTuple):
-    """How an array of weights becomes one to sample from: its dtype, place, and how often key-value heads stand.
-
-    place: with the order of the axes in memory, if it isn't the compiler's own choice. heads: their axis, None where an
-    array has none.
-    """
-
-    dtype: Any
-    place: Format
-    heads: int | None
-    repeats: int
-
-
-class Lay:
-    """Arrays of weights in the layout of sampling: a program for each way and shape."""
-
-    def __init__(self) -> None:
-        self._ways: dict[Laying, Any] = {}
-
-    def __call__(self, array: jax.Array, how: Laying) -> jax.Array:
-        return self._way(how)(array)
-
-    def lower(self, array: jax.ShapeDtypeStruct, how: Laying) -> jax.stages.Lowered:
-        """The program before it is compiled."""
-        return self._way(how).lower(array)
-
-    def _way(self, how: Laying) -> Any:
-        if how not in self._ways:
-            self._ways[how] = jax.jit(partial(_lay, how=how), out_shardings=how.place)
-        return self._ways[how]
-
-    def _cache_size(self) -> int:
-        return sum(way._cache_size() for way in self._ways.values())
-
-
 class Programs:
     """The compiled programs of one architecture on one mesh; `whole` is that of all hosts, where weights come from."""
 
@@ -129,7 +91,7 @@ class Programs:
         self.arch, self.repeats = _spread_kv_heads(arch, mesh.shape["tensor"])
         self.stacked = arch.layers > UNROLL
         self.page = config.page_tokens or (64 if mesh.devices.flat[0].platform == "cpu" else 128)
-        self._mesh, self._whole, self._dtype = mesh, whole, jnp.dtype(dtype)
+        self._mesh, self._dtype = mesh, jnp.dtype(dtype)
         self._eight_bit = config.kv_cache == "int8"
         self._steps = config.segment
         self._stops = jnp.asarray(list(stop_ids), jnp.int32)
@@ -138,7 +100,7 @@ class Programs:
             self._drawing = Nucleus(config.top_p < 1 or config.top_k > 0 or config.min_p > 0, config.top_k)
         self._scalars = (jnp.float32(config.temperature or 1.0), jnp.float32(config.top_p), jnp.float32(config.min_p))
         # Partials, as jit counts the programs of a function together, whoever compiled them.
-        self.lay = Lay()
+        self.lay = Lay(self.arch, self.repeats, self._dtype, whole)
         self.unstack = jax.jit(partial(unstack_layers, arch=self.arch))
         self.prefix = jax.jit(self._prefix)
         self.prefill = jax.jit(self._prefill, donate_argnames="stock")
@@ -166,16 +128,6 @@ class Programs:
         shapes = jax.tree.leaves(self.stock_shapes(1))
         return [math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in shapes]
 
-    def placing(self, params: Params) -> Any:
-        """Where weights lie while sampling: alike on every host."""
-        axes = weight_axes(params, self.arch)
-
-        def repeat(axes: tuple[str, ...], array: jax.Array) -> jax.Array:
-            return jnp.repeat(array, self.repeats, axes.index("kv_heads")) if "kv_heads" in axes else array
-
-        shapes = jax.eval_shape(lambda params: jax.tree.map(repeat, axes, params, is_leaf=_is_axes), params)
-        return shardings(axes, shapes, self._whole, SAMPLING_RULES)
-
     def place(self, params: Params) -> Params:
         """Weights in the layout, dtype and key-value heads of sampling.
 
@@ -183,20 +135,9 @@ class Programs:
         weights twice.
         """
         arrays, structure = jax.tree.flatten(params)
-        laid = [self.lay(array, how) for array, how in zip(arrays, self.laying(params), strict=True)]
+        laid = [self.lay(array, how) for array, how in zip(arrays, self.lay.ways(params), strict=True)]
         placed = jax.tree.unflatten(structure, laid)
         return placed if self.stacked else self.unstack(placed)
-
-    def laying(self, params: Params) -> list[Laying]:
-        """What `lay` does with every array of weights; their shapes suffice."""
-        axes = jax.tree.leaves(weight_axes(params, self.arch), is_leaf=_is_axes)
-        casts = jax.tree.leaves(jax.eval_shape(partial(cast, dtype=self._dtype), params))
-        found = []
-        for names, kind, place in zip(axes, casts, jax.tree.leaves(self.placing(params)), strict=True):
-            heads = names.index("kv_heads") if "kv_heads" in names else None
-            shape = tuple(size * (self.repeats if axis == heads else 1) for axis, size in enumerate(kind.shape))
-            found.append(Laying(kind.dtype, _in_memory(shape, place), heads, self.repeats))
-        return found
 
     def _prefix(self, weights: Params, tokens_C: jax.Array) -> tuple[Cache, Stock]:
         """The keys and values of what all prompts begin with: as a cache of one row, and as a level's stock."""
@@ -372,19 +313,6 @@ class Programs:
         return _described(cache, self._cache_placing), self.stock_shapes(-(-length // (self.page * ways)))
 
 
-def _lay(array: jax.Array, how: Laying) -> jax.Array:
-    if how.repeats > 1 and how.heads is not None:
-        array = jnp.repeat(array, how.repeats, how.heads)
-    return array.astype(how.dtype)
-
-
-def _in_memory(shape: tuple[int, ...], place: NamedSharding) -> Format:
-    """Row by row where a device's rows don't fill whole registers: to save the padding XLA would turn such an array on
-    TPU, and every segment would copy it back."""
-    ragged = len(shape) > 1 and place.shard_shape(shape)[-1] % LANES
-    return Format(Layout(tuple(range(len(shape)))) if ragged else None, place)
-
-
 def _described(tree: Any, placing: Callable[[Any], Any]) -> Any:
     """Shapes with their places, as a program's results have them: without None at the end of a PartitionSpec."""
 
@@ -415,7 +343,3 @@ def _put_first(array: jax.Array, row: jax.Array) -> jax.Array:
 def _after(length: int, path: tuple[Any, ...], array: jax.Array) -> jax.Array:
     """A cache without its first positions."""
     return array[..., length:] if path[-1].key == "k" else array[..., length:, :]
-
-
-def _is_axes(node: Any) -> bool:
-    return isinstance(node, tuple) and all(isinstance(name, str) for name in node)
