@@ -13,7 +13,6 @@ from pkv.model import (
     Arch,
     Level,
     Paged,
-    add_pages,
     cut_into_pages,
     forward,
     init_cache,
@@ -22,6 +21,7 @@ from pkv.model import (
     param_axes,
     param_shapes,
     put_pages,
+    resize_pages,
     stock_axes,
     take_pages,
     unstack_layers,
@@ -106,9 +106,11 @@ def test_prefill_and_decode_equal_the_full_forward(arch, params, tokens, stacked
         same(hidden[:, 0], full[jnp.arange(B), position])
 
 
+@pytest.mark.parametrize("one_stock", [True, False])
 @pytest.mark.parametrize("stacked", [True, False])
-def test_decode_on_pages_equals_the_full_forward(arch, params, tokens, stacked):
-    """Rows read prompts' pages and their own, in no order; pages that nobody reads hold what must not matter."""
+def test_decode_on_pages_equals_the_full_forward(arch, params, tokens, stacked, one_stock):
+    """Rows read prompts' pages and their own, in no order, of two stocks or of one from both of its ends; pages that
+    nobody reads hold what must not matter."""
     full, _ = forward(params, arch, tokens, along(tokens))
     weights = params if stacked else unstack_layers(params, arch)
     lengths, size = np.array([3, 7, 5]), 4
@@ -121,6 +123,10 @@ def test_decode_on_pages_equals_the_full_forward(arch, params, tokens, stacked):
     start = np.tile([0, size], B)[order]
     level = Level(shared, jnp.asarray(readers), jnp.asarray(start), jnp.asarray(lengths.repeat(2)[order]))
     own = jax.tree.map(lambda x: x + 50.0, cut_into_pages(init_cache(arch, B + 1, 8, stacked=stacked), size))
+    if one_stock:
+        level = level._replace(stock=None)
+        axis = 1 if stacked else 0
+        own = jax.tree.map(lambda own, end: jnp.concatenate([own, own, end], axis), own, shared)
     owners, firsts = np.full(8, B), np.zeros(8, np.int32)
     pages = {0: [6, 1], 1: [0, 3], 2: [5, 7]}
     for row, numbers in pages.items():
@@ -345,9 +351,10 @@ def test_pages_taken_and_put_are_those_pages(arch, stacked):
         np.testing.assert_array_equal(layer["v"][(*lead, page)], kept["v"][(*lead, row)][..., at : at + 3, :])
     taken = take_pages(stock, jnp.array([2, 0]))
     jax.tree.map(lambda got, x: np.testing.assert_array_equal(got, np.take(x, [2, 0], axis)), taken, stock)
-    placed = put_pages(add_pages(stock, 1), jnp.array([4, 9]), taken)  # page 9 is past the end
+    placed = put_pages(resize_pages(stock, 5), jnp.array([4, 9]), taken)  # page 9 is past the end
     expected = jax.tree.map(lambda x: np.concatenate([x, np.take(x, [2], axis)], axis), stock)
     jax.tree.map(np.testing.assert_array_equal, placed, expected)
+    jax.tree.map(np.testing.assert_array_equal, resize_pages(placed, 4), stock)
     named = jax.tree.leaves(stock_axes(stock), is_leaf=lambda n: isinstance(n, tuple) and "head" in n)
     sizes = {"layers": 3, "pages": 4, "kv_heads": 2, "head": 8, "time": 3}
     assert [tuple(sizes[a] for a in names) for names in named] == [x.shape for x in jax.tree.leaves(stock)]

@@ -1,4 +1,4 @@
-"""Pages are held by one holder each, lie where their number says, and survive being packed together."""
+"""Pages are held by one holder each, lie where their number says, and survive that their part shrinks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ def assert_whole(pool: Pool, stock: np.ndarray, holders: list[Held]) -> None:
         assert stock[pool.flat(held)].tolist() == [number * 1000 + at for at in range(len(held.pages))]
 
 
-@given(st.lists(st.tuples(st.integers(0, SHARDS - 1), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6))
-def test_every_page_has_one_holder_and_keeps_what_it_holds(asked):
-    pool = Pool(SHARDS, PLACES, PAGE)
+@given(
+    st.booleans(),
+    st.lists(st.tuples(st.integers(0, SHARDS - 1), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6),
+)
+def test_every_page_has_one_holder_and_keeps_what_it_holds(from_end, asked):
+    pool = Pool(SHARDS, PLACES, PAGE, from_end=from_end)
     holders = [Held(shard, 0) for shard, _, _ in asked]
     for round_ in (1, 2):  # pages before and pages later
         wanted = [sum(one[1 : 1 + round_]) for one in asked]
@@ -45,11 +48,13 @@ def test_every_page_has_one_holder_and_keeps_what_it_holds(asked):
     left = holders[::2]
     before = [stock[pool.flat(held)].tolist() for held in left]
     size = pool.needed((held.shard, len(held.pages)) for held in left)
-    shelves = stock.reshape(SHARDS * PLACES, -1)
-    moved = pool.pack(left, size)
-    stock = np.take_along_axis(shelves, moved, axis=1).reshape(-1) if pool.size else stock[:0]
+    shelves, old = stock.reshape(SHARDS * PLACES, -1), pool.size
+    for shelf, page, place in pool.shrink(left, size):
+        assert place < size <= page, "what lies right stays"
+        shelves[shelf, pool.at(place, old)] = shelves[shelf, pool.at(page, old)]
+    stock = shelves[:, pool.at(np.arange(size), old)][:, pool.at(np.arange(size), size)].reshape(-1)
     assert [stock[pool.flat(held)].tolist() for held in left] == before
-    pool.resize(size + 2)
+    pool.resize(size + len(left))  # at most one more each
     for held in left:
         pool.extend(held, len(held.pages) + 1)
     taken = np.concatenate([pool.flat(held) for held in left])

@@ -42,17 +42,25 @@ def test_a_segment_never_copies_the_pages(monkeypatch, stacked):
     assert not [line for line in copies if re.search(r"f32\[(\S+?)\]", line)[1] in shapes]
 
 
-def memory_of(pages: int, page: int = 8) -> dict[str, float]:
-    """A limit that so many pages of ARCH fit into, and one of its two layers twice."""
-    return {"page_tokens": page, "kv_memory_gb": 1.5 * (pages + 0.5) * 2 * ARCH.layers * 2 * 8 * page * 4 / 1e9}
+def memory_of(pages: int, page: int = 8, *, fixed: bool = False) -> dict[str, float]:
+    """A limit that so many pages of ARCH fit into, and one of its two layers twice where a stock changes its size."""
+    times = 1 if fixed else 1.5
+    return {"page_tokens": page, "kv_memory_gb": times * (pages + 0.5) * 2 * ARCH.layers * 2 * 8 * page * 4 / 1e9}
+
+
+@pytest.fixture(params=[False, True], ids=["follows", "fixed"])
+def fixed(request):
+    """Whether a stock keeps its size from the beginning, as on an accelerator."""
+    return request.param
 
 
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, sequence=2, tensor=2)])
-def test_when_the_memory_ends_rows_wait_and_say_the_same(plain, mesh):
-    limit = memory_of(9) if mesh is None else memory_of(4)
+def test_when_the_memory_ends_rows_wait_and_say_the_same(plain, mesh, fixed):
+    limit = memory_of(9, fixed=fixed) if mesh is None else memory_of(4, fixed=fixed)
     engine = Engine(
         ARCH, dataclasses.replace(CONFIG, **limit), STOPS, one_device() if mesh is None else make_mesh(mesh)
     )
+    engine.programs.fixed = fixed
     found = {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), requests())}
     assert_same(plain, found)
     assert engine.usage.peak_bytes <= limit["kv_memory_gb"] * 1e9
@@ -61,23 +69,42 @@ def test_when_the_memory_ends_rows_wait_and_say_the_same(plain, mesh):
 
 
 def test_the_memory_suffices_while_pages_are_added_too(monkeypatch):
-    monkeypatch.setattr("pkv.sampling.engine.LEAST_PAGES", 8)
+    monkeypatch.setattr("pkv.sampling.arena.LEAST_PAGES", 8)
     limit = memory_of(60)
     engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=16, **limit), (), one_device())
-    grow, seen = engine.programs.grow, []
+    resize, seen = engine.programs.resize, []
 
-    def seen_grow(stock, *, more):
-        fresh = grow(stock, more=more)
+    def seen_resize(stock, *, pages):
+        fresh = resize(stock, pages=pages)
         seen.append(sum(array.nbytes for array in jax.live_arrays() if array.shape[1:] == (2, 8, 8)))
         return fresh
 
-    monkeypatch.setattr(engine.programs, "grow", seen_grow)
+    monkeypatch.setattr(engine.programs, "resize", seen_resize)
     list(engine.sample(engine.load(PARAMS), requests((70, 70, 70), samples=8)))
     assert len(seen) > 4 and engine.usage.evicted and max(seen) <= limit["kv_memory_gb"] * 1e9
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("mesh", [None, MESHES["all"]], ids=["one device", "all"])
+def test_a_stock_of_one_size_says_the_same_and_is_made_once(monkeypatch, plain, mesh, stacked):
+    """Its parts grow, shrink and are moved together, and nothing else is made or copied."""
+    if stacked:
+        monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
+    monkeypatch.setattr("pkv.sampling.arena.LEAST_PAGES", 1)
+    monkeypatch.setattr("pkv.sampling.arena.AT_ONCE", 2)
+    config = dataclasses.replace(CONFIG, page_tokens=4, kv_memory_gb=1e-3)
+    engine = Engine(ARCH, config, STOPS, make_mesh(mesh) if mesh else one_device())
+    programs = engine.programs
+    programs.fixed = True
+    assert_same(plain, {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), requests())})
+    assert programs.empty._cache_size() == 1 and programs.resize._cache_size() == 0
+    moving = programs.relocate._cache_size()
+    assert moving <= 1
+    assert moving or mesh, "the case must show it"
+
+
 @pytest.mark.parametrize("slots", [1, 3])
-def test_a_long_wait_for_memory_loses_no_page(monkeypatch, slots):
+def test_a_long_wait_for_memory_loses_no_page(monkeypatch, slots, fixed):
     """Many prompts come, go out and come back: at every visit each page is free or has its holder."""
     extend = Schedule.extend
 
@@ -88,12 +115,13 @@ def test_a_long_wait_for_memory_loses_no_page(monkeypatch, slots):
             assert held + sum(map(len, pool._free)) == pool.size * len(pool._free)
 
     monkeypatch.setattr(Schedule, "extend", checked)
-    draw, limit = np.random.default_rng(3), memory_of(9)
+    draw, limit = np.random.default_rng(3), memory_of(9, fixed=fixed)
     keys = row_keys(0, "pressure", 0, [str(n) for n in range(12)], 3)
     prompts = [draw.integers(10, 200, draw.integers(2, 33)).astype(np.int32) for _ in range(12)]
     asked = [Request(prompt, key, 30) for prompt, key in zip(prompts, keys, strict=True)]
     roomy = run(dataclasses.replace(CONFIG, page_tokens=8), asked)
     engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=slots * 2, **limit), STOPS, one_device())
+    engine.programs.fixed = fixed
     assert_same(roomy, {(c.request, c.sample): c for c in engine.sample(engine.load(PARAMS), asked)})
     assert engine.usage.peak_bytes <= limit["kv_memory_gb"] * 1e9
 

@@ -28,9 +28,13 @@ FEW_QUERIES = 16  # so many queries a page at most meet it on a CPU as broadcast
 
 
 class Level(NamedTuple):
-    """Pages and who reads them. A reader that is no row (B or above) reads nothing."""
+    """Pages and who reads them. A reader that is no row (B or above) reads nothing.
 
-    stock: Stock
+    Of the stock that is written, the last level's, that level has the first P pages; a level whose stock is None has
+    the last P of it.
+    """
+
+    stock: Stock | None
     readers: jax.Array  # int32 [P, R], rows
     first: jax.Array  # int32 [P], the position in a page's first slot
     stop: jax.Array  # int32 [P], slots that stand for positions from here on hold nothing
@@ -101,9 +105,15 @@ def put_pages(stock: Stock, pages: jax.Array, fresh: Stock) -> Stock:
     return jax.tree.map(put, stock, fresh)
 
 
-def add_pages(stock: Stock, more: int) -> Stock:
-    """The stock with so many empty pages behind it."""
-    return jax.tree.map(lambda a: jnp.pad(a, [(0, more if axis == a.ndim - 4 else 0) for axis in range(a.ndim)]), stock)
+def resize_pages(stock: Stock, pages: int) -> Stock:
+    """The first `pages` pages of the stock, empty ones behind them where it has fewer."""
+
+    def resize(array: jax.Array) -> jax.Array:
+        axis = array.ndim - 4
+        kept = jax.lax.slice_in_dim(array, 0, min(pages, array.shape[axis]), axis=axis)
+        return jnp.pad(kept, [(0, pages - kept.shape[axis] if at == axis else 0) for at in range(array.ndim)])
+
+    return jax.tree.map(resize, stock)
 
 
 def cut_into_pages(cache: Any, size: int, *, eight_bit: bool = False) -> Stock:
@@ -153,20 +163,24 @@ def meet_pages(
     own = _write(own, layer, paged.page, paged.slot, k_BTKH[:, 0], v_BTKH[:, 0])
     B, _, N, H = q_BTNH.shape
     q_BKGH = q_BTNH[:, 0].reshape(B, k_BTKH.shape[2], -1, H)
-    stocks = [*(level.stock for level in paged.levels[:-1]), own]
     window = None if local is False else window
     parts = []
-    for level, stock in zip(paged.levels, stocks, strict=True):
-        seen_PRS = _seen(level, stock, positions_BT[:, 0], window, local)
-        parts.append(_partial(q_BKGH, _of_layer(stock, layer), level.readers, seen_PRS, scale=scale, cap=cap))
+    for number, level in enumerate(paged.levels, 1):
+        stock = own if level.stock is None or number == len(paged.levels) else level.stock
+        P = len(level.readers)
+        pages = _of_layer(stock, layer, stock_pages(stock) - P if level.stock is None else 0, P)
+        seen_PRS = _seen(level, pages, positions_BT[:, 0], window, local)
+        parts.append(_partial(q_BKGH, pages, level.readers, seen_PRS, scale=scale, cap=cap))
     mixed_BKGH = _merge(parts, [level.readers for level in paged.levels], B)
     return mixed_BKGH.reshape(B, 1, N, H).astype(q_BTNH.dtype), own
 
 
-def _of_layer(stock: Stock, layer: Any) -> dict[str, jax.Array]:
+def _of_layer(stock: Stock, layer: Any, first: int, pages: int) -> dict[str, jax.Array]:
+    """A layer's pages from `first` on, so many; read in one slice, which XLA fuses with what reads them."""
     if isinstance(stock, dict):
-        return {name: array[layer] for name, array in stock.items()}
-    return stock[layer]
+        place = lambda a: ((layer, first, 0, 0, 0), (1, pages, *a.shape[2:]))  # noqa: E731
+        return {name: jax.lax.dynamic_slice(array, *place(array))[0] for name, array in stock.items()}
+    return {name: jax.lax.slice_in_dim(array, first, first + pages) for name, array in stock[layer].items()}
 
 
 def _write(stock: Stock, layer: Any, page_B: jax.Array, slot_B: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array) -> Stock:
@@ -205,10 +219,11 @@ def _put_whole_pages(
 WRITING = {"tpu": _put_whole_pages, "default": _put_positions}
 
 
-def _seen(level: Level, stock: Stock, positions_B: jax.Array, window: int | None, local: bool | jax.Array) -> jax.Array:
+def _seen(
+    level: Level, pages: dict[str, jax.Array], positions_B: jax.Array, window: int | None, local: bool | jax.Array
+) -> jax.Array:
     """bool [P, R, S]: which slots of a page its readers see."""
-    name, array = next(iter((stock if isinstance(stock, dict) else stock[0]).items()))
-    size = array.shape[_order(name).index("S") - 3]
+    size = pages["k"].shape[_order("k").index("S") - 3]
     at_PS = level.first[:, None] + jnp.arange(size)
     back_PRS = positions_B.at[level.readers].get(mode="clip")[:, :, None] - at_PS[:, None]
     seen_PRS = (back_PRS >= 0) & (at_PS < level.stop[:, None])[:, None]

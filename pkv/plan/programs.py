@@ -125,7 +125,7 @@ class Programs:
             self._sampled_kinds.append("weights")
         pages = self.engine.programs
         in_a_row = -(-(work.prompt_tokens + work.longest) // (pages.page * mesh.shape["sequence"]))
-        # Of a row, its pages but the first ones twice: of the prompt and its own; and a segment ahead.
+        # Of a row, its pages: of the prompt and its own; and a segment ahead.
         self.row_bytes = pages.page_bytes() * (1 + pages.largest_share()) * (in_a_row + 2)
         self.sampled_bytes = copied * bytes_on_chip(split(self.sampled)[0])
 
@@ -151,7 +151,7 @@ class Programs:
         programs, twice = self.engine.programs, self.engine.programs.largest_share()
         if self.sampled_bytes:
             yield self._reshard()
-        stock = kv / (1 + twice)  # the limit holds what is there twice while a stock changes its size
+        stock = kv / (1 + twice)  # the limit holds what is there twice where a stock changes its size
         done = set()
         limited = dataclasses.replace(self._work.config.sampling, kv_memory_gb=kv / 1e9)
         for call in rehearse(self._engine(limited), requests(self._work)):
@@ -164,7 +164,8 @@ class Programs:
             read = [*sampled, *self._sampled_kinds] if call.of_weights else []
             given = {"keys and values": pages} | {kind: there[kind] for kind in read}
             beside = {kind: size for kind, size in there.items() if kind not in given}
-            beside["keys and values, others"] = stock - pages
+            made = call.keywords["pages"] * programs.page_bytes() if call.name == "empty" else 0
+            beside["keys and values, others"] = max(0.0, stock - pages - made)
             yield Task(call.name, "sample", call.lower(programs, self.sampled), given, beside, self._flops(call))
 
     def _engine(self, sampling: SamplingConfig) -> Engine:

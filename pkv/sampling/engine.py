@@ -23,12 +23,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pkv.config import SamplingConfig
 from pkv.mesh import on_own_part, own_part
 from pkv.model import Arch, Cache, Level, Params, Stock, cast
+from pkv.sampling.arena import Arena
 from pkv.sampling.pool import NOWHERE, Held, Pool, round_up
 from pkv.sampling.programs import PAGES, PREFILL_CHUNK, ROWS, WHOLE, Programs, Table
-from pkv.sampling.schedule import Completion, Fresh, Request, Row, Rows, Schedule, Segment
+from pkv.sampling.schedule import Completion, Fresh, Request, Rows, Schedule, Segment
 
 LEAST_ROWS = 4  # the batch does not shrink below this
-LEAST_PAGES = 32  # sizes of a stock are multiples of this, so that few shapes are compiled
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 PREFILL_TOKENS = 16_384  # of a shard in one program, at most
 MEMINFO = Path("/proc/meminfo")
@@ -48,14 +48,6 @@ class Usage:
     def ratio(self) -> float:
         """Memory held over the sum of the live rows' lengths, prompts counted for every row."""
         return self.allocated / max(self.live, 1)
-
-
-@dataclass
-class Store:
-    """A level's pages on the devices, None without any, and the host's account of them."""
-
-    stock: Stock | None
-    pool: Pool
 
 
 class Prefix(NamedTuple):
@@ -79,7 +71,7 @@ class Engine:
         self._stops = np.asarray(list(stop_ids), np.int32)
         self._shards, self._places = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
         self._least, self._page_bytes = min(LEAST_ROWS, config.slots), self.programs.page_bytes()
-        self._twice = self.programs.largest_share()  # of a page: what there is twice while a stock changes its size
+        self._found: list[float] = []  # shares of the free memory, also by rehearsals
         self.usage = Usage()  # of the last `sample`
 
     @property
@@ -123,35 +115,37 @@ class Engine:
         self.usage = Usage()
         page = self.programs.page
         prefix = _common_prefix([request.prompt for request in requests], page)
-        own, prompts = (Store(None, Pool(self._shards, self._places, page)) for _ in range(2))
+        own, prompts = (
+            Pool(self._shards, self._places, page, from_end=at_end and self.programs.fixed) for at_end in (False, True)
+        )
         most = self._most_pages() - -(-len(prefix) // (page * self._places))
         slots, segment = self._config.slots, self._config.segment
-        schedule = Schedule(requests, slots, segment, len(prefix), own.pool, prompts.pool, most)
+        schedule = Schedule(requests, slots, segment, len(prefix), own, prompts, most)
+        arena = Arena(self.programs, schedule, self._put)
         start = Prefix(len(prefix), *self.programs.prefix(weights, self._put(prefix, WHOLE))) if len(prefix) else None
         while schedule.unfinished:
             for row in schedule.evict():
-                self._put_aside(own, row)
+                arena.put_aside(row)
+                self.usage.evicted += 1
             fresh = schedule.admit()
             schedule.drop_prompts()
-            self._resize(schedule, own, prompts)
+            arena.fit()
             schedule.extend(fresh)
-            self._prefill(weights, start, prompts, requests, fresh)
+            self._prefill(weights, start, arena, requests, fresh)
             for row in fresh.returned:
-                self._bring_back(own, row)
-            rows, segment = self._visit(weights, schedule, start, own, prompts)
+                arena.bring_back(row)
+            rows, segment = self._visit(weights, schedule, start, arena)
             yield from schedule.harvest(rows, segment, self._stops, on_tokens)
 
-    def _visit(
-        self, weights: Params, schedule: Schedule, start: Prefix | None, own: Store, prompts: Store
-    ) -> tuple[Rows, Segment]:
+    def _visit(self, weights: Params, schedule: Schedule, start: Prefix | None, arena: Arena) -> tuple[Rows, Segment]:
         rows = schedule.arrays(self._least)
         of_prompts, of_rows = schedule.tables()
-        shared = [Level(prompts.stock, *self._by_shelf(of_prompts))] if prompts.pool.size else []
+        shared = [Level(arena.prompt_stock, *self._by_shelf(of_prompts))] if schedule.prompts.size else []
         if start is not None:
             shared.insert(0, self._prefix_level(start, len(rows.token) // self._shards))
         table = Table(*self._by_shelf(of_rows))
-        own.stock, segment = self._segment(weights, tuple(shared), own.stock, table, rows)
-        pages = own.pool.size + prompts.pool.size + (0 if start is None else self._shelf_pages(start))
+        arena.own.stock, segment = self._segment(weights, tuple(shared), arena.own.stock, table, rows)
+        pages = arena.size + (0 if start is None else self._shelf_pages(start))
         self.usage.allocated += pages * self._shards * self._places * self.programs.page
         self.usage.live += sum(row.position + 1 for row in schedule.rows())
         self.usage.peak_bytes = max(self.usage.peak_bytes, pages * self._page_bytes)
@@ -169,34 +163,8 @@ class Engine:
     def _put(self, array: np.ndarray, spec: PartitionSpec) -> Any:
         return jax.device_put(array, NamedSharding(self._mesh, spec))
 
-    def _resize(self, schedule: Schedule, own: Store, prompts: Store) -> None:
-        """Stocks of the size that the next segment needs; what is hardly too large stays."""
-        need_own, need_prompts = schedule.demands()
-        for_prompts = min(round_up(need_prompts, LEAST_PAGES, 1), schedule.most - need_own) if need_prompts else 0
-        sizes = min(round_up(need_own, LEAST_PAGES), schedule.most - for_prompts), for_prompts
-        stores = own, prompts
-        kept = [
-            s.pool.size if size <= s.pool.size < 1.4 * size else size for s, size in zip(stores, sizes, strict=True)
-        ]
-        wanted = kept if sum(kept) <= schedule.most else sizes
-        for store, size, holders in zip(stores, wanted, schedule.holders(), strict=True):
-            if size < store.pool.size:
-                moved = self._put(store.pool.pack(holders, size), PAGES)
-                if size:
-                    _change(store, lambda part, moved=moved: self.programs.move(part, moved))
-                else:
-                    store.stock = None
-        for store, size in zip(stores, wanted, strict=True):
-            more = size - store.pool.size
-            if more > 0:
-                if store.stock is None:
-                    store.stock = self.programs.empty(pages=more)
-                else:
-                    _change(store, partial(self.programs.grow, more=more))
-                store.pool.resize(size)
-
     def _prefill(
-        self, weights: Params, start: Prefix | None, prompts: Store, requests: Sequence[Request], fresh: Fresh
+        self, weights: Params, start: Prefix | None, arena: Arena, requests: Sequence[Request], fresh: Fresh
     ) -> None:
         """The keys and values of prompts that come for the first time, or again, into their pages."""
         before = 0 if start is None else start.length
@@ -221,32 +189,15 @@ class Engine:
                 for number, (request, held) in enumerate(part):
                     prompt = requests[request].prompt[before:-1]
                     tokens[shard * count + number, : len(prompt)] = prompt
-                    for at, page in enumerate(held.pages):
-                        places[shard * self._places + at % self._places, number, at] = page
-            prompts.stock = self.programs.prefill(
+                    for at, place in enumerate(arena.prompt_places(held)):
+                        places[shard * self._places + at % self._places, number, at] = place
+            arena.prompts.stock = self.programs.prefill(
                 weights,
                 None if start is None else start.cache,
-                prompts.stock,
+                arena.prompts.stock,
                 self._put(tokens, ROWS),
                 self._put(places.reshape(len(places), -1), PAGES),
             )
-
-    def _put_aside(self, own: Store, row: Row) -> None:
-        """Keep a row's pages in the host's memory, and free them."""
-        at = own.pool.flat(row.own)
-        padded = np.zeros(round_up(len(at)), np.int32)
-        padded[: len(at)] = at
-        row.kept = jax.device_get(self.programs.fetch(own.stock, self._put(padded, WHOLE)))
-        own.pool.release(row.own)
-        self.usage.evicted += 1
-
-    def _bring_back(self, own: Store, row: Row) -> None:
-        at = own.pool.flat(row.own)
-        padded = np.full(jax.tree.leaves(row.kept)[0].shape[-4], NOWHERE, np.int32)
-        said = min(len(padded), len(at))  # it may have got more pages for what it is about to say
-        padded[:said] = at[:said]
-        own.stock = self.programs.restore(own.stock, padded, row.kept)
-        row.kept = None
 
     def _prefix_level(self, start: Prefix, rows: int) -> Level:
         """What all prompts begin with, read by all rows of a shard."""
@@ -265,23 +216,17 @@ class Engine:
 
     def _most_pages(self) -> int:
         """Pages that fit into the memory of each device."""
-        limit = self._config.kv_memory_gb * 1e9 or SHARE_OF_FREE * _free_bytes(self._mesh)
-        return int(limit // (self._page_bytes * (1 + self._twice)))
+        limit = self._config.kv_memory_gb * 1e9 or self._share_of_free()
+        return int(limit // (self._page_bytes * (1 + self.programs.largest_share())))
 
-
-def _change(store: Store, change: Callable[[Stock], Stock]) -> None:
-    """Change a stock layer by layer, a stacked one array by array: only one of them exists twice at a time."""
-    stock: Any = store.stock
-    store.stock = None
-    if isinstance(stock, dict):
-        for name in list(stock):
-            stock.update(change({name: stock.pop(name)}))
-        store.stock = stock
-        return
-    layers, stock = list(stock), None
-    for number in range(len(layers)):
-        layers[number] = change(layers[number])
-    store.stock = tuple(layers)
+    def _share_of_free(self) -> float:
+        """What was found the first time, as long as it is there: of one size of stock few shapes are compiled."""
+        share = SHARE_OF_FREE * _free_bytes(self._mesh)
+        if not self.programs.fixed:
+            return share
+        if not self._found or self._found[-1] > 1.1 * share:
+            self._found.append(share)
+        return self._found[-1]
 
 
 def _common_prefix(prompts: Sequence[np.ndarray], page: int) -> np.ndarray:

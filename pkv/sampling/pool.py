@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -32,10 +33,10 @@ class Held:
 
 
 class Pool:
-    """The free pages of one level. `size`: pages a shelf."""
+    """The free pages of one level. `size`: pages a shelf. from_end: they are counted from the end of where they lie."""
 
-    def __init__(self, shards: int, places: int, page: int) -> None:
-        self.shards, self.places, self.page, self.size = shards, places, page, 0
+    def __init__(self, shards: int, places: int, page: int, *, from_end: bool = False) -> None:
+        self.shards, self.places, self.page, self.from_end, self.size = shards, places, page, from_end, 0
         self._free: list[list[int]] = [[] for _ in range(shards * places)]
 
     def needed(self, demands: Iterable[tuple[int, int]]) -> int:
@@ -62,18 +63,17 @@ class Pool:
             self._free[held.shard * self.places + number % self.places].append(page)
         held.pages = []
 
-    def pack(self, holders: Sequence[Held], size: int) -> np.ndarray:
-        """Shrink every shelf to `size` pages: the holders' pages get new numbers. int32 [shelves, size], which old
-        page each new one is."""
-        moved = np.zeros((self.shards * self.places, size), np.int32)
-        used = [0] * len(self._free)
+    def shrink(self, holders: Sequence[Held], size: int) -> list[tuple[int, int, int]]:
+        """Shrink every shelf to `size` pages: holders' pages beyond it get numbers below it. (shelf, old, new) each."""
+        moved = []
+        for free in self._free:
+            free[:] = [page for page in free if page < size]
         for held in holders:
             for number, page in enumerate(held.pages):
-                shelf = held.shard * self.places + number % self.places
-                moved[shelf, used[shelf]] = page
-                held.pages[number] = used[shelf]
-                used[shelf] += 1
-        self._free = [list(range(size - 1, taken - 1, -1)) for taken in used]
+                if page >= size:
+                    shelf = held.shard * self.places + number % self.places
+                    held.pages[number] = self._free[shelf].pop()
+                    moved.append((shelf, page, held.pages[number]))
         self.size = size
         return moved
 
@@ -95,7 +95,12 @@ class Pool:
                 stops[at] = stop[number]
         return rows, first, stops
 
-    def flat(self, held: Held) -> np.ndarray:
-        """Where the pages stand in the stock of all shelves."""
-        numbers = np.arange(len(held.pages))
-        return (held.shard * self.places + numbers % self.places) * self.size + np.asarray(held.pages, np.int64)
+    def flat(self, held: Held, size: int | None = None) -> np.ndarray:
+        """Where the pages stand in the table of all shelves, or in a stock of `size` pages a shelf."""
+        size, numbers = self.size if size is None else size, np.arange(len(held.pages))
+        shelves = held.shard * self.places + numbers % self.places
+        return shelves * size + self.at(np.asarray(held.pages, np.int64), size)
+
+    def at(self, pages: Any, size: int) -> Any:
+        """Where pages stand among the `size` pages of their shelf."""
+        return size - 1 - pages if self.from_end else pages

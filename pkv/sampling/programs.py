@@ -24,13 +24,13 @@ from pkv.model import (
     Paged,
     Params,
     Stock,
-    add_pages,
     cut_into_pages,
     forward,
     init_cache,
     init_stock,
     logits,
     put_pages,
+    resize_pages,
     stock_axes,
     take_pages,
     unstack_layers,
@@ -90,6 +90,7 @@ class Programs:
     ) -> None:
         self.arch, self.repeats = _spread_kv_heads(arch, mesh.shape["tensor"])
         self.stacked = arch.layers > UNROLL
+        self.fixed = mesh.devices.flat[0].platform != "cpu"  # a stock keeps its size; a CPU's memory is the host's
         self.page = config.page_tokens or (64 if mesh.devices.flat[0].platform == "cpu" else 128)
         self._mesh, self._dtype = mesh, jnp.dtype(dtype)
         self._eight_bit = config.kv_cache == "int8"
@@ -106,8 +107,8 @@ class Programs:
         self.prefill = jax.jit(self._prefill, donate_argnames="stock")
         self.decode = jax.jit(self._decode, donate_argnames="own")
         self.empty = jax.jit(self._empty, static_argnames="pages")
-        self.grow = jax.jit(self._grow, static_argnames="more")
-        self.move = jax.jit(self._move)
+        self.resize = jax.jit(self._resize, static_argnames="pages")
+        self.relocate = jax.jit(self._relocate, donate_argnames="stock")
         self.fetch = jax.jit(partial(take_pages))
         self.restore = jax.jit(self._restore, donate_argnames="stock")
 
@@ -121,7 +122,9 @@ class Programs:
         return sum(self._array_bytes())
 
     def largest_share(self) -> float:
-        """Which share of a stock exists twice while its size changes: a layer, or one of the stacked arrays."""
+        """Which share of a stock exists twice while its size changes, if it does: a layer, or a stacked array."""
+        if self.fixed:
+            return 0.0
         return max(self._array_bytes()) / self.page_bytes() if self.stacked else 1 / self.arch.layers
 
     def _array_bytes(self) -> list[int]:
@@ -249,18 +252,21 @@ class Programs:
         return jax.lax.cond(step % STEPS_BETWEEN == 0, agree, lambda active: jnp.bool_(True), active)
 
     def _empty(self, *, pages: int) -> Stock:
-        """So many empty pages on each shard."""
+        """So many empty pages on each shelf."""
         return self._spread(self._stock(pages * self._ways(PAGE_AXES)))
 
-    def _grow(self, stock: Stock, *, more: int) -> Stock:
+    def _resize(self, stock: Stock, *, pages: int) -> Stock:
         specs = self._specs(stock)
-        return self._spread(self._by_shard(partial(add_pages, more=more), (specs,), specs)(stock))
+        return self._spread(self._by_shard(partial(resize_pages, pages=pages), (specs,), specs)(stock))
 
-    def _move(self, stock: Stock, pages: Any) -> Stock:
-        """The chosen pages of every shard, int32 [shards, P], as its whole stock."""
+    def _relocate(self, stock: Stock, old: Any, new: Any) -> Stock:
+        """Pages of every shard, int32 [shards, P], copied to where they are to lie; beyond the stock's end: nowhere."""
+
+        def own(stock: Stock, old: Any, new: Any) -> Stock:
+            return put_pages(stock, new[0], take_pages(stock, old[0]))
+
         specs = self._specs(stock)
-        moved = self._by_shard(lambda stock, pages: take_pages(stock, pages[0]), (specs, PAGES), specs)
-        return self._spread(moved(stock, pages))
+        return self._spread(self._by_shard(own, (specs, PAGES, PAGES), specs)(stock, old, new))
 
     def _restore(self, stock: Stock, pages: Any, fresh: Stock) -> Stock:
         return self._spread(put_pages(stock, pages, fresh))

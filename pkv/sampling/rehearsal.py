@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from pkv.model import Cache, Params, Stock, stock_pages
+from pkv.model import Cache, Params, Stock
 from pkv.sampling.engine import Engine
 from pkv.sampling.programs import Programs, Rows, Segment, Table
 from pkv.sampling.schedule import Request
@@ -92,7 +92,8 @@ class _Recorder:
     """`Programs` by their shapes alone."""
 
     def __init__(self, programs: Programs) -> None:
-        self._real, self.page = programs, programs.page
+        self._real, self.page, self.fixed = programs, programs.page, programs.fixed
+        self.largest_share = programs.largest_share
         self.calls: dict[Any, Call] = {}
 
     def note(self, name: str, *arguments: Any, of_weights: bool = True, **keywords: int) -> None:
@@ -112,13 +113,18 @@ class _Recorder:
         self.note("empty", of_weights=False, pages=pages)
         return self._real.stock_shapes(pages)
 
-    def grow(self, stock: Stock, *, more: int) -> Stock:
-        self.note("grow", stock, of_weights=False, more=more)
-        return self._with_pages(stock, stock_pages(stock) // self._real.shelves + more)
+    def resize(self, stock: Stock, *, pages: int) -> Stock:
+        self.note("resize", stock, of_weights=False, pages=pages)
 
-    def move(self, stock: Stock, pages: Any) -> Stock:
-        self.note("move", stock, pages, of_weights=False)
-        return self._with_pages(stock, pages.shape[1])
+        def one(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            shape = (*a.shape[:-4], pages * self._real.shelves, *a.shape[-3:])
+            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=a.sharding)
+
+        return jax.tree.map(one, stock)
+
+    def relocate(self, stock: Stock, old: Any, new: Any) -> Stock:
+        self.note("relocate", stock, old, new, of_weights=False)
+        return stock
 
     def fetch(self, stock: Stock, pages: Any) -> Stock:
         self.note("fetch", stock, pages, of_weights=False)
@@ -126,13 +132,6 @@ class _Recorder:
 
     def restore(self, stock: Stock, pages: Any, fresh: Stock) -> Stock:
         return stock  # what comes back lies in the host's memory: its program is compiled when that happens
-
-    def _with_pages(self, stock: Stock, pages: int) -> Stock:
-        def one(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            shape = (*a.shape[:-4], pages * self._real.shelves, *a.shape[-3:])
-            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=a.sharding)
-
-        return jax.tree.map(one, stock)
 
 
 def rehearse(engine: Engine, requests: Sequence[Request]) -> list[Call]:

@@ -1,0 +1,128 @@
+"""Where keys and values lie on the devices: the pages of rows, and those of the prompts that they share.
+
+Both parts are as large as the next segment needs, and only they are read. On an accelerator they are the beginning and
+the end of one stock, which takes what there is memory for once and for all: nothing is ever there twice. On a CPU,
+whose memory is the host's, and where XLA would copy what is read of a larger stock, each part is a stock of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from pkv.model import Stock
+from pkv.sampling.pool import NOWHERE, Held, round_up
+from pkv.sampling.programs import PAGES, WHOLE, Programs
+from pkv.sampling.schedule import Row, Schedule
+
+LEAST_PAGES = 32  # sizes of a part are multiples of this, so that few shapes are compiled
+AT_ONCE = 16  # pages that are moved in one program: what is copied meanwhile is small
+
+
+@dataclass
+class Store:
+    """A stock on the devices, None where it is empty, and its pages a shelf."""
+
+    stock: Stock | None = None
+    size: int = 0
+
+
+class Arena:
+    """The pages of one call's rows and prompts. put: places an array on the devices."""
+
+    def __init__(self, programs: Programs, schedule: Schedule, put: Callable[[np.ndarray, PartitionSpec], Any]) -> None:
+        self._programs, self._schedule, self._put = programs, schedule, put
+        self.own = Store()
+        self.prompts = self.own if programs.fixed else Store()
+
+    @property
+    def size(self) -> int:
+        """Pages of a shelf."""
+        return self.own.size if self._programs.fixed else self.own.size + self.prompts.size
+
+    @property
+    def prompt_stock(self) -> Stock | None:
+        """Prompts' pages as a level's stock: None where they are the end of the rows' one (see `Level`)."""
+        return None if self._programs.fixed else self.prompts.stock
+
+    def prompt_places(self, held: Held) -> np.ndarray:
+        """Where the pages of a prompt stand in the stock of their shelf."""
+        return self._schedule.prompts.at(np.asarray(held.pages, np.int32), self.prompts.size)
+
+    def fit(self) -> None:
+        """Parts of the size that the next segment needs; what is hardly too large stays."""
+        pools, most = (self._schedule.own, self._schedule.prompts), self._schedule.most
+        need_own, need_prompts = self._schedule.demands()
+        for_prompts = min(round_up(need_prompts, LEAST_PAGES, 1), most - need_own) if need_prompts else 0
+        sizes = min(round_up(need_own, LEAST_PAGES), most - for_prompts), for_prompts
+        kept = [pool.size if size <= pool.size < 1.4 * size else size for pool, size in zip(pools, sizes, strict=True)]
+        wanted = kept if sum(kept) <= most else sizes
+        parts = list(zip((self.own, self.prompts), pools, wanted, self._schedule.holders(), strict=True))
+        for store, pool, size, holders in parts:
+            if size < pool.size:
+                moved = pool.shrink(holders, size)
+                self._move(store, [(shelf, *(pool.at(page, store.size) for page in pages)) for shelf, *pages in moved])
+                self._resize(store, size)
+        for store, pool, size, _ in parts:
+            if size > pool.size:
+                self._resize(store, size)
+                pool.resize(size)
+
+    def put_aside(self, row: Row) -> None:
+        """Keep a row's pages in the host's memory, and free them."""
+        at = self._schedule.own.flat(row.own, self.own.size)
+        padded = np.zeros(round_up(len(at)), np.int32)
+        padded[: len(at)] = at
+        row.kept = jax.device_get(self._programs.fetch(self.own.stock, self._put(padded, WHOLE)))
+        self._schedule.own.release(row.own)
+
+    def bring_back(self, row: Row) -> None:
+        """Write what `put_aside` kept into the pages that the row holds now."""
+        at = self._schedule.own.flat(row.own, self.own.size)
+        padded = np.full(jax.tree.leaves(row.kept)[0].shape[-4], NOWHERE, np.int32)
+        said = min(len(padded), len(at))  # it may have got more pages for what it is about to say
+        padded[:said] = at[:said]
+        self.own.stock = self._programs.restore(self.own.stock, padded, row.kept)
+        row.kept = None
+
+    def _resize(self, store: Store, size: int) -> None:
+        """A stock as large as a part is to be; if it holds both parts, as large as there is memory for."""
+        size = self._schedule.most if self._programs.fixed else size
+        if store.stock is None or not size:
+            store.stock = self._programs.empty(pages=size) if size else None
+        elif size != store.size:
+            self._each(store, partial(self._programs.resize, pages=size))
+        store.size = size
+
+    def _move(self, store: Store, moves: Sequence[tuple[int, int, int]]) -> None:
+        """(shelf, old, new) of every page."""
+        shelves = self._schedule.own.shards * self._schedule.own.places
+        by_shelf: list[list[tuple[int, int]]] = [[] for _ in range(shelves)]
+        for shelf, old, new in moves:
+            by_shelf[shelf].append((old, new))
+        for first in range(0, max(map(len, by_shelf)), AT_ONCE):
+            pages = np.full((2, shelves, AT_ONCE), NOWHERE, np.int32)
+            for shelf, both in enumerate(by_shelf):
+                if part := both[first : first + AT_ONCE]:
+                    pages[:, shelf, : len(part)] = np.transpose(part)
+            store.stock = self._programs.relocate(store.stock, *(self._put(array, PAGES) for array in pages))
+
+    def _each(self, store: Store, change: Callable[[Stock], Stock]) -> None:
+        """Change a stock layer by layer, a stacked one array by array: only one of them exists twice at a time."""
+        stock: Any = store.stock
+        store.stock = None
+        if isinstance(stock, dict):
+            for name in list(stock):
+                stock.update(change({name: stock.pop(name)}))
+            store.stock = stock
+            return
+        layers, stock = list(stock), None
+        for number in range(len(layers)):
+            layers[number] = change(layers[number])
+        store.stock = tuple(layers)
