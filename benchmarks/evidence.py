@@ -17,6 +17,9 @@ from pathlib import Path
 from pkv.records import FIGHTERS
 
 STEPS = {"format": 25, "aha": 15, "longer": 30}
+GSPO = ("--grpo.loss.surrogate=gspo", "--grpo.loss.clip_low=3e-4", "--grpo.loss.clip_high=4e-4")
+CISPO = ("--grpo.loss.surrogate=cispo",)
+MINIBATCHES = ("--grpo.minibatches=4",)
 # What differs from the tiny config's recipe, as flags.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "as shipped": (),
@@ -25,11 +28,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no reflection reward": ("--rounds.aha.weights.reflection=0.0", "--rounds.longer.weights.reflection=0.0"),
     "no copying reward": tuple(f"--rounds.{name}.weights.originality=0.0" for name in STEPS),
     "no length reward": ("--rounds.longer.weights.length=0.0",),
-    "GSPO": ("--grpo.loss.surrogate=gspo", "--grpo.loss.clip_low=3e-4", "--grpo.loss.clip_high=4e-4"),
-    "CISPO": ("--grpo.loss.surrogate=cispo",),
+    "GSPO": GSPO,
+    "CISPO": CISPO,
     "Dr.GRPO": ("--grpo.loss.normalise=constant", "--grpo.scale=none"),
     "GRPO": ("--grpo.loss.normalise=sequences", "--grpo.scale=std"),
     "leave one out": ("--grpo.baseline=leave_one_out",),
+    # On policy every ratio is 1, and the surrogates are one; in minibatches all but the first of a step are off it.
+    "minibatches": MINIBATCHES,
+    "GSPO, minibatches": (*MINIBATCHES, *GSPO),
+    "CISPO, minibatches": (*MINIBATCHES, *CISPO),
 }
 SHOWN = {
     "right %": ("{:.0f}", 100, ("accuracy",)),
@@ -80,7 +87,7 @@ def warmed_up(out: Path, seed: int) -> Path:
 
 
 def run_of(out: Path, name: str, seed: int) -> Path:
-    return out / f"{name.replace(' ', '-')}-{seed}"
+    return out / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
 
 
 def pkv(*words: object) -> None:
