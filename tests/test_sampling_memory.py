@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_sampling import ARCH, CONFIG, MESHES, PARAMS, STOPS, assert_same, one_device, requests, run
 
-from pkv.config import MeshConfig, UserError
+from pkv.config import UserError
 from pkv.mesh import make_mesh
 from pkv.sampling import Engine, Request, WarmUp, rehearse, row_keys
 from pkv.sampling.schedule import Schedule
@@ -48,13 +48,8 @@ def memory_of(pages: int, page: int = 8, *, fixed: bool = False) -> dict[str, fl
     return {"page_tokens": page, "kv_memory_gb": times * (pages + 0.5) * 2 * ARCH.layers * 2 * 8 * page * 4 / 1e9}
 
 
-@pytest.fixture(params=[False, True], ids=["follows", "fixed"])
-def fixed(request):
-    """Whether a stock keeps its size from the beginning, as on an accelerator."""
-    return request.param
-
-
-@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, sequence=2, tensor=2)])
+# fixed: a stock keeps its size from the beginning, as on an accelerator.
+@pytest.mark.parametrize("mesh, fixed", [(None, False), (None, True), (MESHES["all"], False)])
 def test_when_the_memory_ends_rows_wait_and_say_the_same(plain, mesh, fixed):
     limit = memory_of(9, fixed=fixed) if mesh is None else memory_of(4, fixed=fixed)
     engine = Engine(
@@ -84,8 +79,7 @@ def test_the_memory_suffices_while_pages_are_added_too(monkeypatch):
     assert len(seen) > 4 and engine.usage.evicted and max(seen) <= limit["kv_memory_gb"] * 1e9
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("mesh", [None, MESHES["all"]], ids=["one device", "all"])
+@pytest.mark.parametrize("mesh, stacked", [(None, True), (MESHES["all"], False)], ids=["one device", "all"])
 def test_a_stock_of_one_size_says_the_same_and_is_made_once(monkeypatch, plain, mesh, stacked):
     """Its parts grow, shrink and are moved together, and nothing else is made or copied."""
     if stacked:
@@ -103,7 +97,7 @@ def test_a_stock_of_one_size_says_the_same_and_is_made_once(monkeypatch, plain, 
     assert moving or mesh, "the case must show it"
 
 
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("slots, fixed", [(1, True), (3, False), (3, True)])
 def test_a_long_wait_for_memory_loses_no_page(monkeypatch, slots, fixed):
     """Many prompts come, go out and come back: at every visit each page is free or has its holder."""
     extend = Schedule.extend
@@ -155,7 +149,7 @@ def test_a_long_run_compiles_few_programs():
     """Rows end where their budgets do, long-tailed: so what is compiled is the same on every machine."""
     engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=32, page_tokens=16), (), one_device())
     draw, weights = np.random.default_rng(0), engine.load(PARAMS)
-    for step in range(12):
+    for step in range(8):
         budgets = np.minimum(draw.geometric(1 / 60, 24), 300)
         keys = row_keys(0, "long", step, [str(n) for n in range(24)], 2)
         asked = [
@@ -163,7 +157,7 @@ def test_a_long_run_compiles_few_programs():
             for k, n in zip(keys, budgets, strict=True)
         ]
         list(engine.sample(weights, asked))
-        if step == 7:
+        if step == 4:
             before = engine.compilations
     assert engine.compilations - before <= 2, "what a run needs is compiled in its first steps"
     assert engine.compilations <= 72

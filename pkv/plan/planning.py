@@ -64,8 +64,8 @@ class Plan:
 
     @property
     def tightest(self) -> Program:
-        """The program with the most bytes on a chip."""
-        return max(self.programs, key=lambda program: program.bytes_per_chip)
+        """The program that lacks the most, or has the least to spare."""
+        return max(self.programs, key=lambda program: program.bytes_per_chip - program.limit_bytes)
 
     @property
     def hours(self) -> float:
@@ -143,7 +143,7 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
             "sampled weights": programs.sampled_bytes,
             "keys and values": programs.row_bytes,
         }
-        found.append(Program(AT_REST, "sample", kinds, limit, 0.0, {}, 0.0))
+        found.append(Program(AT_REST, "sample", kinds, min(limit, always + kv), 0.0, {}, 0.0))
     spread = _spread(wanted, mesh, programs, kv)
     if whole and not wanted.compiles:
         found += by_arithmetic(programs, work, wanted, spread)

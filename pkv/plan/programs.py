@@ -126,7 +126,7 @@ class Programs:
         pages = self.engine.programs
         in_a_row = -(-(work.prompt_tokens + work.longest) // (pages.page * mesh.shape["sequence"]))
         # Of a row, its pages: of the prompt and its own; and a segment ahead.
-        self.row_bytes = pages.page_bytes() * (1 + pages.largest_share()) * (in_a_row + 2)
+        self.row_bytes = pages.page_bytes() * (in_a_row + 2)
         self.sampled_bytes = copied * bytes_on_chip(split(self.sampled)[0])
 
     def update(self) -> Iterator[Task]:
@@ -148,10 +148,9 @@ class Programs:
 
         kv: bytes of a chip for keys and values. Raises UserError for a request that the memory can't hold.
         """
-        programs, twice = self.engine.programs, self.engine.programs.largest_share()
+        programs = self.engine.programs
         if self.sampled_bytes:
             yield self._reshard()
-        stock = kv / (1 + twice)  # the limit holds what is there twice where a stock changes its size
         done = set()
         limited = dataclasses.replace(self._work.config.sampling, kv_memory_gb=kv / 1e9)
         for call in rehearse(self._engine(limited), requests(self._work)):
@@ -159,17 +158,19 @@ class Programs:
                 continue
             done.add(call.name)
             sampled = {"sampled weights": self.sampled_bytes}
-            pages = min(call.bytes, stock)
+            pages = min(call.bytes, kv)
             there = self.state_bytes | sampled
             read = [*sampled, *self._sampled_kinds] if call.of_weights else []
             given = {"keys and values": pages} | {kind: there[kind] for kind in read}
             beside = {kind: size for kind, size in there.items() if kind not in given}
             made = call.keywords["pages"] * programs.page_bytes() if call.name == "empty" else 0
-            beside["keys and values, others"] = max(0.0, stock - pages - made)
+            beside["keys and values, others"] = max(0.0, kv - pages - made)
             yield Task(call.name, "sample", call.lower(programs, self.sampled), given, beside, self._flops(call))
 
     def _engine(self, sampling: SamplingConfig) -> Engine:
-        return Engine(self._arch, sampling, STOPS, self._mesh, self._work.config.model.dtype)
+        engine = Engine(self._arch, sampling, STOPS, self._mesh, self._work.config.model.dtype)
+        engine.programs.fixed = True  # a slice is of accelerators, whatever stands in for them here
+        return engine
 
     def _reshard(self) -> Task:
         """The largest array of the weights into the sampling layout, when all others are there already."""

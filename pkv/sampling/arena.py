@@ -22,7 +22,7 @@ from pkv.sampling.programs import PAGES, WHOLE, Programs
 from pkv.sampling.schedule import Row, Schedule
 
 LEAST_PAGES = 32  # sizes of a part are multiples of this, so that few shapes are compiled
-AT_ONCE = 16  # pages that are moved in one program: what is copied meanwhile is small
+AT_ONCE = 16  # pages that one program moves
 
 
 @dataclass
@@ -76,20 +76,25 @@ class Arena:
 
     def put_aside(self, row: Row) -> None:
         """Keep a row's pages in the host's memory, and free them."""
-        at = self._schedule.own.flat(row.own, self.own.size)
-        padded = np.zeros(round_up(len(at)), np.int32)
-        padded[: len(at)] = at
-        row.kept = jax.device_get(self._programs.fetch(self.own.stock, self._put(padded, WHOLE)))
+        row.kept = []
+        for part in self._places(row):
+            padded = np.zeros(AT_ONCE, np.int32)
+            padded[: len(part)] = part
+            row.kept.append(jax.device_get(self._programs.fetch(self.own.stock, self._put(padded, WHOLE))))
         self._schedule.own.release(row.own)
 
     def bring_back(self, row: Row) -> None:
-        """Write what `put_aside` kept into the pages that the row holds now."""
-        at = self._schedule.own.flat(row.own, self.own.size)
-        padded = np.full(jax.tree.leaves(row.kept)[0].shape[-4], NOWHERE, np.int32)
-        said = min(len(padded), len(at))  # it may have got more pages for what it is about to say
-        padded[:said] = at[:said]
-        self.own.stock = self._programs.restore(self.own.stock, padded, row.kept)
+        """Write what `put_aside` kept into the first pages that the row holds now."""
+        for part, pages in zip(self._places(row), row.kept or (), strict=False):
+            padded = np.full(AT_ONCE, NOWHERE, np.int32)
+            padded[: len(part)] = part
+            self.own.stock = self._programs.restore(self.own.stock, padded, pages)
         row.kept = None
+
+    def _places(self, row: Row) -> list[np.ndarray]:
+        """Where a row's pages stand in the stock of all shelves, in parts: what is copied at once is small."""
+        at = self._schedule.own.flat(row.own, self.own.size)
+        return [at[first : first + AT_ONCE] for first in range(0, len(at), AT_ONCE)]
 
     def _resize(self, store: Store, size: int) -> None:
         """A stock as large as a part is to be; if it holds both parts, as large as there is memory for."""

@@ -72,7 +72,7 @@ class Row:
     watch: Watch | None
     pieces: list[Piece] = field(default_factory=list)
     to_force: np.ndarray = field(default_factory=lambda: NO_TOKENS)
-    kept: Any = None  # its pages, while it waits after it has begun
+    kept: list[Any] | None = None  # its pages, while it waits after it has begun
 
 
 class Fresh(NamedTuple):
