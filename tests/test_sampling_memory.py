@@ -159,7 +159,7 @@ def test_a_long_run_compiles_few_programs():
         list(engine.sample(weights, asked))
         if step == 4:
             before = engine.compilations
-    assert engine.compilations - before <= 2, "what a run needs is compiled in its first steps"
+    assert engine.compilations - before <= 3, "what a run needs is compiled in its first steps"
     assert engine.compilations <= 72
 
 
