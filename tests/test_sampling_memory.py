@@ -149,7 +149,7 @@ def test_a_long_run_compiles_few_programs():
     """Rows end where their budgets do, long-tailed: so what is compiled is the same on every machine."""
     engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=32, page_tokens=16), (), one_device())
     draw, weights = np.random.default_rng(0), engine.load(PARAMS)
-    for step in range(8):
+    for step in range(12):
         budgets = np.minimum(draw.geometric(1 / 60, 24), 300)
         keys = row_keys(0, "long", step, [str(n) for n in range(24)], 2)
         asked = [
@@ -157,9 +157,9 @@ def test_a_long_run_compiles_few_programs():
             for k, n in zip(keys, budgets, strict=True)
         ]
         list(engine.sample(weights, asked))
-        if step == 4:
+        if step == 7:
             before = engine.compilations
-    assert engine.compilations - before <= 3, "what a run needs is compiled in its first steps"
+    assert engine.compilations - before <= 2, "what a run needs is compiled in its first steps"
     assert engine.compilations <= 72
 
 
