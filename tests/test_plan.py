@@ -152,6 +152,29 @@ def test_a_collective_that_is_done_piece_by_piece_is_counted_once_each_time_that
     assert sent_bytes(CHAIN) == {"all-gather": 48 * 64 * 3 / 4}
 
 
+GATHER = "ENTRY %main (a: f32[4]) -> f32[8] {\n  ROOT %g = f32[8]{0} all-gather(%a), GROUPS, dimensions={0}\n}\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "chips"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
+        ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", 4),
+        ("channel_id=1, replica_groups=mesh['x'=2,'y'=4] {'y'}, use_global_device_ids=true", 4),
+        ("replica_groups=mesh['x'=2,'y'=4] {'x','y'}", 8),
+        ("replica_groups=mesh['x'=2,'y'=8], device_ids=([8,2]T(1,0)) {'y':(2)4,'x'}", 8),
+        ("replica_groups=mesh[x=2,y=8] {y:(1)2}", 2),
+    ],
+)
+def test_groups_of_chips_are_read_in_every_way_that_they_are_written(groups, chips):
+    assert sent_bytes(GATHER.replace("GROUPS", groups)) == {"all-gather": 32 * (chips - 1) / chips}
+
+
+def test_groups_that_cannot_be_read_are_no_guess():
+    with pytest.raises(ValueError, match=r"can.t be read: .*all-gather"):
+        sent_bytes(GATHER.replace("GROUPS", "replica_groups=new"))
+
+
 def test_a_sum_over_devices_within_a_scan_is_counted_at_every_turn():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 

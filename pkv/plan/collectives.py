@@ -128,9 +128,16 @@ def _sizes(result: str) -> Iterator[float]:
 
 
 def _group_size(instruction: str) -> int:
-    """Chips in a group: replica_groups={{0,1},{2,3}} or [2,2]<=[4]; a permutation has pairs."""
+    """Chips in a group: replica_groups={{0,1},{2,3}}, [2,2]<=[4], or mesh['x'=8,'y'=2] {'y','x':(2)4}, in which of the
+    8 by x only 4 are in a group; a permutation has pairs."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", instruction):
         return len(listed[1].split(","))
     if counted := re.search(r"replica_groups=\[(\d+),(\d+)\]", instruction):
         return int(counted[2])
-    return 2
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", instruction):
+        sizes = dict(re.findall(r"'?([^',=]+)'?=(\d+)", named[1]))
+        axes = re.findall(r"'?([^',:]+)'?(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[name]) for name, part in axes)
+    if "source_target_pairs=" in instruction:
+        return 2
+    raise ValueError(f"a collective whose groups of chips can't be read: {instruction.strip()}")
