@@ -18,18 +18,20 @@ from jax.sharding import PartitionSpec
 from released_configs import QWEN25_14B
 
 from pkv import cli
-from pkv.config import UserError, parse_config
+from pkv.cli.output import Output
+from pkv.config import UserError, load_config, parse_config
 from pkv.grpo import Learner, reference_weights
 from pkv.mesh import AXES, fold, make_mesh
 from pkv.model import Arch, freezer, init_adapters, init_params, join, param_shapes, split
 from pkv.model.families import family_of
 from pkv.model.layout import by_path
-from pkv.plan import model_shape, read_slice, work_of
+from pkv.plan import as_record, model_shape, read_slice, work_of
 from pkv.plan.arithmetic import activations
 from pkv.plan.collectives import sent_bytes
-from pkv.plan.compiled import refused_bytes
+from pkv.plan.compiled import Program, refused_bytes
 from pkv.plan.models import TABLE
 from pkv.plan.planning import described_mesh
+from pkv.plan.planning import plan as plan_of
 from pkv.plan.programs import Programs, bytes_on_chip, policy_shapes, reference_shapes, sampling_shapes
 from pkv.plan.roofline import ASSUMED, Spread, decode_step_seconds, network_seconds, rows_at_once
 from pkv.plan.search import candidates
@@ -66,6 +68,7 @@ def test_a_slice_is_a_kind_and_a_grid():
         ("v9z:2x2", "kinds: v4, v5e"),
         ("v5p:2x2", r"grids of 3 axes, got 2; such as v5p:2x2x2"),
         ("v5e:0x2", "grids of 2 axes"),
+        ("0xh100:2", "expected a kind and a grid"),
         ("h100:2x4", "grids of 1 axes"),
     ):
         with pytest.raises(UserError, match=said):
@@ -77,9 +80,14 @@ def test_prices_are_data(tmp_path):
     own.write_text("v5e: 0.5\n")
     assert read_slice("v5e:2x2", own).chip.dollars == 0.5
     assert read_slice("v6e:2x2", own).chip.dollars == read_slice("v6e:2x2").chip.dollars
-    own.write_text("v5e: cheap\n")
-    with pytest.raises(UserError, match="dollars a chip and hour, got 'cheap'"):
-        read_slice("v5e:2x2", own)
+    for wrong, said in (
+        ("v5e: cheap", "dollars a chip and hour, got 'cheap'"),
+        ("h100: -3", "h100: expected dollars a chip and hour, got -3"),
+        ("v5: 1", "v5: no chip of that name; kinds: v4"),
+    ):
+        own.write_text(wrong)
+        with pytest.raises(UserError, match=said):
+            read_slice("v5e:2x2", own)
 
 
 HLO = """HloModule jit_step, is_scheduled=true
@@ -322,9 +330,13 @@ def test_a_mesh_whose_rows_need_several_machines_is_refused():
 def test_meshes_are_tried_from_the_least_sent_on_and_use_every_chip():
     work = work_of(config_of(), dataclasses.replace(ARCH, heads=8))
     tried = [change.work.config for change in candidates(work, read_slice("2xv5e:2x4"))]
-    assert [config.mesh.tensor for config in tried] == [1, 2, 4, 8] * 2
-    assert all(config.mesh.data == 2 and config.mesh.fsdp * config.mesh.tensor == 8 for config in tried)
-    assert [config.grpo.micro_rows for config in tried] == [4] * 4 + [1] * 4
+    assert [config.mesh.tensor for config in tried] == [1, 2, 4, 8] * 2 + [1, 2, 4] * 2 + [1, 2] * 2
+    meshes = [config.mesh for config in tried]
+    assert all(mesh.data == 2 and mesh.fsdp * mesh.sequence * mesh.tensor == 8 for mesh in meshes)
+    assert [mesh.sequence for mesh in meshes] == [1] * 8 + [2] * 6 + [4] * 4
+    assert [config.grpo.micro_rows for config in tried[:8]] == [4] * 4 + [1] * 4
+    by_machine = [change.work.config.mesh for change in candidates(work, read_slice("v5e:4x4"))]
+    assert max(mesh.sequence * mesh.tensor for mesh in by_machine) == 4
 
 
 def test_what_the_compiler_needs_is_read_from_its_refusal():
@@ -385,6 +397,39 @@ def test_what_would_fit_is_found_by_trying(capsys):
     assert code == 0 and "Fits, with" in out
 
 
+def test_another_mesh_is_what_would_fit_where_nothing_else_does(capsys):
+    words = ["qwen2.5-7b", "--topology", "a100-40gb:8", "--data", "8", "--fsdp", "1", "--tensor", "1"]
+    code, out, _ = plan(capsys, *words)
+    assert code == 3 and "It would fit with: --mesh.data 1 --mesh.fsdp 8" in out
+    code, out, _ = plan(capsys, *words[:3], *out.split("It would fit with: ")[1].split())
+    assert code == 0
+    code, out, _ = plan(capsys, "qwen2.5-72b", "--topology", "t4:1", "--tensor", "1")
+    assert code == 3 and "Nothing that was tried fits" in out
+
+
+def test_what_a_run_would_refuse_is_no_plan(tmp_path, capsys):
+    eight = read_slice("h100:8")
+    of_two = dataclasses.replace(eight, chip=dataclasses.replace(eight.chip, host_chips=2))
+    described_mesh(config_of(grpo={"prompts": 4}), of_two)
+    with pytest.raises(UserError, match="grpo.prompts: 2 a step are too few for the 4 machines of h100:8"):
+        described_mesh(config_of(), of_two)
+    short = {**QWEN25_14B, "max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(short))
+    code, _, err = plan(capsys, "qwen2.5-14b", "--topology", "h100:8", "--model.path", str(tmp_path))
+    assert code == 2 and "the model's context: 4096 tokens; prompts and max_new_tokens need" in err
+
+
+def test_a_program_that_the_compiler_refuses_is_json_too(capsys):
+    refused = Program("gradient", "update", {"activations": 2.0**40}, 2.0**30, 1.0, {}, math.inf)
+    found = dataclasses.replace(plan_of(load_config("qwen2.5-7b"), "h100:8"), programs=(refused,), whole=False)
+    Output(sys.stdout, json=True).result("", as_record(found))
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    assert json.loads(capsys.readouterr().out, parse_constant=refuse)["programs"][0]["seconds_estimate"] is None
+
+
 def test_a_search_finds_a_mesh_by_itself(capsys):
     code, out, _ = plan(capsys, "qwen2.5-7b", "--topology", "h100:8", "--search")
     assert code == 0 and "With: --mesh.data 1 --mesh.fsdp 8" in out
@@ -404,7 +449,8 @@ def test_bad_words_are_one_line(capsys):
 def test_slices_are_described_from_one_chip_to_several_slices():
     sizes = {"v5e:1x1": (1, 1), "v5p:2x2x1": (1, 4), "2xv5e:2x2": (2, 4)}
     for name, (data, fsdp) in sizes.items():
-        mesh = described_mesh(config_of(mesh={"data": data, "fsdp": -1, "tensor": 1}), read_slice(name))
+        config = config_of(mesh={"data": data, "fsdp": -1, "tensor": 1}, grpo={"prompts": 8})
+        mesh = described_mesh(config, read_slice(name))
         assert (mesh.shape["data"], mesh.shape["fsdp"]) == (data, fsdp), name
     with pytest.raises(UserError, match=r"--topology v5e:3x7: cannot be described here"):
         described_mesh(config_of(), read_slice("v5e:3x7"))
@@ -414,7 +460,9 @@ def test_slices_are_described_from_one_chip_to_several_slices():
 @pytest.mark.parametrize(("topology", "sizes"), [("v5e:4x8", (1, 8, 1, 4)), ("v5p:2x2x4", (2, 2, 1, 4))])
 def test_a_row_of_the_mesh_is_a_machine_and_all_machines_are_laid_alike(topology, sizes):
     """Where one is laid otherwise than the others, the TPU compiler ends the process at collectives over several."""
-    mesh = described_mesh(config_of(mesh=dict(zip(AXES, sizes, strict=True))), read_slice(topology))
+    mesh = described_mesh(
+        config_of(mesh=dict(zip(AXES, sizes, strict=True)), grpo={"prompts": 8}), read_slice(topology)
+    )
     machines = mesh.devices.reshape(-1, 4)
     assert all(len({device.process_index for device in machine}) == 1 for machine in machines)
     places = np.array([[device.coords for device in machine] for machine in machines])

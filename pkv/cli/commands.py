@@ -297,6 +297,8 @@ class Plan:
             remedy = None if plan.fits else nearest(work, wanted, plan, out.say)
             changed = () if remedy is None else remedy[1]
         advice = f"\n{'With' if plan.fits else 'It would fit with'}: {' '.join(changed)}" if changed else ""
+        if not (plan.fits or changed):
+            advice = "\nNothing that was tried fits; take a larger slice, or a smaller model or row."
         out.result(in_words(plan) + advice, as_record(plan) | {"settings": list(changed)})
         return 0 if plan.fits else DOES_NOT_FIT
 

@@ -27,7 +27,7 @@ class Output:
 
     def record(self, value: Any) -> None:
         """One line of JSON."""
-        print(json.dumps(value, ensure_ascii=False), file=self.results, flush=True)
+        print(json.dumps(value, ensure_ascii=False, allow_nan=False), file=self.results, flush=True)
 
     def result(self, text: str, value: Any) -> None:
         """A result: as text, or as JSON."""

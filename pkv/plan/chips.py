@@ -15,7 +15,7 @@ from pkv.config import UserError
 TABLE = Path(__file__).with_name("chips.yaml")
 TPUS = ("v4", "v5e", "v5p", "v6e")
 SLICED = 4
-_FORM = re.compile(r"(?:(?P<slices>\d+)x)??(?P<kind>[a-z][a-z0-9-]*):(?P<shape>\d+(?:x\d+)*)")
+_FORM = re.compile(r"(?:(?P<slices>[1-9]\d*)x)??(?P<kind>[a-z][a-z0-9-]*):(?P<shape>\d+(?:x\d+)*)")
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,11 @@ def read_slice(name: str, prices: Path | None = None) -> Slice:
     numbers = dict(table[kind])
     if prices is not None:
         own = read_table(prices)
-        if not isinstance(own.get(kind, 0.0), int | float):
-            raise UserError(f"{prices}: {kind}: expected dollars a chip and hour, got {own[kind]!r}")
+        for priced, dollars in own.items():
+            if priced not in table:
+                raise UserError(f"{prices}: {priced}: no chip of that name; kinds: {', '.join(table)}")
+            if isinstance(dollars, bool) or not isinstance(dollars, int | float) or not 0 <= dollars < math.inf:
+                raise UserError(f"{prices}: {priced}: expected dollars a chip and hour, got {dollars!r}")
         numbers["dollars"] = float(own.get(kind, numbers["dollars"]))
     return Slice(name, Chip(kind, **numbers), grid, int(found["slices"] or 1))
 

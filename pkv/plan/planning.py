@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def plan(config: Config, topology: str, prompt_tokens: int | None = None) -> Pla
 def described_mesh(config: Config, wanted: Slice) -> Mesh:
     """The config's mesh over a slice that need not be there; CPU devices stand in for GPUs, and compile nothing.
 
-    Raises UserError without libtpu, or for a mesh.
+    Raises UserError without libtpu, for a mesh, or for a machine that would have nothing to sample.
     """
     mesh = make_mesh(config.mesh, _devices(wanted))
     ways = mesh.shape["sequence"] * mesh.shape["tensor"]
@@ -95,19 +95,24 @@ def described_mesh(config: Config, wanted: Slice) -> Mesh:
             f"mesh: sequence × tensor = {ways}, and a machine of {wanted.name} has {wanted.host_chips} chips and "
             "samples by itself; make them a divisor of that"
         )
+    machines = wanted.chips // wanted.host_chips
+    if machines > config.grpo.prompts:
+        raise UserError(
+            f"grpo.prompts: {config.grpo.prompts} a step are too few for the {machines} machines of {wanted.name}, "
+            "each of which samples prompts of its own; raise it"
+        )
     return mesh
 
 
 def _devices(wanted: Slice) -> Sequence[Any]:
     if not wanted.compiles:
         return _stand_ins(wanted)
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # there is no TPU here that two processes could fight for
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor a metadata server to be asked
     more: dict[str, Any] = {"num_slices": wanted.slices} if wanted.slices > 1 else {}
     if max(wanted.grid) == 1:
         more["chips_per_host_bounds"] = (1, 1, 1)  # or a machine of four is meant
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=wanted.topology, **more).devices
+        with _no_tpu_here():
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=wanted.topology, **more).devices
     except (RuntimeError, NotImplementedError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
@@ -115,6 +120,19 @@ def _devices(wanted: Slice) -> Sequence[Any]:
             "libtpu, or name another grid"
         ) from None
     return devices
+
+
+@contextlib.contextmanager
+def _no_tpu_here() -> Iterator[None]:
+    """While libtpu starts: no TPU that two processes could fight for, nor a metadata server to be asked."""
+    before = dict(os.environ)
+    for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY"):
+        os.environ.setdefault(name, "1")
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
 
 
 def _stand_ins(wanted: Slice) -> list[Any]:
@@ -129,8 +147,14 @@ def _stand_ins(wanted: Slice) -> list[Any]:
 def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
     """Compile everything, with a bar, and look whether it fits.
 
-    patient: goes on when a program doesn't fit. Raises UserError for a mesh or a config that can't be.
+    patient: goes on when something doesn't fit. Raises UserError for a mesh or a config that can't be.
     """
+    context, needed = work.arch.max_positions, work.prompt_tokens + work.longest
+    if needed > context:
+        raise UserError(
+            f"the model's context: {context} tokens; prompts and max_new_tokens need {needed}: lower max_new_tokens or "
+            "say --prompt-tokens, or stretch the model with model.context"
+        )
     mesh = described_mesh(work.config, wanted)
     limit = wanted.chip.hbm_gib * 2**30
     programs = Programs(work, mesh)
@@ -147,7 +171,7 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
     spread = _spread(wanted, mesh, programs, kv)
     if whole and not wanted.compiles:
         found += by_arithmetic(programs, work, wanted, spread)
-    tasks = _in_order(programs, kv if whole else None) if wanted.compiles else []
+    tasks = _in_order(programs, kv if whole else None) if wanted.compiles and (whole or patient) else []
     with Progress(len(tasks), f"compiling for {wanted.name}") as progress:
         for task in tasks:
             found.append(program := compile_program(task, wanted))

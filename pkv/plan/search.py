@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,44 +28,53 @@ class Change:
     work: Work
 
 
-def search(work: Work, wanted: Slice, say: Say) -> tuple[Plan, tuple[str, ...]] | None:
-    """The first plan that fits among `candidates`; None when none does."""
+def search(work: Work, wanted: Slice, say: Say, before: tuple[str, ...] = ()) -> tuple[Plan, tuple[str, ...]] | None:
+    """The first plan that fits among `candidates`; None when none does. before: flags that `work` has already."""
     for change in candidates(work, wanted):
-        plan = _try(change, wanted, say)
+        flags = _merged(before, change.flags)
+        plan = _try(Change(flags, change.work), wanted, say)
         if plan is not None and plan.fits:
-            return plan, change.flags
+            return plan, flags
     return None
 
 
 def nearest(work: Work, wanted: Slice, failed: Plan, say: Say) -> tuple[Plan, tuple[str, ...]] | None:
-    """What to change so that it fits, found by trying: one setting more at a time, those that cost least first."""
-    flags: tuple[str, ...] = ()
+    """What to change so that it fits, found by trying: one setting more at a time, those that cost least first, then
+    other meshes without them, and with all of them."""
+    asked, flags = work, ()
     for _ in range(MOST_CHANGES):
         change = _relief(work, failed)
         if change is None:
-            return None
+            break
         flags, work = _merged(flags, change.flags), change.work
         plan = _try(Change(flags, work), wanted, say)
         if plan is None:
-            return None
+            break
         if plan.fits:
             return plan, flags
         failed = plan
-    return None
+    return search(asked, wanted, say) or (search(work, wanted, say, flags) if flags else None)
 
 
 def candidates(work: Work, wanted: Slice) -> Iterator[Change]:
     """Meshes of the whole slice, and the rows of a micro-batch as the config has them, then as few as there may be.
 
     Small tensor axes come first: what is sent for them is sent in every layer; fsdp takes the rest of a slice, since it
-    holds the state; slices are data parallel.
+    holds the state; slices are data parallel. Rows are spread further by position when nothing else is left.
     """
-    chips, arch = wanted.chips // wanted.slices, work.arch
-    for rows in dict.fromkeys((work.config.grpo.micro_rows, 1)):
+    chips, arch, spread = wanted.chips // wanted.slices, work.arch, work.config.mesh.sequence
+    for sequence, rows in itertools.product(
+        (spread, 2 * spread, 4 * spread), dict.fromkeys((work.config.grpo.micro_rows, 1))
+    ):
         for tensor in TRIED_TENSOR:
-            sequence = work.config.mesh.sequence
             ways = tensor * sequence
-            if chips % ways or arch.heads % ways or arch.ffn % tensor or arch.vocab_size % tensor:
+            if (
+                chips % ways
+                or wanted.host_chips % ways
+                or arch.heads % ways
+                or arch.ffn % tensor
+                or arch.vocab_size % tensor
+            ):
                 continue
             fsdp = math.gcd(chips // ways, arch.hidden)
             if fsdp * ways != chips:
@@ -116,6 +126,9 @@ def _reliefs(config: Config, worst: Program) -> Iterator[tuple[str, Config]]:
     if optimizer.name == "adamw" and optimizer.moments in LIGHTER:
         changed = dataclasses.replace(optimizer, moments=LIGHTER[optimizer.moments])
         yield f"--optimizer.moments {changed.moments}", dataclasses.replace(config, optimizer=changed)
+    if worst.name == "gradient" and model.remat == "all":
+        offload = dataclasses.replace(model, remat="offload")
+        yield "--model.remat offload", dataclasses.replace(config, model=offload)
     if model.lora.rank and model.lora.base == "plain":
         lora = dataclasses.replace(model.lora, base="int8")
         yield "--model.lora.base int8", dataclasses.replace(config, model=dataclasses.replace(model, lora=lora))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from pkv.plan.planning import Plan
@@ -33,7 +34,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
                 "host_bytes": program.host_bytes,
                 "flops": program.flops,
                 "sent_bytes": dict(program.sent),
-                "seconds_estimate": program.seconds_estimate,
+                "seconds_estimate": program.seconds_estimate if math.isfinite(program.seconds_estimate) else None,
             }
             for program in plan.programs
         ],
