@@ -8,13 +8,13 @@ warm-up and after the last round, a cell's values by seed.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 from pkv.records import FIGHTERS
+from pkv.tracking import read_jsonl
 
 STEPS = {"format": 25, "aha": 15, "longer": 30}
 GSPO = ("--grpo.loss.surrogate=gspo", "--grpo.loss.clip_low=3e-4", "--grpo.loss.clip_high=4e-4")
@@ -72,9 +72,11 @@ def main() -> None:
                 *VARIANTS[name],
             )
     print("| | " + " | ".join(SHOWN) + " |\n" + "|---" * (1 + len(SHOWN)) + "|")
-    print(row("after the warm-up", [evaluation(chosen.out, "as shipped", seed, 0) for seed in chosen.seeds]))
+    print(
+        row("after the warm-up", [evaluation(chosen.out, "as shipped", seed, "before format") for seed in chosen.seeds])
+    )
     for name in chosen.only:
-        print(row(name, [evaluation(chosen.out, name, seed, -1) for seed in chosen.seeds]))
+        print(row(name, [evaluation(chosen.out, name, seed, "after longer") for seed in chosen.seeds]))
 
 
 def warmed_up(out: Path, seed: int) -> Path:
@@ -94,11 +96,10 @@ def pkv(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "pkv", *map(str, words)], check=True)
 
 
-def evaluation(out: Path, name: str, seed: int, which: int) -> dict[str, float] | None:
-    """One evaluation of a run, None of a run that isn't there or not at its end."""
-    file = run_of(out, name, seed) / "evaluations.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return json.loads(lines[which])["metrics"] if len(lines) == 1 + len(STEPS) else None
+def evaluation(out: Path, name: str, seed: int, which: str) -> dict[str, float] | None:
+    """One evaluation of a run, None of a run that isn't there or hasn't come so far."""
+    lines = read_jsonl(run_of(out, name, seed) / "evaluations.jsonl")
+    return next((line["metrics"] for line in lines if line["name"] == which), None)
 
 
 def row(name: str, found: list[dict[str, float] | None]) -> str:

@@ -17,6 +17,7 @@ from pkv.evaluate import RUN_MODEL, SYSTEM_FILE, Policy, base_of, load_policy, l
 from pkv.hub import name_and_revision
 from pkv.mesh import make_mesh
 from pkv.model import read_config, save_adapter, save_params
+from pkv.tracking import read_jsonl
 
 TEMPERATURE = 0.5  # recommended for chat
 
@@ -124,10 +125,7 @@ bring one of their own. Recommended temperature: {temperature}.
 
 def _measured(file: Path, step: int) -> str:
     """A table of the held-out evaluations up to a step, one column each; "" without any."""
-    if not file.is_file():
-        return ""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    lines = [line for line in lines if line["step"] <= step]
+    lines = [line for line in read_jsonl(file) if line["step"] <= step]
     names = sorted({name for line in lines for name in line["metrics"]})
     if not names:
         return ""

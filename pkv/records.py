@@ -16,8 +16,8 @@ FIGHTERS = ("pirate", "knight", "viking")
 BLOCKS = (*FIGHTERS, "result", "winner", "answer")
 # Who a generated token belongs to. "tags": the construct's twelve tags. "outside": text where no text should stand.
 OWNERS = ("outside", "tags", *BLOCKS)
-# A reward is owned by one of these; "trace" means every token of the response.
-REWARD_OWNERS = ("trace", *OWNERS)
+# A reward is owned by one of these; "trace" means every token of the response, "judge" the ruling and the name in it.
+REWARD_OWNERS = ("trace", "judge", *OWNERS)
 
 Finish = Literal["stop", "length"]
 
@@ -144,6 +144,8 @@ class Trace:
         """bool [T]: the generated tokens that belong to `owner` (one of REWARD_OWNERS)."""
         if owner == "trace":
             return np.ones(len(self.token_owners), bool)
+        if owner == "judge":
+            return self.owner_mask("result") | self.owner_mask("winner")
         return self.token_owners == OWNERS.index(owner)
 
 

@@ -14,22 +14,32 @@ from pkv.train import rollouts
 from pkv.train.credit import assign_credit, with_signal
 from pkv.train.run import measured_pass_rates, stored_pass_rates
 
-OWNER = {"correctness": "answer", "length_pirate": "pirate", "judge_accuracy": "result", "tag_structure": "tags"}
-TOKENS = ("pirate", "pirate", "tags", "result", "answer")  # the owners of a response's five tokens
+OWNER = {"correctness": "answer", "length_pirate": "pirate", "judge_accuracy": "judge", "tag_structure": "tags"}
+TOKENS = ("pirate", "pirate", "tags", "result", "answer")  # the owners of a response's tokens
 WHOLE = dict.fromkeys(OWNER, 0.0)
 
 
-def group(values: dict[str, list[float | None]], right: list[int] | None = None, finish=None, name="p") -> Group:
-    """A group whose sample g has `values[reward][g]`, with `right[g]` fighters right."""
+def group(
+    values: dict[str, list[float | None]],
+    right: list[int] | None = None,
+    finish=None,
+    name="p",
+    tokens=TOKENS,
+    forced=None,
+    failed: str = "",
+) -> Group:
+    """A group whose sample g has `values[reward][g]`, with `right[g]` fighters right; a `failed` one's None is that."""
     samples = len(next(iter(values.values())))
-    owners = np.array([OWNERS.index(owner) for owner in TOKENS], np.int8)
+    owners = np.array([OWNERS.index(owner) for owner in tokens], np.int8)
     said, traces, cards = [], [], []
     for g in range(samples):
-        tokens = np.arange(len(TOKENS), dtype=np.int32)
-        logprobs = np.full(len(TOKENS), -1.0, np.float32)
-        said.append(Rollout(name, g, tokens, logprobs, logprobs, (finish or ["stop"] * samples)[g]))
+        ids = np.arange(len(tokens), dtype=np.int32)
+        logprobs = np.full(len(tokens), -1.0, np.float32)
+        said.append(Rollout(name, g, ids, logprobs, logprobs, (finish or ["stop"] * samples)[g], forced=forced))
         traces.append(Trace("", {}, (), owners))
         rewards = {n: Reward(n, values.get(n, [0.0] * samples)[g], owner) for n, owner in OWNER.items()}
+        if failed and rewards[failed].value is None:
+            rewards[failed] = Reward(failed, None, OWNER[failed], "unscored")
         facts = {f"right/{f}": at < (right or [0] * samples)[g] for at, f in enumerate(FIGHTERS)}
         cards.append(Scorecard(rewards, 0.0, facts=facts))
     return Group(Prompt(Problem(name, "?", "1"), np.zeros(3, np.int32)), tuple(said), tuple(traces), tuple(cards))
@@ -59,6 +69,29 @@ def test_a_judge_is_not_paid_for_fighters_that_were_right_more_often():
     np.testing.assert_allclose(advantages, [-0.5, 0.5, 0, 0])
     advantages = [s.advantages[3] for s in credited(given, {"judge_accuracy": 1.0}, alike=False).sequences]
     np.testing.assert_allclose(advantages, [-0.75, 0.25, 0.25, 0.25])
+
+
+def test_the_name_in_the_winners_tag_is_paid_for_the_judges_accuracy():
+    """Rollouts that differ in nothing but the name: with the ruling's words alone paid, which are the same in all,
+    nothing would be learnt of choosing."""
+    given = [group({"judge_accuracy": [1.0, 0.0]}, right=[1, 1], tokens=(*TOKENS[:4], "winner", "answer"))]
+    good, bad = (s.advantages for s in credited(given, {"judge_accuracy": 1.0}).sequences)
+    np.testing.assert_allclose(good, [0, 0, 0, 0.5, 0.5, 0])
+    np.testing.assert_allclose(bad, -good)
+
+
+def test_a_group_differs_where_those_differ_that_are_compared():
+    given = [group({"judge_accuracy": [0.0, 0.0, 1.0, 1.0]}, right=[1, 1, 2, 2])]
+    assert not with_signal(given, {"judge_accuracy": 1.0}, GrpoConfig()).any()
+    assert with_signal(given, {"judge_accuracy": 1.0}, GrpoConfig(alike=False)).all()
+
+
+def test_a_total_leaves_out_whose_reward_failed_and_sums_what_there_is_of_one_that_does_not_apply():
+    values = {"correctness": [1.0, None, 0.0, 1.0], "length_pirate": [0.5] * 4}
+    how = {"combine": "total", "credit": "sequence", "overlong_tokens": 2}
+    for failed, second in (("correctness", 0.0), ("", -2.0)):
+        found = credited([group(values, failed=failed)], {"correctness": 4.0, "length_pirate": 1.0}, **how)
+        assert found.sequences[1].advantages[0] == pytest.approx(second)
 
 
 def test_groups_are_left_out_that_do_not_differ_in_what_gives_a_signal():
@@ -104,10 +137,15 @@ def test_a_total_is_one_scalar_for_all_tokens():
 
 def test_whitening_is_over_the_tokens_that_are_trained_on():
     given = [group({"correctness": [1.0, 0.0]}), group({"correctness": [1.0, 1.0]}, name="silent")]
-    found = credited(given, {"correctness": 3.0}, whiten=True)
+    found = credited(given, {"correctness": 3.0}, whiten="tokens")
     tokens = np.concatenate([sequence.advantages for sequence in found.sequences])
     assert found.by_owner[0][0]["answer"] == found.sequences[0].advantages[-1], "logged is what is trained on"
+    assert found.by_owner[1] == [{}, {}]
     assert np.mean(tokens**2) == pytest.approx(1.0, rel=1e-4) and (tokens == 0).sum() == 8
+    forced = np.array([True, True, True, True, False])  # but for the answer
+    given = [group({"correctness": [1.0, 0.0]}, forced=forced)]
+    found = credited(given, {"correctness": 3.0}, whiten="tokens")
+    np.testing.assert_allclose([sequence.advantages[-1] for sequence in found.sequences], [1, -1], rtol=1e-4)
 
 
 def test_pass_rates_are_of_the_answers_that_could_be_judged_on_disk_as_in_memory(tmp_path):

@@ -143,11 +143,21 @@ def test_a_total_is_over_the_rewards_that_there_are():
 
 def test_whitened_tokens_have_unit_deviation_and_owners_without_advantage_keep_none():
     given = [np.array([2.0, 0.0], np.float32), np.array([-1.0, 0.0, 0.0], np.float32)]
-    tokens = np.concatenate(whiten(given, centre=False))
+    chosen = [np.ones(2), np.ones(3)]
+    tokens = np.concatenate(whiten(given, chosen, centre=False))
     np.testing.assert_allclose(tokens, np.array([2, 0, -1, 0, 0]), rtol=1e-5)  # its mean square is 1 already
-    centred = np.concatenate(whiten(given, centre=True))
+    centred = np.concatenate(whiten(given, chosen, centre=True))
     assert centred.mean() == pytest.approx(0, abs=1e-6) and centred.std() == pytest.approx(1, abs=1e-5)
-    assert whiten([], centre=True) == []
+    assert whiten([], [], centre=True) == []
+
+
+def test_of_responses_that_count_the_same_a_long_one_is_not_the_batch():
+    short, long = np.array([1.0], np.float32), np.full(3, -1.0, np.float32)
+    chosen = [np.ones(1), np.ones(3)]
+    by_response = whiten([short, long], chosen, centre=True, by_response=True)  # as GDPO: mean 0, deviation 1
+    np.testing.assert_allclose([one[0] for one in by_response], [1, -1], rtol=1e-5)
+    by_token = whiten([short, long], chosen, centre=True)
+    np.testing.assert_allclose([one[0] for one in by_token], [3**0.5, -(3**-0.5)], rtol=1e-5)
 
 
 def test_soft_overlong_by_hand():
@@ -562,6 +572,8 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing():
     state, statistics = trainer.update(state, [pack([], layout())], CLIPPED, 1e-2)
     assert statistics["skipped"] == 0.0, "nothing to train on is no failure"
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
+    _, statistics = trainer.update(state, [pack(broken, layout()), pack(sequences(), layout())], CLIPPED, 1e-2)
+    assert statistics["skipped"] == 0.5 and all(map(np.isfinite, statistics.values()))
 
 
 @pytest.mark.parametrize("moments", ["bfloat16", "float8"])
@@ -588,6 +600,14 @@ def test_rounding_at_random_is_right_on_average_and_a_matter_of_place_and_step()
     assert float(rounded.mean()) == pytest.approx(1.3, abs=1e-3)
     np.testing.assert_array_equal(rounded, round_at_random(x, 3, jnp.uint32(7)))
     assert (rounded != round_at_random(x, 3, jnp.uint32(8))).mean() > 0.3
+
+
+@pytest.mark.parametrize("scaled", [1.3, 2**-6 * 0.9, 2**-9 * 1.4, 2**-9 * 0.3])
+def test_rounding_at_random_is_right_on_average_where_8_bits_have_no_mantissa_left(scaled):
+    x = jnp.full((256, 256), -scaled)
+    kept = round_at_random(x, 3, jnp.uint32(7), 2.0**-6).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    assert float(kept.mean()) == pytest.approx(-scaled, rel=0.02)
+    assert len(np.unique(kept)) == 2
 
 
 @pytest.mark.parametrize(

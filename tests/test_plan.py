@@ -411,7 +411,7 @@ def test_what_a_run_would_refuse_is_no_plan(tmp_path, capsys):
     eight = read_slice("h100:8")
     of_two = dataclasses.replace(eight, chip=dataclasses.replace(eight.chip, host_chips=2))
     described_mesh(config_of(grpo={"prompts": 4}), of_two)
-    with pytest.raises(UserError, match="grpo.prompts: 2 a step are too few for the 4 machines of h100:8"):
+    with pytest.raises(UserError, match=r"grpo.prompts: 2 a step are too few for the 4 machines of h100:8"):
         described_mesh(config_of(), of_two)
     short = {**QWEN25_14B, "max_position_embeddings": 4096}
     (tmp_path / "config.json").write_text(json.dumps(short))

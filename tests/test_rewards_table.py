@@ -314,10 +314,11 @@ def test_corrections_by_hand(scorer, text, expected):
 
 
 def test_every_reward_has_a_known_owner_and_stays_in_its_range(scorer):
-    assert {rule.owner for rule in RULES.values()} <= set(OWNERS) <= set(REWARD_OWNERS)
+    assert {rule.owner for rule in RULES.values()} <= set(REWARD_OWNERS) >= set(OWNERS)
     assert {name for members in FAMILIES.values() for name in members} == set(RULES)
     assert RULES["correctness"].owner == "answer" and RULES["tag_structure"].owner == "tags"
-    assert RULES["originality_viking"].owner == "viking" and RULES["judge_accuracy"].owner == "result"
+    assert RULES["originality_viking"].owner == "viking"
+    assert {RULES[name].owner for name in ("winner", "judge_accuracy", "judge_reasoning")} == {"judge"}
 
 
 FRAGMENTS = [

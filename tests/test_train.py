@@ -297,6 +297,10 @@ def test_every_epoch_draws_every_problem_once(config_file):
     drawn = [p.problem.id for step in range(2, 8) for p in setup.draw_prompts(step, 2, dict)]
     assert len(set(drawn[:6])) == 6 and set(drawn[:6]) == set(drawn[6:12])
     assert drawn[:6] != drawn[6:12]
+    for step in range(20):  # four of six: what is left of an epoch is not mixed with the next
+        assert len({p.problem.id for p in setup.draw_prompts(step, 4, dict)}) == 4
+    with pytest.raises(UserError, match=r"grpo.prompts: 8 a step, and data.train has 6 problems"):
+        build(load_config(config_file, ["--data.train", "arithmetic:train:count=6", "--grpo.prompts=8"]))
 
 
 def test_questions_in_both_splits_are_refused(config_file):
@@ -311,13 +315,34 @@ def test_a_budget_longer_than_a_row_is_found_before_the_first_step(config_file):
 
 def test_a_round_waits_for_what_it_requires():
     round_ = RoundConfig(name="longer", require={"accuracy": 0.5})
-    check_requirement(round_, [{"metrics": {"accuracy": 0.6}}])
+    first, second = ({"name": name, "metrics": {}} for name in ("after first", "after second"))
+    check_requirement(round_, [first | {"metrics": {"accuracy": 0.6}}])
+    own_start = {"name": "before longer", "metrics": {"accuracy": 0.1}}  # by its own rules, when it was stopped there
+    check_requirement(round_, [first | {"metrics": {"accuracy": 0.6}}, own_start])
     with pytest.raises(
         UserError, match=r"rounds.longer.require.accuracy: at least 0.5 is required, held-out it is 0.4"
     ):
-        check_requirement(round_, [{"metrics": {"accuracy": 0.9}}, {"metrics": {"accuracy": 0.4}}])
+        check_requirement(round_, [first | {"metrics": {"accuracy": 0.9}}, second | {"metrics": {"accuracy": 0.4}}])
     with pytest.raises(UserError, match="no such held-out metric"):
-        check_requirement(round_, [{"metrics": {"format": 1.0}}])
+        check_requirement(round_, [first | {"metrics": {"format": 1.0}}])
+
+
+def test_a_round_that_has_begun_is_not_refused_by_what_it_measured_itself(config_file, tmp_path, monkeypatch):
+    flags = [
+        "--rounds.second.max_new_tokens=16",
+        "--rounds.second.steps=2",
+        "--rounds.second.require={length/tokens: 20}",
+    ]
+    train(load_config(config_file, flags), tmp_path / "whole")
+    named = [json.loads(line) for line in (tmp_path / "whole" / "evaluations.jsonl").read_text().split("\n") if line]
+    lengths = {one["name"]: one["metrics"]["length/tokens"] for one in named}
+    assert lengths["after first"] >= 20 > lengths["before second"]
+    check_resumed(tmp_path / "whole", config_file, tmp_path / "run", monkeypatch, 5, flags, steps=6)
+
+
+def test_a_round_without_weights_is_found_before_the_first_step(config_file):
+    with pytest.raises(UserError, match=r"rounds.first.weights: no reward has a weight"):
+        build(load_config(config_file, ["--rounds.first.weights={}"]))
 
 
 def test_an_unknown_reward_is_found_before_the_first_step(config_file):
@@ -387,7 +412,7 @@ def test_a_rounds_budget_grows_in_equal_parts(config_file):
 
 def test_a_run_whose_gradient_is_never_finite_stops_with_a_remedy():
     run = SimpleNamespace(skipped=0)
-    for skipped in (1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0):
+    for skipped in (1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.25, 1.0, 1.0, 1.0, 1.0):
         check_stepped({"skipped": skipped}, run, 3)
     with pytest.raises(UserError, match=r"5 times in a row.*lower the learning rate"):
         check_stepped({"skipped": 1.0}, run, 3)
@@ -397,7 +422,7 @@ ALL_AT_ONCE = [
     "--grpo.epochs=2",
     "--grpo.minibatches=2",
     "--grpo.share_prompts=true",
-    "--grpo.whiten=true",
+    "--grpo.whiten=tokens",
     "--grpo.baseline=leave_one_out",
     "--grpo.signal=[format, correctness, varied]",
     "--grpo.refills=1",

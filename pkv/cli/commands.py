@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ class Train:
         config = load_config(self.config, flags)
         folder = Path(self.run) if self.run else Path("runs") / find_config(self.config).stem
         from pkv import hosts
+        from pkv.tracking import read_jsonl
         from pkv.train.loop import train
         from pkv.train.rounds import reward_budgets
         from pkv.train.summary import closing_summary
@@ -42,8 +42,7 @@ class Train:
             return
         out.say(closing_summary(folder))
         if out.json:
-            lines = (folder / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
-            out.record({"run": str(folder), "evaluations": [json.loads(line) for line in lines]})
+            out.record({"run": str(folder), "evaluations": read_jsonl(folder / "evaluations.jsonl")})
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,11 @@ class GrpoConfig:
     )
     std_floor: float = 0.25
     baseline: Literal["mean", "leave_one_out"] = "mean"  # of a group
-    combine: Literal["rewards", "total"] = "rewards"  # scaled each by itself (GDPO), or as one sum (credit: sequence)
-    whiten: bool = False  # token advantages at unit deviation over the batch; with credit: sequence at mean 0 too
+    # Scaled each by itself (GDPO, with whiten: responses and credit: sequence), or as one sum (credit: sequence).
+    combine: Literal["rewards", "total"] = "rewards"
+    # Advantages at unit deviation over the batch, in which tokens (REINFORCE++) or responses (GDPO) count the same;
+    # with credit: sequence at mean 0 too.
+    whiten: Literal["none", "tokens", "responses"] = "none"
     alike: bool = True  # the judge's accuracy is compared where as many fighters were right
     signal: tuple[str, ...] = ()  # rewards or families of which one must differ within a group; none: any with weight
     refills: int = 0  # groups without signal are replaced by others, so many times a step at most
@@ -267,7 +270,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "optimizer.clip_norm": (1e-9, math.inf),
     "grpo.prompts": (1, math.inf),
     "grpo.samples": (2, math.inf),
-    "grpo.std_floor": (0.0, math.inf),
+    "grpo.std_floor": (1e-6, math.inf),
     "grpo.refills": (0, 100),
     "grpo.loss.clip_low": (0.0, 1.0),
     "grpo.loss.clip_high": (0.0, math.inf),

@@ -76,18 +76,24 @@ def token_advantages(
 
 
 def whiten(
-    advantages: Sequence[np.ndarray], centre: bool, gather: Callable[[Any], list[Any]] = lambda said: [said]
+    advantages: Sequence[np.ndarray],
+    chosen: Sequence[np.ndarray],
+    centre: bool,
+    by_response: bool = False,
+    gather: Callable[[Any], list[Any]] = lambda said: [said],
 ) -> list[np.ndarray]:
-    """The token advantages [T] of a batch's responses at unit standard deviation over all its tokens, float32.
+    """The token advantages [T] of a batch's responses at unit standard deviation over its trained tokens, float32.
 
-    gather: what every host says of its own part of the batch.
-    centre: their mean becomes 0 as well (REINFORCE++, arXiv 2501.03262, equation 5). With block credit it must not:
-    tokens that own nothing would be paid. The deviation is then taken from 0.
+    chosen: 1 for the tokens that are trained on, [T] each; the deviation is theirs. by_response: every response counts
+    the same, as in GDPO's last step (arXiv 2601.05242), not every token, as in REINFORCE++ (2501.03262, equation 5).
+    centre: their mean becomes 0 as well. With block credit it must not: tokens that own nothing would be paid. The
+    deviation is then taken from 0. gather: what every host says of its own part of the batch.
     """
-    tokens = np.concatenate([np.zeros(0), *advantages])
-    count, total = np.sum(gather([tokens.size, tokens.sum()]), axis=0)
-    mean = total / max(count, 1) if centre else 0.0
-    size = np.sqrt(sum(gather(np.sum((tokens - mean) ** 2).item())) / max(count, 1)) + 1e-8
+    shares = [one / max(one.sum(), 1.0) if by_response else one for one in chosen]
+    weights, tokens = (np.concatenate([np.zeros(0), *arrays]) for arrays in (shares, advantages))
+    count, total = np.sum(gather([weights.sum(), weights @ tokens]), axis=0)
+    mean = total / max(count, 1e-9) if centre else 0.0
+    size = np.sqrt(sum(gather((weights @ (tokens - mean) ** 2).item())) / max(count, 1e-9)) + 1e-8
     return [((one - mean) / size).astype(np.float32) for one in advantages]
 
 
@@ -96,8 +102,14 @@ def soft_overlong(lengths: np.ndarray, budget: int, cache: int) -> np.ndarray:
     return -np.clip((lengths - (budget - cache)) / cache, 0.0, 1.0)
 
 
-def groups_with_signal(values_KPG: np.ndarray, tolerance: float = 1e-6) -> np.ndarray:
-    """bool [P]: the groups in which some of the K rewards differs between samples; NaN is no value."""
-    high = np.where(np.isnan(values_KPG), -np.inf, values_KPG).max(axis=-1)
-    low = np.where(np.isnan(values_KPG), np.inf, values_KPG).min(axis=-1)
-    return (high - low > tolerance).any(axis=0)
+def groups_with_signal(
+    values_KPG: np.ndarray, alike_KPG: np.ndarray | None = None, tolerance: float = 1e-6
+) -> np.ndarray:
+    """bool [P]: the groups in which some of the K rewards differs between samples that are compared; NaN is no value.
+
+    alike_KPG: as in `advantages_by_reward`.
+    """
+    apart = np.abs(values_KPG[..., :, None] - values_KPG[..., None, :]) > tolerance  # never with a NaN
+    if alike_KPG is not None:
+        apart &= alike_KPG[..., :, None] == alike_KPG[..., None, :]
+    return np.asarray(apart.any(axis=(0, 2, 3)))

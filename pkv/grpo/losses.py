@@ -53,7 +53,10 @@ class TokenLosses(NamedTuple):
 def token_losses(
     loss: Loss, logprobs: Logprobs, entropy: jax.Array, advantages: jax.Array, average: Average
 ) -> TokenLosses:
-    """The loss of each token. entropy: of each prediction, nats, with its gradient."""
+    """The loss of each token. entropy: of each prediction, nats, with its gradient; its bonus is A3C's (1602.01783, 4).
+
+    The divergence from the reference is a loss (GRPO, 2402.03300, equation 3), or taken off the reward, as k1 is.
+    """
     none = jnp.zeros_like(logprobs.now)
     if isinstance(loss, Supervised):
         return TokenLosses(-logprobs.now, none, none, none, none)
@@ -72,10 +75,11 @@ def token_losses(
 
 
 def importance_weights(logprobs: Logprobs, cap: float, reject: float, average: Average) -> tuple[jax.Array, jax.Array]:
-    """Truncated importance weights of the tokens against the sampler, and 1 where their sequence is rejected.
+    """Truncated importance weights of the tokens against the sampler (IMPALA, arXiv 1802.01561, section 4.1), and 1
+    where their sequence is rejected.
 
     The weights carry no gradient. At 11,000 tokens a product of ratios explodes: weights are per token, and sequences
-    are judged by the geometric mean of theirs.
+    are judged by the geometric mean of theirs (GSPO's ratio, 2507.18071, equation 7).
     """
     difference = logprobs.old - logprobs.sampler
     weights = jax.lax.stop_gradient(jnp.minimum(jnp.exp(difference), cap))
@@ -130,7 +134,7 @@ SURROGATES = {"clipped": clipped, "gspo": gspo, "cispo": cispo}
 
 
 def k1(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
-    """log p − log q: unbiased."""
+    """log p − log q: unbiased (Schulman, Approximating KL Divergence, 2020, as are k2 and k3)."""
     return logprobs - reference
 
 

@@ -12,7 +12,8 @@ import optax
 Kind = Literal["float32", "bfloat16", "float8"]
 MANTISSA = {jnp.dtype(jnp.bfloat16): 7, jnp.dtype(jnp.float8_e4m3fn): 3}  # bits after the leading one
 LARGEST = 224.0  # of e4m3's 448: what is rounded up stays finite
-SMALLEST = 2.0**-6  # e4m3's smallest number with its whole mantissa
+SMALLEST = 2.0**-6  # e4m3's smallest number with its whole mantissa,
+LEAST = 2.0**-9  # and its smallest
 
 
 class Scaled(NamedTuple):
@@ -35,7 +36,8 @@ def scale_by_adam(b1: float, b2: float, kind: Kind, eps: float = 1e-8) -> optax.
 
     Rounded to the nearest, a second moment that changes by 1 - b2 = 0.01 of itself would stay for ever where a number's
     neighbours are at least 0.06 of it apart. Rounded up or down at random, the likelier the nearer (2010.06192), it
-    moves as far on average.
+    moves as far on average. In 8 bits the root of a second moment is at least 9e-6 of its row's largest: a weight whose
+    gradient is smaller than that moves less.
     The draws depend on the step and the weight's place only, so that a run can be made again on any mesh.
     """
     if kind == "float32":
@@ -64,7 +66,7 @@ def scale_by_adam(b1: float, b2: float, kind: Kind, eps: float = 1e-8) -> optax.
             steps.append(mu / (1 - b1**count) / (corrected + eps))
             seed = count.astype(jnp.uint32) * 2 * len(leaves) + 2 * number
             new_mus.append(_keep(mu, dtype, seed))
-            new_nus.append(_keep(nu if kind == "bfloat16" else jnp.sqrt(nu), dtype, seed + 1, least=SMALLEST))
+            new_nus.append(_keep(nu if kind == "bfloat16" else jnp.sqrt(nu), dtype, seed + 1, least=LEAST))
         whole = structure.unflatten
         return whole(steps), Moments(count, whole(new_mus), whole(new_nus))
 
@@ -84,14 +86,23 @@ def _keep(x: jax.Array, dtype: Any, seed: jax.Array, least: float = 0.0) -> jax.
     scaled = x / jnp.where(scale > 0, scale, 1.0)
     if least:
         scaled = jnp.maximum(scaled, least)
-    return Scaled(round_at_random(scaled, mantissa, seed).astype(dtype), scale)
+    return Scaled(round_at_random(scaled, mantissa, seed, SMALLEST).astype(dtype), scale)
 
 
-def round_at_random(x: jax.Array, mantissa: int, seed: jax.Array) -> jax.Array:
-    """float32 with the last bits of its mantissa 0: up or down, with chances that make the mean right."""
-    dropped = jnp.uint32((1 << (23 - mantissa)) - 1)
+def round_at_random(x: jax.Array, mantissa: int, seed: jax.Array, smallest: float = 0.0) -> jax.Array:
+    """float32 with the last bits of its mantissa 0: up or down, with chances that make the mean right.
+
+    smallest: the target's smallest number with its whole mantissa; below it numbers are evenly spaced.
+    """
+    noise, dropped = _noise(x.shape, seed), jnp.uint32((1 << (23 - mantissa)) - 1)
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    return jax.lax.bitcast_convert_type((bits + (_noise(x.shape, seed) & dropped)) & ~dropped, jnp.float32)
+    rounded = jax.lax.bitcast_convert_type((bits + (noise & dropped)) & ~dropped, jnp.float32)
+    if not smallest:
+        return rounded
+    chance = (noise >> 8).astype(jnp.float32) * 2.0**-24
+    space = smallest / 2**mantissa
+    near_0 = jnp.sign(x) * jnp.floor(jnp.abs(x) / space + chance) * space
+    return jnp.where(jnp.abs(x) < smallest, near_0, rounded)
 
 
 def _noise(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:

@@ -34,6 +34,7 @@ def make_optimizer(config: OptimizerConfig, arch: Arch) -> optax.GradientTransfo
             learning_rate=1.0,
             beta=config.momentum,
             weight_decay=config.weight_decay,
+            adam_weight_decay=config.weight_decay,
             weight_decay_mask=_decayed,
             adam_b1=config.b1,
             adam_b2=config.b2,

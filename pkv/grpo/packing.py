@@ -229,7 +229,11 @@ def _first_fit(trees: List[Tree], length: int) -> list[list[Tree]]:
 
 
 def _weights(sequences: List[Sequence], layout: Layout, trained: float, several: int) -> dict[int, float]:
-    """What each trained token of a sequence counts, by the sequence's id(); of all hosts `trained`, `several` ones."""
+    """What each trained token of a sequence counts, by the sequence's id(); of all hosts `trained`, `several` ones.
+
+    "tokens": DAPO (arXiv 2503.14476, equation 8); "constant": Dr.GRPO (2503.20783, section 3.1); "sequences": GRPO
+    (2402.03300, equation 3).
+    """
     counts = {id(sequence): float(sequence.chosen.sum()) for sequence in sequences}
     if layout.normalise == "tokens":
         return dict.fromkeys(counts, 1 / max(trained, 1.0))

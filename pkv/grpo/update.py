@@ -132,10 +132,10 @@ class Learner:
 
         With one step in all the update is exactly on-policy, and needs no separate pass for the old log-probabilities.
         A step whose gradient isn't finite, or without any token to train on, changes nothing. Statistics, means over
-        the trained tokens and over the steps: loss, entropy (nats), clipped_low, clipped_high and rejected (shares),
-        kl_sampler (mean of r - log r - 1 with r the ratio of the trainer's to the sampler's probability), kl_reference,
-        gradient_norm (before clipping), skipped (steps whose gradient wasn't finite). Raises ValueError for a loss
-        whose reference the learner lacks.
+        the trained tokens and over the steps that changed something, if any did: loss, entropy (nats), clipped_low,
+        clipped_high and rejected (shares), kl_sampler (mean of r - log r - 1 with r the ratio of the trainer's to the
+        sampler's probability), kl_reference, gradient_norm (before clipping); and skipped, the share of steps whose
+        gradient wasn't finite. Raises ValueError for a loss whose reference the learner lacks.
         """
         held_to_reference = isinstance(loss, PolicyLoss) and loss.kl_weight > 0
         if held_to_reference and self._reference is None:
@@ -154,7 +154,10 @@ class Learner:
                 state, statistics = self._step(state, micros, count, loss, learning_rate)
                 found.append(statistics)
             stepped = [one for one, count in zip(found, tokens * epochs, strict=True) if count] or found
-            return state, {name: float(sum(one[name] for one in stepped)) / len(stepped) for name in stepped[0]}
+            skipped = [float(one["skipped"]) for one in stepped]
+            sound = [one for one, bad in zip(stepped, skipped, strict=True) if not bad] or stepped
+            means = {name: float(sum(one[name] for one in sound)) / len(sound) for name in sound[0]}
+            return state, means | {"skipped": sum(skipped) / len(skipped)}
 
     def lower(
         self, state: TrainState, rows: int, length: int, loss: PolicyLoss, steps: int = 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any
 from pkv.competition import parse
 from pkv.config import UserError
 from pkv.records import BLOCKS, FIGHTERS, Trace
+from pkv.tracking import read_jsonl
 
 COLORS = {
     "pirate": "#c2413b",
@@ -128,27 +128,9 @@ def read_run(folder: Path) -> Run:
     """Read metrics.jsonl, evaluations.jsonl and the newest rollouts; the last two may be absent. Raises UserError."""
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: no metrics.jsonl in it; expected a run directory written by `pkv train`")
-    metrics = [line for line in read_lines(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
-    evaluations = [_evaluation(line) for line in read_lines(folder / "evaluations.jsonl")]
+    metrics = [line for line in read_jsonl(folder / "metrics.jsonl") if isinstance(line.get("step"), int)]
+    evaluations = [_evaluation(line) for line in read_jsonl(folder / "evaluations.jsonl")]
     return Run(folder, tuple(metrics), tuple(evaluations), tuple(_newest_rollouts(folder)))
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; none for a missing file. A last line that is still being written is passed over."""
-    if not file.is_file():
-        return []
-    found = []
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{file}:{number}: expected a JSON object; mend or remove the line") from error
-        if isinstance(value, dict):
-            found.append(value)
-    return found
 
 
 def charts(run: Run) -> tuple[Chart, ...]:

@@ -37,14 +37,14 @@ _RULES = (
     Rule(
         "originality_viking", "originality", "viking", -0.5, 0.5, partial(originality, "viking", ("pirate", "knight"))
     ),
-    Rule("winner", "outcome", "winner", 0, 1, winner),
+    Rule("winner", "outcome", "judge", 0, 1, winner),
     Rule("correctness", "outcome", "answer", -1, 1, correctness),
     *(
         Rule(f"fighter_correctness_{name}", "fighter_correctness", name, 0, 1, partial(fighter_correctness, name))
         for name in FIGHTERS
     ),
-    Rule("judge_accuracy", "judge", "result", 0, 1, judge_accuracy),
-    Rule("judge_reasoning", "judge", "result", 0, 1, judge_reasoning),
+    Rule("judge_accuracy", "judge", "judge", 0, 1, judge_accuracy),
+    Rule("judge_reasoning", "judge", "judge", 0, 1, judge_reasoning),
 )
 RULES: dict[str, Rule] = {rule.name: rule for rule in _RULES}
 FAMILIES: dict[str, tuple[str, ...]] = {

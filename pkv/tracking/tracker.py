@@ -100,6 +100,27 @@ def write_rollouts(run_dir: Path, step: int, rows: Sequence[Mapping[str, Any]], 
     return file
 
 
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; none for a missing file. A last line that is still being written is passed over.
+
+    Only a newline ends a line: `splitlines` knows others, which JSON leaves as they are. Raises UserError.
+    """
+    if not file.is_file():
+        return []
+    found = []
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{file}:{number}: expected a JSON object; mend or remove the line") from error
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
 def cut_lines(file: Path, step: int) -> None:
     """Take the lines whose "step" is at least `step` out of a JSONL file, and a last line that was torn by a kill.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ OVERLONG = "overlong"  # the punishment for coming near the budget, beside the r
 
 @dataclass(frozen=True)
 class Credit:
-    """sequences: what is trained on. by_owner: [prompt][sample] -> mean advantage of each owner's tokens.
+    """sequences: what is trained on. by_owner: [prompt][sample] -> mean advantage of each owner's tokens;
+    empty for what isn't trained on.
 
     silent: the share of groups that were left out because nothing that gives them a signal differs in them.
     """
@@ -53,6 +55,7 @@ def assign_credit(
         names, owners = [*names, OVERLONG], [*owners, "trace"]
     signal_P = with_signal(groups, weights, config)
     if config.combine == "total":
+        values_KPG[:, _failed(groups, names)] = np.nan  # a sum without it would make it a silent 0
         scaled = config.scale, config.std_floor, config.baseline
         advantages_KPG = total_advantages(values_KPG, weights_K, *scaled)[None]
         owners, weights_K, whole_K = ["trace"], np.ones(1, np.float32), np.ones(1, np.float32)
@@ -66,14 +69,18 @@ def assign_credit(
         found[p, g] = token_advantages(advantages_KPG[:, p, g], weights_K, owners_KT, whole_K)
     masked = {at for at in places if config.mask_truncated and groups[at[0]].rollouts[at[1]].finish == "length"}
     trained = [(p, g) for p, g in places if signal_P[p] and (p, g) not in masked]
-    if config.whiten:
-        whitened = whiten([found[at] for at in trained], centre=config.credit == "sequence", gather=gather)
-        found |= zip(trained, whitened, strict=True)
     sequences = [_sequence(groups[p], g, found[p, g]) for p, g in trained]
-    by_owner = [
-        [_mean_by_owner(found[p, g], trace.token_owners) for g, trace in enumerate(group.traces)]
-        for p, group in enumerate(groups)
-    ]
+    if config.whiten != "none":
+        centre = config.credit == "sequence"
+        chosen, by_response = [sequence.chosen for sequence in sequences], config.whiten == "responses"
+        whitened = whiten([sequence.advantages for sequence in sequences], chosen, centre, by_response, gather)
+        sequences = [
+            dataclasses.replace(sequence, advantages=advantages)
+            for sequence, advantages in zip(sequences, whitened, strict=True)
+        ]
+    by_owner: list[list[dict[str, float]]] = [[{} for _ in group.traces] for group in groups]
+    for (p, g), sequence in zip(trained, sequences, strict=True):
+        by_owner[p][g] = _mean_by_owner(sequence.advantages, groups[p].traces[g].token_owners)
     return Credit(sequences, by_owner, 1.0 - float(signal_P.mean()))
 
 
@@ -88,7 +95,9 @@ def with_signal(groups: Sequence[Group], weights: Mapping[str, float], config: G
     Nearly every group differs in some reward that is a matter of degree, such as length: whoever wants groups without
     anything to learn left out names what is to be learnt.
     """
-    return groups_with_signal(_values(groups, config.signal or [name for name, weight in weights.items() if weight]))
+    names = config.signal or [name for name, weight in weights.items() if weight]
+    alike_KPG = np.array([_alike(name, groups, config) for name in names])
+    return groups_with_signal(_values(groups, names), alike_KPG if config.combine == "rewards" else None)
 
 
 def _values(groups: Sequence[Group], names: Sequence[str]) -> np.ndarray:
@@ -99,6 +108,11 @@ def _values(groups: Sequence[Group], names: Sequence[str]) -> np.ndarray:
 def _value(card: Scorecard, name: str) -> float:
     value = card.rewards[name].value
     return float("nan") if value is None else value
+
+
+def _failed(groups: Sequence[Group], names: Sequence[str]) -> np.ndarray:
+    """bool [P, G]: rollouts of which one of the rewards couldn't be scored."""
+    return np.array([[bool(set(card.unscored) & set(names)) for card in group.cards] for group in groups])
 
 
 def _alike(name: str, groups: Sequence[Group], config: GrpoConfig) -> list[list[int]]:

@@ -54,13 +54,14 @@ def step_metrics(
     reward/<name>: the mean of a reward as it is; weighted/<name>: times its weight. advantage/<owner>: the mean size of
     what the owner's tokens got. policy/steps_behind: how many steps old the weights were that the rollouts come from.
     perf/tokens_per_s: of the tokens `sampled` in this step, from resharding the weights to the last score.
-    perf/update_mfu: the model's own arithmetic over what the chips could do at most, where that is known.
+    perf/update_*: of all epochs. perf/update_mfu: the model's own arithmetic over what the chips could do at most,
+    where that is known.
     """
     summary = summarise(rows)
     behind = [step - row["policy_step"] for row in rows]
     sampled, groups = (sum(part[name] for part in parts) for name in ("sampled", "groups"))
     sampling = sum(seconds.get(phase, 0.0) for phase in ("reshard", "sample", "score"))
-    trained = [(size, response) for part in parts for size, response in part["trained"]]
+    trained = [(size, response) for part in parts for size, response in part["trained"]] * setup.grpo.epochs
     flops = update_flops(setup.policy.arch, trained, setup.frozen is not None) / seconds["update"]
     peak = peak_flops(jax.devices()[0].device_kind)
     owners: Counter[str] = Counter()
@@ -136,8 +137,8 @@ def check_scored(rows: Sequence[Row], most: float) -> None:
 
 
 def check_stepped(policy: Mapping[str, float], run: Run, step: int) -> None:
-    """Raise UserError when the gradient of too many steps in a row wasn't finite; such a step changes nothing."""
-    run.skipped = run.skipped + 1 if policy["skipped"] else 0
+    """Raise UserError when in too many steps in a row no gradient was finite; such a step changes nothing."""
+    run.skipped = run.skipped + 1 if policy["skipped"] == 1 else 0
     if run.skipped >= MOST_SKIPPED:
         raise UserError(
             f"step {step}: the gradient was not finite {run.skipped} times in a row, and nothing is learnt any more; "

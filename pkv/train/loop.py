@@ -15,7 +15,7 @@ from pkv.train.credit import assign_credit
 from pkv.train.interrupts import stop_requests
 from pkv.train.journal import check_scored, check_stepped, own_part, rollout_rows, shown, step_metrics
 from pkv.train.rollouts import gather
-from pkv.train.rounds import Stage, check_requirement, stages
+from pkv.train.rounds import Stage, before, check_requirement, stages
 from pkv.train.run import Run
 from pkv.train.setup import Setup, build, open_training
 from pkv.train.warmup import demonstrations, warmup_learning_rate
@@ -35,21 +35,21 @@ def run_stages(setup: Setup, folder: Path, fresh: bool) -> Run:
     """All that is left of a run's stages."""
     config = setup.config
     run, state = open_training(setup, folder, fresh)
-    seen_at = None  # the limits of the last evaluation: a stage with others is measured when it starts
+    seen_by = None  # how the last evaluation measured: a stage that does otherwise is measured when it starts
     with run, stop_requests() as asked_to_stop:
         for stage in stages(config):
-            before, seen_at = seen_at, stage.limits
+            last, seen_by = seen_by, stage.measure
             if run.step >= stage.stop:
                 continue
-            if stage.round is not None:
+            if stage.round is not None and run.step == stage.first:
                 check_requirement(stage.round, run.evaluations())
             with (
                 ScoringPool(stage.weights, stage.length_optimum, config.rewards) as scoring,
                 progress_of(stage.stop - stage.first, stage.name, initial=run.step - stage.first) as progress,
             ):
                 setup.warm_up(state, stage, run.step)
-                if stage.round is not None and run.step == stage.first and before != stage.limits:
-                    measure(setup, run, state, stage, scoring, f"before {stage.name}")
+                if stage.round is not None and run.step == stage.first and last != stage.measure:
+                    measure(setup, run, state, stage, scoring, before(stage.name))
                 for step in range(run.step, stage.stop):
                     if run.step == step and any(hosts.gather(asked_to_stop())):  # saved: nothing is lost
                         raise hosts.StoppedTogetherError

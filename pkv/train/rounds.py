@@ -12,6 +12,11 @@ from pkv.rewards import RULES, budget, load_user_files, resolve_weights
 WARMUP = "warm-up"
 
 
+def before(name: str) -> str:
+    """The name of the evaluation at a stage's start."""
+    return f"before {name}"
+
+
 @dataclass(frozen=True)
 class Stage:
     """Global steps [first, stop) of the run; `round` is None in the warm-up.
@@ -37,9 +42,9 @@ class Stage:
         return grows[(step - self.first) * len(grows) // (self.stop - self.first)]
 
     @property
-    def limits(self) -> tuple[int, int]:
-        """What bounds a response: two stages with the same limits are measured alike."""
-        return self.max_new_tokens, self.fighter_tokens
+    def measure(self) -> tuple[Any, ...]:
+        """What bounds a response and what its rewards count: two stages with the same are measured alike."""
+        return self.max_new_tokens, self.fighter_tokens, self.length_optimum, dict(self.weights)
 
     @property
     def required_round(self) -> RoundConfig:
@@ -60,6 +65,10 @@ def stages(config: Config) -> list[Stage]:
     for name, steps, round_ in wanted:
         like = round_ or (config.rounds[0] if config.rounds else RoundConfig())
         weights = resolve_weights(like.weights, user)
+        if steps and round_ is not None and not any(weights.values()):
+            raise UserError(
+                f"rounds.{name}.weights: no reward has a weight, and nothing would be learnt; give correctness one, say"
+            )
         if steps:
             stage = Stage(
                 name,
@@ -104,10 +113,14 @@ def _whole_trace(config: Config, user: Sequence[str]) -> dict[str, float]:
 
 
 def check_requirement(round_: RoundConfig, evaluations: Sequence[Mapping[str, Any]]) -> None:
-    """Raise UserError when the newest evaluation falls short of what the round requires."""
+    """Raise UserError when the newest evaluation before the round falls short of what it requires.
+
+    A run that was stopped before the round's first step may have measured its start already, by its own rules.
+    """
     if not round_.require:
         return
-    metrics = evaluations[-1]["metrics"] if evaluations else {}
+    earlier = [one for one in evaluations if one["name"] != before(round_.name)]
+    metrics = earlier[-1]["metrics"] if earlier else {}
     for name, least in round_.require.items():
         where = f"rounds.{round_.name}.require.{name}"
         if name not in metrics:

@@ -26,7 +26,7 @@ from pkv.evaluate import MADE_WITH, RUN_MODEL, SYSTEM_FILE, Evaluation, Policy, 
 from pkv.hosts import gather, leads, share
 from pkv.hub import pinned
 from pkv.records import Problem, Rollout
-from pkv.tracking import Tracker, cut_lines, write_rollouts
+from pkv.tracking import Tracker, cut_lines, read_jsonl, write_rollouts
 from pkv.train.waiting import as_arrays, from_arrays
 
 # Knobs that change how a run goes, not what it computes: they may differ when it goes on.
@@ -103,9 +103,7 @@ class Run:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The evaluations so far: {"step", "name", "metrics"}."""
-        there = leads() and self._evaluations.exists()  # a shared disk may show others what was there a while ago
-        lines = self._evaluations.read_text(encoding="utf-8").splitlines() if there else []
-        found = [json.loads(line) for line in lines]
+        found = read_jsonl(self._evaluations) if leads() else []  # a shared disk may show others what was there before
         return gather([{name: one[name] for name in ("step", "name", "metrics")} for one in found])[0]
 
     def add_evaluation(self, step: int, name: str, evaluation: Evaluation, shown: int) -> None:

@@ -68,6 +68,8 @@ class Setup:
     ) -> list[Prompt]:
         """`count` prompts of a GRPO step: the problems in a new order each epoch, a function of seed and step only.
 
+        None comes twice in a step: its rollouts would be the same ones. What is left of an epoch has its chance in the
+        next one's order.
         Refills, and with a curriculum all prompts, are drawn at random instead, without those that were `asked`, by id.
         pass_rates: by problem id, of the last group of each; read by the curriculum only.
         """
@@ -77,12 +79,9 @@ class Setup:
             rates = pass_rates() if curriculum else {}
             drawn = self._draw_at_random((self.config.seed, step, refill), count, rates, asked)
         else:
-            first = (step - self.config.warmup.steps) * count
-            drawn = []
-            for place in range(first, first + count):
-                epoch, at = divmod(place, len(self.problems))
-                order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.problems))
-                drawn.append(self.problems[order[at]])
+            epoch, at = divmod(step - self.config.warmup.steps, len(self.problems) // count)
+            order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.problems))
+            drawn = [self.problems[place] for place in order[at * count : (at + 1) * count]]
         return render_prompts(self.policy.tokenizer, drawn, self.policy.system)
 
     def _draw_at_random(
@@ -136,6 +135,10 @@ def build(config: Config) -> Setup:
     problems = open_source(config.data.train)
     heldout = open_source(config.data.heldout, config.evaluate.problems)
     _check_apart(problems, heldout)
+    if len(problems) < config.grpo.prompts and any(round_.steps for round_ in config.rounds):
+        raise UserError(
+            f"grpo.prompts: {config.grpo.prompts} a step, and data.train has {len(problems)} problems; lower it"
+        )
     longest = max(stage.max_new_tokens for stage in stages(config))
     if longest >= config.grpo.row_tokens:  # said before a large model is fetched
         raise UserError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pkv.competition import parse
 from pkv.config import UserError
+from pkv.tracking import read_jsonl
 
 ROWS = (
     ("accuracy", "right final answers", "{:.1%}"),
@@ -29,7 +29,7 @@ def closing_summary(folder: Path) -> str:
     file = folder / "evaluations.jsonl"
     if not file.is_file():
         raise UserError(f"{folder}: nothing was evaluated yet")
-    evaluations = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    evaluations = read_jsonl(file)
     first, last = evaluations[0], evaluations[-1]
     lines = ["", f"The same held-out questions, {first['name']} and {last['name']}", ""]
     for before, after in zip(first["samples"], last["samples"], strict=True):
