@@ -1,174 +1,19 @@
-"""Launching on machines elsewhere: which commands are given, that the commit arrives, and that a preempted run goes on.
-
-`gcloud`, `kubectl`, `sbatch`, `sky` and `srun` are one fake, which writes its arguments down as a JSON line, answers
-with states that a test gives, and does what is sent to a worker in a folder that stands for that worker's home.
-"""
+"""Launching on machines elsewhere: which commands are given, that the commit arrives, that a preempted run goes on."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
 
+import launching
 import pytest
-import yaml
+from launching import ANOTHER, BABYSIT, FAKES, GCE, HERE, ROOT, TRAIN, VM, git, wait_for
 
-ROOT = Path(__file__).parent.parent
-SHIPPED = ("launch", "pyproject.toml", "README.md", "LICENSE", ".gitignore")
-FAKES = ("gcloud", "kubectl", "sbatch", "sky", "srun")
-SMALL = {
-    "sleep": """#!/bin/bash\nprintf '["sleep", "%s"]\\n' "$1" >>"$FAKE/calls.jsonl"\n""",
-    "sudo": '#!/bin/bash\necho \'["sudo"]\' >>"$FAKE/calls.jsonl"\n',
-    "mountpoint": '#!/bin/bash\n[[ ! -e "$FAKE/no_mounts" ]]\n',
-}
-FAKE = f"""#!{sys.executable} -SE
-import json, os, sys
-
-folder, name, words = os.environ["FAKE"], os.path.basename(sys.argv[0]), sys.argv[1:]
-with open(f"{{folder}}/calls.jsonl", "a") as file:
-    file.write(json.dumps([name, *words]) + "\\n")
-
-def answer(what):
-    with open(f"{{folder}}/{{what}}") as file:
-        now, *later = file.read().splitlines()
-    if later:
-        with open(f"{{folder}}/{{what}}", "w") as file:
-            file.write("\\n".join(later))
-    return now
-
-given = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
-if words[:1] == ["get"]:
-    sys.exit("no such configmap")
-if name == "srun":
-    os.execvp(words[1], words[1:])
-if "describe" in words and (state := answer("states")) == "NONE":
-    sys.exit("ERROR: NOT_FOUND: no such resource")
-elif "describe" in words:
-    print(state)
-elif words[1:3] == ["instances", "list"]:
-    machines = [line.split(":") for line in answer("machines").split()]
-    print(*[each[given["--format"] == "value(status)"] for each in machines], sep="\\n")
-elif words[1:4] == ["instance-groups", "managed", "list"]:
-    print(answer("groups"))
-elif "ssh" in words and os.path.exists(f"{{folder}}/jobs") and "worker.sh status" in given["--command"]:
-    print(answer("jobs"))
-elif "ssh" in words or "scp" in words:
-    import shutil, subprocess
-
-    homes = sorted(os.listdir(f"{{folder}}/homes"))
-    if (one := given.get("--worker", "all")) != "all":
-        homes = homes[int(one) : int(one) + 1]
-    elif words[1] in ("ssh", "scp"):  # of one machine of a group, at the same time as of the others
-        homes = homes["a1-y" in "".join(words[2:4]) :][:1]
-    for home in homes:
-        if "scp" in words:
-            at = words.index("scp")
-            shutil.copyfile(words[at + 1], f"{{folder}}/homes/{{home}}/" + words[at + 2].split(":")[1])
-            continue
-        environment = {{**os.environ, "HOME": f"{{folder}}/homes/{{home}}"}}
-        if code := subprocess.call(["bash", "-c", given["--command"]], cwd=environment["HOME"], env=environment):
-            sys.exit(code)
-"""
-# On a worker pip is only written down, and pkv says what it was given and ends as its first word says.
-PYTHON = '#!/bin/bash\n[[ $1 == -c ]] || echo "$PIP_CONSTRAINT $*" >>"$HOME/pip"\n'
-PKV = """#!/bin/bash
-trap 'echo saved; exit 130' TERM
-printf '%q ' "$@"; echo "$JAX_PLATFORMS $EXTRA"
-while [[ $1 == train && ! -e $HOME/over ]]; do /bin/sleep 0.05; done
-exit "${1#exit-}"
-"""
-
-
-def write_program(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
-    file.chmod(0o755)
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory) -> Path:
-    """A commit with the scripts in it."""
-    folder = tmp_path_factory.mktemp("repository")
-    for name in SHIPPED:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, folder / name)
-    for name in ("pkv", "configs"):
-        (folder / name).mkdir()
-        (folder / name / "file").write_text("")
-    git(folder, "init", "--quiet")
-    git(folder, "add", "--all")
-    git(folder, *ANOTHER)
-    return folder
-
-
-ANOTHER = ("-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "--quiet", "--allow-empty", "--message=a")
-
-
-def git(folder: Path, *words: str) -> str:
-    return subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True, text=True).stdout.strip()
-
-
-class Launch:
-    """A script called as a user calls it, and what the fakes wrote down."""
-
-    def __init__(self, repository: Path, folder: Path):
-        self.repository, self.folder = repository, folder
-        self.commit = git(repository, "rev-parse", "HEAD")
-        for name, text in {**dict.fromkeys(FAKES, FAKE), **SMALL}.items():
-            write_program(folder / "bin" / name, text)
-        for home in ("w0", "w1"):
-            write_program(folder / "homes" / home / "pkv/.venv/bin/python", PYTHON)
-            write_program(folder / "homes" / home / "pkv/.venv/bin/pkv", PKV)
-
-    def answers(self, **lines: list[str]) -> None:
-        for name, each in lines.items():
-            (self.folder / name).write_text("\n".join(each))
-
-    def __call__(self, script: str, *words: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
-        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        given = {"PATH": path, "FAKE": str(self.folder), "HOME": str(self.folder), "PYTHON": sys.executable}
-        keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "SLURM_", "PIP_"))}
-        command = ["bash", str(self.repository / "launch" / script), *map(str, words)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=keep | given | environment, timeout=60, check=False
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    def calls(self, but: tuple[str, ...] = ("sleep", "sudo")) -> list[list[str]]:
-        file = self.folder / "calls.jsonl"
-        lines = map(json.loads, file.read_text().splitlines()) if file.exists() else []
-        return [call for call in lines if call[0] not in but]
-
-    def verbs(self) -> list[str]:
-        """What was asked of gcloud, a word each; what was sent to a worker by the verb of worker.sh."""
-        found = []
-        for call in self.calls():
-            sent = next((word for word in call if word.startswith("--command=")), "")
-            verb = re.search(r"worker\.sh (\w+)", sent)
-            found.append(verb[1] if verb else call[4])
-        return found
-
-
-@pytest.fixture
-def launch(repository, tmp_path) -> Iterator[Launch]:
-    yield Launch(repository, tmp_path)
-    for home in (tmp_path / "homes").iterdir():
-        (home / "over").touch()  # what still trains there ends
-
-
-HERE = ("--zone", "us-east5-b")
-VM = ("tpu_vm.sh", "create", "a1", *HERE, "--type", "v6e-8")
-BABYSIT = ("tpu_vm.sh", "babysit", "a1", *HERE, "--type", "v6e-8", "--spot", "--every", 1)
-TRAIN = ("--", "train", "tiny", "--run", "/mnt/pkv/a")
-GCE = ("--zone", "us-central1-c", "--project", "project-1")
+launch, repository = launching.launch, launching.repository  # fixtures
 
 
 def test_a_slice_is_asked_for_by_queued_resources(launch):
@@ -226,13 +71,6 @@ def test_a_run_starts_in_the_background_says_how_it_is_and_stops(launch):
     for code in (0, 3):
         launch("tpu_vm.sh", "run", "a1", *HERE, "--", f"exit-{code}")
         wait_for(lambda code=code: f"job: exited {code}," in launch("tpu_vm.sh", "status", "a1", *HERE).stdout)
-
-
-def wait_for(condition) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_a_run_needs_its_commit_and_a_mount(launch):
@@ -419,65 +257,6 @@ def test_tpu7x_is_babysat_too(launch):
     )
     launch("tpu_gce.sh", "babysit", "a1", *GCE, "--topology", "2x2x2", "--every", 1, *TRAIN)
     assert [call[2:5] for call in launch.calls() if "create" in call][-1] == ["instance-groups", "managed", "create"]
-
-
-def test_slurm_gets_a_task_a_gpu_and_the_commit(launch):
-    run = ["train", "my config", "--run", "/scratch/a"]
-    launch("submit.sh", "slurm", "a1", "--nodes", 2, "--gpus", 4, "--time", "1-00:00:00", "--", *run)
-    (call,) = launch.calls()
-    assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=1-00:00:00"} <= set(call)
-    script = call.index("launch/slurm.sbatch")
-    assert call[script + 1 :] == [launch.commit, *run]
-    # Slurm runs a copy of the script, in the directory where it was submitted.
-    tree = launch.repository / f"build/slurm-{launch.commit}"
-    write_program(tree / ".venv/bin/python", PYTHON)
-    write_program(tree / ".venv/bin/pkv", PKV)
-    copy = shutil.copy(launch.repository / "launch/slurm.sbatch", launch.folder / "script")
-    done = launch(copy, launch.commit, "exit-0", "my config", SLURM_SUBMIT_DIR=str(launch.repository))
-    assert r"exit-0 my\ config cuda,cpu" in done.stdout and git(tree, "rev-parse", "HEAD") == launch.commit
-    assert "jax[cuda12]" in (launch.folder / "pip").read_text()
-    dry = launch(copy, "--dry-run", launch.commit, "train", SLURM_SUBMIT_DIR=str(launch.repository))
-    assert dry.stdout.count("\n") == 5 and "srun --kill-on-bad-exit=1" in dry.stdout
-
-
-def test_gke_gets_a_pod_a_machine_and_the_code_of_the_commit(launch):
-    odd = ["train", "tiny", "--run=/mnt/pkv/a b", 'say "x" \\ y', "two\nlines", "@NAME@", "a & b"]
-    shape = ("--accelerator", "tpu-v5-lite-podslice", "--topology", "4x8", "--claim", "runs", "--slices", 2)
-    launch("submit.sh", "gke", "a1", *shape, "--spot", "--", *odd)
-    _, configmap, apply = launch.calls()
-    assert configmap[1:4] == ["create", "configmap", f"pkv-{launch.commit[:12]}"] and apply == [
-        "kubectl",
-        "apply",
-        "--filename=build/a1.yaml",
-    ]
-    archive = launch.repository / configmap[4].removeprefix("--from-file=pkv.tar.gz=")
-    assert archive.stat().st_size < 1_000_000
-    found = yaml.safe_load((launch.repository / "build/a1.yaml").read_text())
-    (job,) = found["spec"]["replicatedJobs"]
-    pods = job["template"]["spec"]
-    assert (job["replicas"], pods["parallelism"], pods["completions"]) == (2, 8, 8)
-    pod = pods["template"]["spec"]
-    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x8"
-    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
-    (container,) = pod["containers"]
-    assert container["args"] == odd and container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert container["env"] == [{"name": "PKV_COMMIT", "value": launch.commit}]
-
-
-@pytest.mark.parametrize(("accelerator", "kind"), [("tpu-v6e-16", "tpu"), ("H100:8", "gpu")])
-def test_skypilot_gets_the_bundle_and_a_bucket(launch, accelerator, kind):
-    words = ("sky", "a1", "--accelerator", accelerator, "--bucket", "my-runs")
-    launch("submit.sh", *words, *TRAIN, "--name", "it's")
-    launch("submit.sh", *words, "--spot", *TRAIN)
-    first, second = launch.calls()
-    assert first[1] == "launch" and second[1:3] == ["jobs", "launch"]
-    launch("submit.sh", *words, *TRAIN, "--name", "it's")
-    found = yaml.safe_load((launch.repository / "build/a1.yaml").read_text())
-    runtime = {"runtime_version": "v2-alpha-tpuv6e"} if kind == "tpu" else None
-    assert found["resources"].get("accelerator_args") == runtime and found["resources"]["use_spot"] is False
-    assert Path(found["file_mounts"]["~/pkv.bundle"]).is_file()
-    assert found["file_mounts"]["/mnt/pkv"]["name"] == "my-runs" and launch.commit in found["setup"]
-    assert shlex.split(found["run"])[2:] == ["exec", kind, *TRAIN[1:], "--name", "it's"]
 
 
 def test_variables_of_jax_are_set_in_one_place_and_never_over_the_users():
