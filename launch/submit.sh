@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A pkv command as a job of a scheduler, at the commit that is checked out here.
 #   bash launch/submit.sh WHERE NAME [options] [--dry-run] [--allow-dirty] -- train CONFIG --run ...
-#   slurm  [--nodes N] [--gpus N, of a node] [--partition P] [--account A] [--time D-HH:MM:SS]       by slurm.sbatch
+#   slurm  [--nodes N] [--gpus N, of a node] [--cpus N, of a node: 4 a GPU] [--partition P] [--account A]
+#          [--time D-HH:MM:SS]                                                                        by slurm.sbatch
 #          --run as a whole path, which all nodes see; the code runs from a copy of the commit in build/
 #   gke    --accelerator tpu-v6e-slice --topology 4x4 --claim VOLUME [--slices N] [--chips N, of a machine] [--image I]
 #          [--spot] [--max-restarts N]; --run below /mnt/pkv, where the claim is mounted              by gke_jobset.yaml
@@ -13,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/shipping.sh
 source launch/shipping.sh
 
-nodes=1 gpus=8 partition='' account='' time=''
+nodes=1 gpus=8 cpus='' partition='' account='' time=''
 accelerator='' topology='' claim='' slices=1 chips=4 image=python:3.12 max_restarts=10 bucket='' runtime='' spot=false
 whole='[1-9][0-9]*'
 word='[A-Za-z0-9][-_.A-Za-z0-9]*'
@@ -22,7 +23,7 @@ options() {
     local known flags=''
     where=${1-}
     case $where in
-    slurm) known="--nodes --gpus --partition --account --time" ;;
+    slurm) known="--nodes --gpus --cpus --partition --account --time" ;;
     gke) known="--accelerator --topology --claim --slices --chips --image --max-restarts" flags=--spot ;;
     sky) known="--accelerator --bucket --runtime" flags=--spot ;;
     '' | help | -h | --help) usage && exit 0 ;;
@@ -71,6 +72,7 @@ on_slurm() {
     local limits=()
     must_match --nodes "$nodes" "$whole" "a whole number"
     must_match --gpus "$gpus" "$whole" "the GPUs of a node"
+    must_match --cpus "${cpus:=$((4 * gpus))}" "$whole" "the CPUs of a node"
     must_match --partition "$partition" "($word)?" "a partition's name"
     must_match --account "$account" "($word)?" "an account's name"
     must_match --time "$time" '|([0-9]+-)?[0-9]+:[0-9]{2}:[0-9]{2}|[0-9]+' "D-HH:MM:SS, HH:MM:SS or minutes"
@@ -80,8 +82,8 @@ on_slurm() {
     [[ $(run_folder "${arguments[@]}") == /* || ${arguments[0]} != train ]] ||
         stop "--run: expected a whole path that all nodes see, such as $PWD/runs/$name"
     pack
-    perform sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" \
-        ${limits[@]+"${limits[@]}"} launch/slurm.sbatch "$commit" "${arguments[@]}"
+    perform sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node=1 --gpus-per-node="$gpus" \
+        --cpus-per-task="$cpus" ${limits[@]+"${limits[@]}"} launch/slurm.sbatch "$commit" "${arguments[@]}"
 }
 
 on_gke() {

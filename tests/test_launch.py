@@ -266,9 +266,14 @@ def test_variables_of_jax_are_set_in_one_place_and_never_over_the_users():
         )
         assert not set_here or file.name == "env.sh", f"{file.name} sets {set_here}"
     script = "source launch/env.sh; environment_of gpu; echo $JAX_PLATFORMS/$XLA_PYTHON_CLIENT_MEM_FRACTION"
+    script += "/$JAX_LOCAL_DEVICE_IDS"
+    alone = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
     for given, found in (
-        ({}, "cuda,cpu/0.92"),
-        ({"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "/0.5"),
+        ({}, "cuda,cpu/0.92/"),
+        ({"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "/0.5/"),
+        (alone, "cuda,cpu/0.92/0,1,2,3"),
+        ({**alone, "SLURM_STEP_NUM_TASKS": "8"}, "cuda,cpu/0.92/"),
+        ({**alone, "JAX_LOCAL_DEVICE_IDS": "2"}, "cuda,cpu/0.92/2"),
     ):
         keep = {"PATH": os.environ["PATH"], **given}
         done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=keep, capture_output=True, text=True, check=True)

@@ -14,11 +14,13 @@ from launching import PKV, PYTHON, TRAIN, git, write_program
 launch, repository = launching.launch, launching.repository  # fixtures
 
 
-def test_slurm_gets_a_task_a_gpu_and_the_commit(launch):
+def test_slurm_gets_a_task_a_node_and_the_commit(launch):
     run = ["train", "my config", "--run", "/scratch/a"]
     launch("submit.sh", "slurm", "a1", "--nodes", 2, "--gpus", 4, "--time", "1-00:00:00", "--", *run)
     (call,) = launch.calls()
-    assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=1-00:00:00"} <= set(call)
+    assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4", "--cpus-per-task=16", "--time=1-00:00:00"} <= set(
+        call
+    )
     script = call.index("launch/slurm.sbatch")
     assert call[script + 1 :] == [launch.commit, *run]
     # Slurm runs a copy of the script, in the directory where it was submitted.
@@ -26,7 +28,10 @@ def test_slurm_gets_a_task_a_gpu_and_the_commit(launch):
     write_program(tree / ".venv/bin/python", PYTHON)
     write_program(tree / ".venv/bin/pkv", PKV)
     copy = shutil.copy(launch.repository / "launch/slurm.sbatch", launch.folder / "script")
-    done = launch(copy, launch.commit, "exit-0", "my config", SLURM_SUBMIT_DIR=str(launch.repository))
+    done = launch(
+        copy, launch.commit, "exit-0", "my config", SLURM_SUBMIT_DIR=str(launch.repository), SLURM_CPUS_PER_TASK="16"
+    )
+    assert launch.calls()[-1][1:3] == ["--kill-on-bad-exit=1", "--cpus-per-task=16"]
     assert r"exit-0 my\ config cuda,cpu" in done.stdout and git(tree, "rev-parse", "HEAD") == launch.commit
     assert "jax[cuda12]" in (launch.folder / "pip").read_text()
     dry = launch(copy, "--dry-run", launch.commit, "train", SLURM_SUBMIT_DIR=str(launch.repository))
