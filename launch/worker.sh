@@ -70,7 +70,12 @@ start() {
     mkdir -p "$job"
     rm -f "$job"/{pid,exit,stopped}
     setsid bash launch/worker.sh job "${@:3}" >"$job/log" 2>&1 </dev/null &
-    until [[ -s $job/pid || -s $job/exit ]]; do sleep 0.1; done
+    # Where the disk is full neither file is written, and the process of `job` ends.
+    until [[ -s $job/pid || -s $job/exit ]]; do
+        kill -0 "$!" 2>/dev/null || [[ -s $job/pid || -s $job/exit ]] ||
+            stop "$(hostname): $job/pid could not be written; is the disk full? See: df -h $job"
+        sleep 0.1
+    done
     echo "started: $(hostname)"
 }
 
@@ -78,7 +83,7 @@ start() {
 job() {
     local code=0
     bash launch/worker.sh exec "$@" &
-    echo "$!" >"$job/pid"
+    echo "$!" >"$job/pid" || { kill "$!" && exit 1; }
     wait "$!" || code=$?
     echo "$code" >"$job/exit"
 }

@@ -8,10 +8,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import launching
 import pytest
-from launching import ANOTHER, BABYSIT, FAKES, GCE, HERE, ROOT, TRAIN, VM, git, wait_for
+from launching import ANOTHER, BABYSIT, FAKES, GCE, HERE, ROOT, TRAIN, VM, git, wait_for, write_program
 
 launch, repository = launching.launch, launching.repository  # fixtures
 
@@ -80,6 +81,18 @@ def test_a_run_needs_its_commit_and_a_mount(launch):
     git(launch.folder / "homes/w0/pkv", *ANOTHER)
     assert f"expected {launch.commit}: run setup" in launch("tpu_vm.sh", "run", "a1", *HERE, "--", "x", code=2).stderr
     assert "no log yet" in launch("tpu_vm.sh", "logs", "a1", *HERE, code=2).stderr
+
+
+def test_a_start_on_a_full_disk_ends_with_one_line(launch):
+    launch("tpu_vm.sh", "setup", "a1", *HERE)
+    full = '#!/bin/bash\nln -s /dev/full "$HOME/pkv-job/pid" && exec "$@"\n'
+    write_program(launch.folder / "bin/setsid", full)
+    said = launch("tpu_vm.sh", "run", "a1", *HERE, *TRAIN, code=2).stderr
+    assert "pkv-job/pid could not be written; is the disk full?" in said and said.count("\n") == 1
+    here = str(launch.folder / "homes/w0/pkv")
+    wait_for(
+        lambda: here not in map(os.path.realpath, Path("/proc").glob("[0-9]*/cwd"))
+    )  # pkv isn't left without a pid
 
 
 def test_what_is_not_committed_is_not_shipped_in_silence(launch):
