@@ -100,12 +100,11 @@ status() {
     echo "job: $state, $(hostname), commit $(git rev-parse --short HEAD)"
 }
 
-# SIGTERM to pkv alone: it ends its step, saves it and leaves; those who score for it are its own to end.
+# SIGTERM to pkv alone: it ends its step, saves it and leaves; those who score for it are its own to end. Of one that has
+# failed already the mark remains, so that nobody starts it again.
 end_job() {
-    if running; then
-        touch "$job/stopped"
-        kill -TERM "$(<"$job/pid")"
-    fi
+    if [[ -d $job ]]; then touch "$job/stopped"; fi
+    if running; then kill -TERM "$(<"$job/pid")"; fi
     status
 }
 

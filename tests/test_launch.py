@@ -72,6 +72,7 @@ def test_a_run_starts_in_the_background_says_how_it_is_and_stops(launch):
     for code in (0, 3):
         launch("tpu_vm.sh", "run", "a1", *HERE, "--", f"exit-{code}")
         wait_for(lambda code=code: f"job: exited {code}," in launch("tpu_vm.sh", "status", "a1", *HERE).stdout)
+    assert launch("tpu_vm.sh", "stop", "a1", *HERE).stdout.count("job: stopped") == 2  # babysit leaves it alone
 
 
 def test_a_run_needs_its_commit_and_a_mount(launch):
