@@ -30,7 +30,7 @@ options() {
 }
 
 check() {
-    local whole='[0-9]+' pair
+    local whole='0|[1-9][0-9]*' pair
     must_match --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]|[a-z]+-[a-z]+[0-9]+-ai[0-9]+[a-z]' "a zone such as us-east5-b"
     [[ -z $project ]] ||
         must_match --project "$project" '([a-z][-.a-z0-9]*:)?[a-z][-a-z0-9]{4,28}[a-z0-9]' "a project id"

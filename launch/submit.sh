@@ -75,7 +75,7 @@ on_slurm() {
     must_match --cpus "${cpus:=$((4 * gpus))}" "$whole" "the CPUs of a node"
     must_match --partition "$partition" "($word)?" "a partition's name"
     must_match --account "$account" "($word)?" "an account's name"
-    must_match --time "$time" '|([0-9]+-)?[0-9]+:[0-9]{2}:[0-9]{2}|[0-9]+' "D-HH:MM:SS, HH:MM:SS or minutes"
+    must_match --time "$time" '|([0-9]+-)?[0-9]+:[0-9]{2}:[0-9]{2}|[1-9][0-9]*' "D-HH:MM:SS, HH:MM:SS or minutes"
     if [[ -n $partition ]]; then limits+=(--partition="$partition"); fi
     if [[ -n $account ]]; then limits+=(--account="$account"); fi
     if [[ -n $time ]]; then limits+=(--time="$time"); fi
@@ -93,7 +93,7 @@ on_gke() {
     must_match --topology "$topology" '[1-9][0-9]*x[1-9][0-9]*(x[1-9][0-9]*)?' "a topology such as 4x4 or 2x2x4"
     must_match --chips "$chips" '1|4|8' "1, 4 or 8 chips of a machine"
     must_match --slices "$slices" "$whole" "a whole number"
-    must_match --max-restarts "$max_restarts" '[0-9]+' "a whole number"
+    must_match --max-restarts "$max_restarts" "0|$whole" "a whole number"
     must_be_name --claim "$claim"
     must_match --image "$image" '[A-Za-z0-9][-_.:/@A-Za-z0-9]*' "a container image with bash and Python 3.11 or newer"
     total=$((${topology//x/*})) hosts=$((total / chips))

@@ -100,11 +100,11 @@ status() {
     echo "job: $state, $(hostname), commit $(git rev-parse --short HEAD)"
 }
 
-# SIGTERM to pkv alone: it ends its step, saves it and leaves; those who score for it are its own to end. Of one that has
-# failed already the mark remains, so that nobody starts it again.
+# SIGTERM to pkv alone: it ends its step, saves it and leaves; those who score for it are its own to end. One that has
+# failed already is marked too, so that nobody starts it again.
 end_job() {
     if [[ -d $job ]]; then touch "$job/stopped"; fi
-    if running; then kill -TERM "$(<"$job/pid")"; fi
+    if running; then kill -TERM "$(<"$job/pid")" || true; fi
     status
 }
 

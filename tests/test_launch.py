@@ -109,6 +109,7 @@ def test_what_is_not_committed_is_not_shipped_in_silence(launch):
         stray.unlink()
 
 
+V6E = ("--accelerator", "tpu-v6e-slice", "--topology", "4x4", "--claim", "runs")
 EVERY = [
     *[("tpu_vm.sh", verb, "a1", *HERE) for verb in ("setup", "logs", "status", "stop", "delete")],
     VM,
@@ -119,7 +120,7 @@ EVERY = [
     ("tpu_gce.sh", "run", "a1", *GCE, *TRAIN),
     ("tpu_gce.sh", "babysit", "a1", *GCE, "--topology", "2x2x2", *TRAIN),
     ("submit.sh", "slurm", "a1", *TRAIN),
-    ("submit.sh", "gke", "a1", "--accelerator", "tpu-v6e-slice", "--topology", "4x4", "--claim", "runs", *TRAIN),
+    ("submit.sh", "gke", "a1", *V6E, *TRAIN),
     ("submit.sh", "sky", "a1", "--accelerator", "tpu-v6e-8", "--bucket", "runs", *TRAIN),
 ]
 
@@ -168,6 +169,8 @@ def test_a_dry_run_prints_what_would_be_run(launch):
         ((*BABYSIT, "--", "eval", "m"), "expected a command that resumes"),
         ((*BABYSIT, "--every", "0", *TRAIN), "--every: got 0"),
         ((*BABYSIT, "--max-restarts", "x", *TRAIN), "--max-restarts: got x"),
+        ((*BABYSIT, "--max-restarts", "08", *TRAIN), "--max-restarts: got 08"),
+        (("tpu_gce.sh", "logs", "a1", *GCE, "--worker", "08"), "--worker: got 08"),
         (("tpu_gce.sh", "create", "a1", *HERE, "--topology", "2x2x1"), "--project: expected"),
         (("tpu_gce.sh", "create", "a1", *GCE, "--topology", "4x4"), "--topology: got 4x4"),
         (("tpu_gce.sh", "create", "a1", *GCE, "--topology", "1x1x1"), "1 chips; expected a multiple of the 4"),
@@ -179,6 +182,7 @@ def test_a_dry_run_prints_what_would_be_run(launch):
         (("submit.sh", "slurm", "a1", "--time", "soon", *TRAIN), "--time: got soon"),
         (("submit.sh", "slurm", "a1", "--topology", "4x4", *TRAIN), "--topology: unknown option of slurm"),
         (("submit.sh", "gke", "a1", "--accelerator", "v6e", *TRAIN), "--accelerator: got v6e"),
+        (("submit.sh", "gke", "a1", *V6E, "--max-restarts", "010", *TRAIN), "--max-restarts: got 010"),
         (("submit.sh", "sky", "a1", "--accelerator", "tpu-v6e-8", *TRAIN), "--bucket: got ''"),
         (("slurm.sbatch", "main"), "COMMIT: got main"),
     ],
