@@ -56,9 +56,9 @@ setup() {
         on_workers all "$unpack && $(quoted bash pkv/launch/worker.sh setup tpu "$prepare")"
 }
 
-# What is written below /mnt/pkv is meant to last, so a mount must be there.
+# run [resume]: what is written below /mnt/pkv is meant to last, so a mount must be there.
 run() {
-    local where=- words=(env ${environment[@]+"${environment[@]}"} bash pkv/launch/worker.sh run "$commit")
+    local where=- words=(env ${environment[@]+"${environment[@]}"} bash pkv/launch/worker.sh "${1:-run}" "$commit")
     if [[ $(run_folder "${arguments[@]}") == /mnt/pkv/* ]]; then where=/mnt/pkv; fi
     on_workers all "$(quoted "${words[@]}" "$where" tpu "${arguments[@]}")"
 }
@@ -92,7 +92,7 @@ survive() {
     if "${@:2}"; then
         trouble=0
     elif ((++trouble >= patience)); then
-        say "$1 failed $trouble times; given up" >&2 && exit 1
+        give_up "$1 failed $trouble times; given up"
     else
         say "$1 failed; tried again in $every s"
     fi
@@ -102,35 +102,40 @@ recreate() {
     delete_machines && create_machines
 }
 
+# On workers where pkv runs already it goes on.
 begin() {
-    setup && run
+    setup && run resume && fresh=true
 }
 
 # Look every so many seconds; what was preempted is made anew, and the same pkv command resumes from its checkpoint.
 babysit() {
-    local state jobs restarts=0 failed=false
+    local state jobs seen last='' looks=0 restarts=0 fresh=true mistakes=0
     if $dry_run; then babysit_in_words && return; fi
     while true; do
         state=$(state_of_machines) || state=UNKNOWN
         jobs=
         if [[ $state == ACTIVE ]]; then jobs=$(ask_jobs) || jobs=; fi
-        say "$state" "$(grep -o 'job: [a-z]*[ 0-9]*' <<<"$jobs" | sort | uniq -c | tr -s ' \n' ' ')"
+        seen="$state$({ grep -o 'job: [a-z]*[ 0-9]*' || true; } <<<"$jobs" | sort | uniq -c | tr -s ' \n' ' ')"
+        if [[ $seen != "$last" ]]; then looks=0 last=$seen; fi
+        say "$seen" && ((++looks))
         case $state/$jobs in
         NONE/*) survive create create_machines ;;
         SUSPENDED/* | PREEMPTED/* | TERMINATED/* | FAILED/*)
-            count_restart "machines $state" && failed=false
+            count_restart "machines $state"
             survive "delete and create" recreate
             ;;
-        ACTIVE/*"job: running"*) trouble=0 failed=false ;;
+        ACTIVE/*"job: running"*)
+            trouble=0
+            if ((looks >= patience)); then mistakes=0; fi
+            # The start of one was lost, and the others wait for it.
+            if [[ $jobs == *"job: none"* ]] && ((looks >= 3)); then again "pkv runs on some workers only"; fi
+            ;;
         ACTIVE/*"job: stopped"*) say "stopped by hand; not started again" && return ;;
-        ACTIVE/*"job: exited 2,"*) say "pkv exited with 2, a mistake in the command or config" >&2 && exit 1 ;;
         ACTIVE/*"job: exited "[1-9]*)
             # A host that is being preempted ends the others before it is known to be: look a second time.
-            if $failed; then
-                count_restart "pkv failed" && failed=false
-                survive run begin
-            else
-                failed=true
+            if ((looks > 1)); then
+                count_mistake "$jobs"
+                again "pkv failed"
             fi
             ;;
         ACTIVE/*"job: none"*) survive "setup and run" begin ;;
@@ -141,12 +146,34 @@ babysit() {
     done
 }
 
+# again WHY: start pkv where it doesn't run.
+again() {
+    count_restart "$1"
+    survive run begin
+}
+
+# count_mistake JOBS: 2 on every worker is the user's mistake, or a fault that passes, such as a hub out of reach: the end
+# is when the next start ends so too. A start is `fresh` until its end is counted; one that runs for `patience` looks
+# had no mistake in it.
+count_mistake() {
+    if [[ ${1//job: exited 2,/} == *"job: "* ]]; then
+        mistakes=0
+    elif $fresh && ((++mistakes == 2)); then
+        give_up "pkv exited with 2 on every worker, and did so again: a mistake in the command or config, see logs"
+    fi
+    fresh=false
+}
+
 # count_restart WHY: one more, or the end; `restarts` is babysit's.
 count_restart() {
-    if ((restarts >= max_restarts)); then
-        say "$1, after $restarts restarts; --max-restarts $max_restarts reached" >&2 && exit 1
-    fi
+    ((restarts < max_restarts)) || give_up "$1, after $restarts restarts; --max-restarts $max_restarts reached"
     say "$1; restart $((++restarts)) of at most $max_restarts"
+    last=
+}
+
+give_up() {
+    say "$1; the machines that there are stay, and cost, until they are deleted" >&2
+    exit 1
 }
 
 babysit_in_words() {

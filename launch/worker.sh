@@ -4,6 +4,7 @@
 #   exec tpu|gpu|cpu PKV...        the pkv command, in this process
 #   run COMMIT WHERE tpu PKV...    the same in the background, log and exit code in ~/pkv-job; WHERE, unless it is -,
 #                                  must be a mount: what is written there outlives this machine
+#   resume COMMIT WHERE tpu PKV... the same, unless it runs
 #   status · stop · logs LINES [--follow]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -62,6 +63,7 @@ start() {
     local wanted=$1 where=$2
     [[ $(git rev-parse HEAD) == "$wanted" ]] ||
         stop "$(hostname) has commit $(git rev-parse HEAD), expected $wanted: run setup first"
+    if running && [[ $verb == resume ]]; then echo "runs already: $(hostname)" && return; fi
     if running; then stop "$(hostname): pkv already runs; stop it first"; fi
     if [[ $where != - ]] && ! mountpoint -q "$where"; then
         stop "$(hostname): $where is not a mount, so what is written there goes with this machine;" \
@@ -117,10 +119,10 @@ verb=${1-}
 case $verb in
 setup) setup "${@:2}" ;;
 exec) execute "${@:2}" ;;
-run) start "${@:2}" ;;
+run | resume) start "${@:2}" ;;
 job) job "${@:2}" ;;
 status) status ;;
 stop) end_job ;;
 logs) logs "${@:2}" ;;
-*) stop "$verb: expected setup, exec, run, status, stop or logs" ;;
+*) stop "$verb: expected setup, exec, run, resume, status, stop or logs" ;;
 esac
