@@ -1,7 +1,7 @@
 # Sourced by tpu_vm.sh and tpu_gce.sh: what both do with rented machines. Not run by itself.
 # Each of them gives: shape_options, check_shape, create_machines, delete_machines, describe_machines,
-# state_of_machines (prints NONE, ACTIVE, a name of waiting, or one that means gone), on_workers WORKER COMMAND and
-# copy_to_workers FILE NAME.
+# state_of_machines (prints NONE, ACTIVE, INCOMPLETE, a name of waiting, or one that means gone),
+# on_workers WORKER COMMAND and copy_to_workers FILE NAME.
 # shellcheck shell=bash
 # shellcheck source=launch/shipping.sh
 source launch/shipping.sh
@@ -123,6 +123,12 @@ babysit() {
         SUSPENDED/* | PREEMPTED/* | TERMINATED/* | FAILED/*)
             count_restart "machines $state"
             survive "delete and create" recreate
+            ;;
+        INCOMPLETE/*) # a group is made in one piece: what is missing so long won't come
+            if ((looks >= patience)); then
+                count_restart "machines missing"
+                survive "delete and create" recreate
+            fi
             ;;
         ACTIVE/*"job: running"*)
             trouble=0

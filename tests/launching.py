@@ -51,11 +51,16 @@ if "describe" in words and (state := answer("states")) == "NONE":
     sys.exit("ERROR: NOT_FOUND: no such resource")
 elif "describe" in words:
     print(state)
+elif os.path.exists(f"{{folder}}/broken") and answer("broken") in " ".join(words):
+    sys.exit("ERROR: 503")
+elif (one := given.get("--filter", "")).startswith("name="):  # parts of a group are empty folders
+    print(*(part for part in [words[1]] if os.path.exists(f"{{folder}}/{{one[5:].split()[0]}}/{{part}}")))
+elif words[:1] == ["compute"] and words[1] != "tpus" and {{"create", "delete"}} & set(words):
+    at = [word for word in words[:5] if not word.startswith("-")][-1]
+    (os.makedirs if "create" in words else os.rmdir)(f"{{folder}}/{{at}}/{{words[1]}}")
 elif words[1:3] == ["instances", "list"]:
     machines = [line.split(":") for line in answer("machines").split()]
     print(*[each[given["--format"] == "value(status)"] for each in machines], sep="\\n")
-elif words[1:4] == ["instance-groups", "managed", "list"]:
-    print(answer("groups"))
 elif "ssh" in words and os.path.exists(f"{{folder}}/jobs") and "worker.sh status" in given["--command"]:
     print(answer("jobs"))
 elif "ssh" in words or "scp" in words:

@@ -278,7 +278,7 @@ def test_babysitting_gives_up_when_nothing_works(launch):
 def test_tpu7x_is_one_machine_or_a_group_with_a_topology(launch):
     launch("tpu_gce.sh", "create", "a1", *GCE, "--topology", "2x2x1", "--spot")
     launch("tpu_gce.sh", "create", "a2", *GCE, "--topology", "2x2x4")
-    one, policy, template, group = launch.calls()
+    one, policy, template, group = (call for call in launch.calls() if "create" in call)
     assert one[2:5] == ["instances", "create", "a1"] and "--provisioning-model=SPOT" in one
     assert (
         policy[2:5] == ["resource-policies", "create", "workload-policy"] and "--accelerator-topology=2x2x4" in policy
@@ -290,24 +290,53 @@ def test_tpu7x_is_one_machine_or_a_group_with_a_topology(launch):
 
 
 def test_tpu7x_commands_go_to_every_machine_of_the_group(launch):
-    launch.answers(machines=["a1-x:RUNNING a1-y:RUNNING"], jobs=["job: running, a"], groups=["a1"])
+    launch.answers(machines=["a1-x:RUNNING a1-y:RUNNING"], jobs=["job: running, a"])
     launch("tpu_gce.sh", "setup", "a1", *GCE)
     assert all(git(home / "pkv", "rev-parse", "HEAD") == launch.commit for home in (launch.folder / "homes").iterdir())
     sent = [call[3] for call in launch.calls() if call[2] == "ssh"]
     assert sorted(sent) == ["a1-x", "a1-y"]
     copied = sorted(call[4] for call in launch.calls() if call[2] == "scp")
     assert copied == ["a1-x:pkv.bundle", "a1-y:pkv.bundle"]
+
+
+PARTS = ["resource-policies", "instance-templates", "instance-groups"]
+GROUP = ("a1", *GCE, "--topology", "2x2x2")
+
+
+def parts(launch, verb: str) -> list[str]:
+    """Of what a group is made, as far as the verb was tried on it."""
+    return [call[2] for call in launch.calls() if verb in call]
+
+
+def test_a_group_that_was_made_halfway_is_made_whole_and_deleted(launch):
+    for made, broken in enumerate(PARTS):
+        launch.answers(broken=[f"{broken} create" if made < 2 else "managed create"])
+        launch("tpu_gce.sh", "create", *GROUP, code=1)
+    assert parts(launch, "create") == [PARTS[0], *PARTS[:2], *PARTS[1:]]  # none a second time
     launch("tpu_gce.sh", "delete", "a1", *GCE)
-    assert [call[2] for call in launch.calls()[-3:]] == ["instance-groups", "instance-templates", "resource-policies"]
+    assert parts(launch, "delete") == ["instance-templates", "resource-policies"]
+    (launch.folder / "broken").unlink()
+    assert launch("tpu_gce.sh", "create", *GROUP).stderr == ""
+    launch("tpu_gce.sh", "delete", "a1", *GCE)
+    assert parts(launch, "delete")[2:] == PARTS[::-1]
+
+
+def test_a_question_that_fails_is_not_taken_for_absence(launch):
+    launch("tpu_gce.sh", "create", *GROUP)
+    launch.answers(broken=["instance-groups managed list"], machines=[""])
+    launch("tpu_gce.sh", "delete", "a1", *GCE, code=1)
+    done = launch("tpu_gce.sh", "babysit", *GROUP, "--every", 1, *TRAIN, code=1)
+    assert "asking failed 10 times" in done.stderr
+    assert parts(launch, "create") == PARTS and parts(launch, "delete") == []
 
 
 def test_tpu7x_is_babysat_too(launch):
-    up = "a1-x:RUNNING a1-y:RUNNING"
-    launch.answers(
-        machines=["a1-x:RUNNING a1-y:TERMINATED", "a1-x:RUNNING", up], groups=["a1"], jobs=["job: exited 0, a"]
-    )
-    launch("tpu_gce.sh", "babysit", "a1", *GCE, "--topology", "2x2x2", "--every", 1, *TRAIN)
-    assert [call[2:5] for call in launch.calls() if "create" in call][-1] == ["instance-groups", "managed", "create"]
+    up, one = "a1-x:RUNNING a1-y:RUNNING", "a1-x:RUNNING"
+    launch.answers(machines=["", one, up, up, "a1-x:RUNNING a1-y:TERMINATED", *[one] * 10, up])
+    launch.answers(jobs=["job: running, a", "job: running, b", "job: exited 0, a"])
+    done = launch("tpu_gce.sh", "babysit", *GROUP, "--every", 1, *TRAIN)
+    assert parts(launch, "create") == PARTS * 3 and parts(launch, "delete") == PARTS[::-1] * 2
+    assert "machines PREEMPTED; restart 1" in done.stdout and "machines missing; restart 2" in done.stdout
 
 
 def test_variables_of_jax_are_set_in_one_place_and_never_over_the_users():
