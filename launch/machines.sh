@@ -13,6 +13,11 @@ verb='' name='' zone='' project='' prepare='' worker=0 lines=100 follow=false ma
 spot=false
 trouble=0   # commands that failed one after another, while babysitting
 patience=10 # so many end it
+# A machine that vanishes while something is done on it is seen within a minute.
+# shellcheck disable=SC2034
+alive=(-oConnectTimeout=30 -oServerAliveInterval=15)
+limit=()            # what gcloud is called by
+trap 'exit 130' INT # `timeout` keeps Ctrl-C from gcloud
 
 # options ARGUMENTS...: VERB NAME [--option value]... [-- PKV COMMAND]
 options() {
@@ -69,13 +74,21 @@ logs() {
     on_workers "$worker" "$command"
 }
 
+# soon COMMAND...: a question; gcloud's part of it is ended after three minutes, where `timeout` is there (not on macOS).
+soon() {
+    local limit=()
+    # shellcheck disable=SC2034
+    if command -v timeout >/dev/null; then limit=(timeout --kill-after=10 180); fi
+    "$@" </dev/null
+}
+
 ask_jobs() {
     # shellcheck disable=SC2016
     on_workers all 'bash pkv/launch/worker.sh status 2>/dev/null || echo "job: none, $(hostname)"'
 }
 
 status() {
-    describe_machines && ask_jobs
+    soon describe_machines && soon ask_jobs
 }
 
 stop_job() {
@@ -112,9 +125,9 @@ babysit() {
     local state jobs seen last='' looks=0 restarts=0 fresh=true mistakes=0
     if $dry_run; then babysit_in_words && return; fi
     while true; do
-        state=$(state_of_machines) || state=UNKNOWN
+        state=$(soon state_of_machines) || state=UNKNOWN
         jobs=
-        if [[ $state == ACTIVE ]]; then jobs=$(ask_jobs) || jobs=; fi
+        if [[ $state == ACTIVE ]]; then jobs=$(soon ask_jobs) || jobs=; fi
         seen="$state$({ grep -o 'job: [a-z]*[ 0-9]*' || true; } <<<"$jobs" | sort | uniq -c | tr -s ' \n' ' ')"
         if [[ $seen != "$last" ]]; then looks=0 last=$seen; fi
         say "$seen" && ((++looks))
@@ -183,7 +196,7 @@ give_up() {
 }
 
 babysit_in_words() {
-    echo "# every $every s:" && state_of_machines && ask_jobs
+    echo "# every $every s:" && soon state_of_machines && soon ask_jobs
     echo "# where nothing is there:" && create_machines
     echo "# where nothing was started yet:" && begin
     echo "# after a preemption, at most $max_restarts times:" && delete_machines && create_machines

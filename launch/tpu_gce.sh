@@ -31,7 +31,7 @@ check_shape() {
 
 # compute GROUP... ARGUMENTS...
 compute() {
-    perform gcloud compute "$@" --project="$project" --quiet
+    perform ${limit[@]+"${limit[@]}"} gcloud compute "$@" --project="$project" --quiet
 }
 
 # What a machine is, alone or as the group's template.
@@ -70,7 +70,7 @@ make() {
 remove() {
     look_for "$1" || return
     # shellcheck disable=SC2086
-    if $dry_run || [[ -n $found ]]; then compute $1 delete "$name" "${@:2}"; fi
+    if $dry_run || [[ -n $found ]]; then compute $1 delete "$name" "${@:2}" && any=true; fi
 }
 
 create_machines() {
@@ -90,8 +90,10 @@ create_machines() {
 
 # A single machine, and each part of a group, whichever there are; the group goes before what it is made of.
 delete_machines() {
+    local any=false
     remove instances --zone="$zone" && remove "instance-groups managed" --zone="$zone" &&
-        remove instance-templates && remove resource-policies --region="${zone%-*}"
+        remove instance-templates && remove resource-policies --region="${zone%-*}" || return
+    $any || echo "NOTICE: there is nothing named $name in $zone" >&2
 }
 
 # list FORMAT: one line a machine.
@@ -146,11 +148,11 @@ everywhere() {
 }
 
 on_workers() {
-    everywhere "$1" ssh MACHINE --command="$2"
+    everywhere "$1" ssh MACHINE --command="$2" "${alive[@]/#/--ssh-flag=}"
 }
 
 copy_to_workers() {
-    everywhere all scp "$1" "MACHINE:$2"
+    everywhere all scp "$1" "MACHINE:$2" "${alive[@]/#/--scp-flag=}"
 }
 
 options "$@"

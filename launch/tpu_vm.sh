@@ -40,7 +40,8 @@ check_shape() {
 
 # queued VERB ARGUMENTS...
 queued() {
-    perform gcloud compute tpus queued-resources "$@" --zone="$zone" ${project:+"--project=$project"} --quiet
+    perform ${limit[@]+"${limit[@]}"} gcloud compute tpus queued-resources "$@" --zone="$zone" \
+        ${project:+"--project=$project"} --quiet
 }
 
 create_machines() {
@@ -74,11 +75,11 @@ state_of_machines() {
 on_workers() {
     local node=all
     if [[ $1 != all ]]; then node=0; fi
-    queued ssh "$name" --node="$node" --worker="$1" --command="$2"
+    queued ssh "$name" --node="$node" --worker="$1" --command="$2" "${alive[@]/#/--ssh-flag=}"
 }
 
 copy_to_workers() {
-    queued scp "$1" "$name:$2" --node=all --worker=all
+    queued scp "$1" "$name:$2" --node=all --worker=all "${alive[@]/#/--scp-flag=}"
 }
 
 options "$@"

@@ -24,6 +24,7 @@ FAKES = ("gcloud", "kubectl", "sbatch", "sky", "srun")
 SMALL = {
     "sleep": """#!/bin/bash\nprintf '["sleep", "%s"]\\n' "$1" >>"$FAKE/calls.jsonl"\n""",
     "sudo": '#!/bin/bash\necho \'["sudo"]\' >>"$FAKE/calls.jsonl"\n',
+    "timeout": '#!/bin/bash\nshift 2\n[[ ! -e "$FAKE/hangs" ]] || exit 124\nexec "$@"\n',
     "mountpoint": '#!/bin/bash\n[[ ! -e "$FAKE/no_mounts" ]]\n',
 }
 FAKE = f"""#!{sys.executable} -SE

@@ -319,6 +319,21 @@ def test_a_group_that_was_made_halfway_is_made_whole_and_deleted(launch):
     assert launch("tpu_gce.sh", "create", *GROUP).stderr == ""
     launch("tpu_gce.sh", "delete", "a1", *GCE)
     assert parts(launch, "delete")[2:] == PARTS[::-1]
+    assert "nothing named a1" in launch("tpu_gce.sh", "delete", "a1", *GCE).stderr
+
+
+def test_what_hangs_is_ended_and_machines_that_vanish_are_seen(launch):
+    launch("tpu_vm.sh", "setup", "a1", *HERE)
+    launch.answers(machines=["a1-x:RUNNING a1-y:RUNNING"], states=["ACTIVE"], jobs=["job: running, a"])
+    launch("tpu_gce.sh", "setup", "a1", *GCE)
+    launch("tpu_vm.sh", "status", "a1", *HERE)
+    for call in launch.calls():
+        flag = "--scp-flag" if "scp" in call else "--ssh-flag"
+        alive = {f"{flag}=-oConnectTimeout=30", f"{flag}=-oServerAliveInterval=15"}
+        assert alive <= set(call) or not {"ssh", "scp"} & set(call)
+    (launch.folder / "hangs").touch()
+    launch("tpu_vm.sh", "status", "a1", *HERE, code=124)
+    assert "asking failed 10 times" in launch(*BABYSIT, *TRAIN, code=1).stderr
 
 
 def test_a_question_that_fails_is_not_taken_for_absence(launch):
