@@ -74,7 +74,7 @@ logs() {
     on_workers "$worker" "$command"
 }
 
-# soon COMMAND...: a question; gcloud's part of it is ended after three minutes, where `timeout` is there (not on macOS).
+# soon COMMAND...: a question; gcloud is ended after three minutes, where there is `timeout` (not on macOS).
 soon() {
     local limit=()
     # shellcheck disable=SC2034
@@ -171,8 +171,8 @@ again() {
     survive run begin
 }
 
-# count_mistake JOBS: 2 on every worker is the user's mistake, or a fault that passes, such as a hub out of reach: the end
-# is when the next start ends so too. A start is `fresh` until its end is counted; one that runs for `patience` looks
+# count_mistake JOBS: 2 on every worker is the user's mistake, or a fault that passes, such as a hub out of reach: it is
+# over when the next start ends so too. A start is `fresh` until its end is counted; one that runs for `patience` looks
 # had no mistake in it.
 count_mistake() {
     if [[ ${1//job: exited 2,/} == *"job: "* ]]; then

@@ -57,6 +57,7 @@ def test_gke_gets_a_pod_a_machine_and_the_code_of_the_commit(launch):
     pod = pods["template"]["spec"]
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x8"
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert "hostNetwork" not in pod  # Autopilot and gcsfuse refuse it
     (container,) = pod["containers"]
     assert container["args"] == odd and container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["env"] == [{"name": "PKV_COMMIT", "value": launch.commit}]
