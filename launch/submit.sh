@@ -48,15 +48,15 @@ filled() {
     printf '%s\n' "$text"
 }
 
-# yaml_list WORDS...: as YAML reads strings, on one line.
-yaml_list() {
+# yaml_strings WORDS...: as YAML reads strings, on one line, with commas between them.
+yaml_strings() {
     local one list=''
     for one in "$@"; do
         one=${one//\\/\\\\}
         one=${one//\"/\\\"}
         list+=", \"${one//$'\n'/\\n}\""
     done
-    printf '[%s]\n' "${list#, }"
+    printf '%s\n' "${list#, }"
 }
 
 # written FILE: what stands on stdin into build/, or with --dry-run to stdout, indented.
@@ -108,7 +108,7 @@ on_gke() {
     perform git archive --format=tar.gz --output="$archive" HEAD "${parts[@]}"
     filled launch/gke_jobset.yaml NAME "$name" COMMIT "$commit" RESTARTS "$max_restarts" SLICES "$slices" \
         HOSTS "$hosts" ACCELERATOR "$accelerator" TOPOLOGY "$topology" SPOT "$selector" IMAGE "$image" CHIPS "$chips" \
-        CLAIM "$claim" CODE "$code" ARGUMENTS "$(yaml_list "${arguments[@]}")" | written "$file"
+        CLAIM "$claim" CODE "$code" ARGUMENTS "[$(yaml_strings "${arguments[@]}")]" | written "$file"
     if $dry_run || ! kubectl get configmap "$code" >/dev/null 2>&1; then
         perform kubectl create configmap "$code" --from-file=pkv.tar.gz="$archive"
     fi
@@ -130,7 +130,7 @@ on_sky() {
     must_last /mnt/pkv "${arguments[@]}"
     pack
     filled launch/skypilot.yaml NAME "$name" ACCELERATOR "$accelerator" RUNTIME "$runtime" SPOT "$spot" \
-        BUNDLE "$PWD/$bundle" BUCKET "$bucket" COMMIT "$commit" KIND "$kind" ARGUMENTS "$(quoted "${arguments[@]}")" |
+        BUNDLE "$(yaml_strings "$PWD/$bundle")" BUCKET "$bucket" COMMIT "$commit" KIND "$kind" ARGUMENTS "$(quoted "${arguments[@]}")" |
         if [[ $kind == tpu ]]; then cat; else grep -v accelerator_args; fi | written "$file"
     if $spot; then
         perform sky jobs launch --yes --detach-run --name "$name" "$file"

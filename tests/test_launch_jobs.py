@@ -63,6 +63,20 @@ def test_gke_gets_a_pod_a_machine_and_the_code_of_the_commit(launch):
     assert container["env"] == [{"name": "PKV_COMMIT", "value": launch.commit}]
 
 
+@pytest.mark.parametrize("word", ["no", "null", "on", "true"])
+def test_names_stay_names_in_yaml(launch, word):
+    gke = ("--accelerator", "tpu7x", "--topology", "2x2x1", "--claim", word, "--image", "20241231")
+    launch("submit.sh", "gke", word, *gke, *TRAIN)
+    found = yaml.safe_load((launch.repository / f"build/{word}.yaml").read_text())
+    assert found["metadata"]["name"] == word
+    pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["image"] == "20241231"
+    assert pod["volumes"][1]["persistentVolumeClaim"] == {"claimName": word}
+    launch("submit.sh", "sky", word, "--accelerator", "H100", "--bucket", "2024-12-31", *TRAIN)
+    found = yaml.safe_load((launch.repository / f"build/{word}.yaml").read_text())
+    assert found["name"] == word and found["file_mounts"]["/mnt/pkv"]["name"] == "2024-12-31"
+
+
 @pytest.mark.parametrize(("accelerator", "kind"), [("tpu-v6e-16", "tpu"), ("H100:8", "gpu")])
 def test_skypilot_gets_the_bundle_and_a_bucket(launch, accelerator, kind):
     words = ("sky", "a1", "--accelerator", accelerator, "--bucket", "my-runs")
