@@ -35,7 +35,7 @@ options() {
 }
 
 check() {
-    local whole='0|[1-9][0-9]*' pair
+    local whole='0|[1-9][0-9]*'
     must_match --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]|[a-z]+-[a-z]+[0-9]+-ai[0-9]+[a-z]' "a zone such as us-east5-b"
     [[ -z $project ]] ||
         must_match --project "$project" '([a-z][-.a-z0-9]*:)?[a-z][-a-z0-9]{4,28}[a-z0-9]' "a project id"
@@ -43,10 +43,7 @@ check() {
     must_match --lines "$lines" "$whole" "a whole number"
     must_match --max-restarts "$max_restarts" "$whole" "a whole number"
     must_match --every "$every" '[1-9][0-9]*' "seconds, at least 1"
-    for pair in ${environment[@]+"${environment[@]}"}; do
-        must_match --env "${pair%%=*}=" '[A-Za-z_][A-Za-z0-9_]*=' "NAME=VALUE"
-        [[ $pair == *=* ]] || stop "--env: got $(quoted "$pair"), expected NAME=VALUE"
-    done
+    check_environment
     check_shape
     if [[ $verb == run || $verb == babysit ]]; then must_be_given "$verb" "${#arguments[@]}"; fi
     if [[ $verb == babysit ]]; then must_last /mnt/pkv "${arguments[@]}"; fi

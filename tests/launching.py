@@ -33,6 +33,9 @@ import json, os, sys
 folder, name, words = os.environ["FAKE"], os.path.basename(sys.argv[0]), sys.argv[1:]
 with open(f"{{folder}}/calls.jsonl", "a") as file:
     file.write(json.dumps([name, *words]) + "\\n")
+if "--filename=-" in words or "TOKEN" in os.environ:
+    with open(f"{{folder}}/given", "a") as file:
+        file.write(sys.stdin.read() if "--filename=-" in words else os.environ["TOKEN"])
 
 def answer(what):
     with open(f"{{folder}}/{{what}}") as file:

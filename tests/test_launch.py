@@ -138,6 +138,12 @@ def test_a_dry_run_prints_the_commands_and_runs_nothing(launch, words):
     assert printed and all(shutil.which(line[0]) or line[0] in FAKES for line in printed), done.stdout
 
 
+@pytest.mark.parametrize("words", [each for each in EVERY if each[1] in ("run", "babysit", "slurm", "gke", "sky")])
+def test_a_dry_run_says_no_secret(launch, words):
+    done = launch(*words[: -len(TRAIN)], "--env", "TOKEN=hf_1 2", "--dry-run", *TRAIN)
+    assert "hf_1" not in done.stdout + done.stderr and ("TOKEN=HIDDEN" in done.stdout or words[1] == "gke")
+
+
 def test_a_dry_run_prints_what_would_be_run(launch):
     printed = launch(*VM, "--dry-run").stdout
     launch(*VM)
@@ -165,7 +171,8 @@ def test_a_dry_run_prints_what_would_be_run(launch):
         ((*VM, "--runtime"), "--runtime: expected a value"),
         (("tpu_vm.sh", "run", "a1", *HERE), "run: expected a pkv command behind --"),
         (("tpu_vm.sh", "run", "a1", *HERE, "--env", "A-B=1", *TRAIN), "--env: got A-B="),
-        (("tpu_vm.sh", "run", "a1", *HERE, "--env", "A", *TRAIN), "--env: got A, expected NAME=VALUE"),
+        (("tpu_vm.sh", "run", "a1", *HERE, "--env", "A", *TRAIN), "--env: got no =, expected NAME=VALUE"),
+        (("submit.sh", "sky", "a1", "--env", "1=A", *TRAIN), "--env: got 1=, expected NAME=VALUE"),
         (("tpu_vm.sh", "logs", "a1", *HERE, "--worker", "x"), "--worker: got x"),
         ((*BABYSIT, "--", "train", "tiny"), "--run: got '', expected a directory below /mnt/pkv"),
         ((*BABYSIT, "--", "train", "tiny", "--run", "runs/a"), "on a bucket or a persistent disk"),

@@ -60,7 +60,33 @@ def test_gke_gets_a_pod_a_machine_and_the_code_of_the_commit(launch):
     assert "hostNetwork" not in pod  # Autopilot and gcsfuse refuse it
     (container,) = pod["containers"]
     assert container["args"] == odd and container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert container["env"] == [{"name": "PKV_COMMIT", "value": launch.commit}]
+    assert container["env"] == [{"name": "PKV_COMMIT", "value": launch.commit}] and container["envFrom"] == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("slurm", "a1"),
+        ("gke", "a1", "--accelerator", "tpu7x", "--topology", "2x2x1", "--claim", "c"),
+        ("sky", "a1", "--accelerator", "H100:8", "--bucket", "runs", "--spot"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_secret_comes_to_pkv_and_to_no_command_line_or_file(launch, words):
+    token = 'hf_1 "2" \\ $HOME'
+    done = launch("submit.sh", *words, "--env", f"TOKEN={token}", *TRAIN)
+    given = (launch.folder / "given").read_text()
+    if words[0] == "gke":
+        secret = yaml.safe_load(given)
+        assert secret["kind"] == "Secret" and secret["stringData"] == {"TOKEN": token}
+        found = yaml.safe_load((launch.repository / "build/a1.yaml").read_text())
+        (container,) = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+        assert container["envFrom"] == [{"secretRef": {"name": secret["metadata"]["name"]}}]
+    else:
+        assert given == token
+    written = [file.read_text() for file in (launch.repository / "build").glob("*.yaml")]
+    assert not any("hf_1" in text for text in (str(launch.calls()), done.stdout, done.stderr, *written))
+    assert words[0] != "sky" or launch.calls()[0][-3:-1] == ["--secret", "TOKEN"]
 
 
 @pytest.mark.parametrize("word", ["no", "null", "on", "true"])
