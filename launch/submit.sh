@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A pkv command as a job of a scheduler, at the commit that is checked out here.
-#   bash launch/submit.sh WHERE NAME [--env NAME=VALUE]... [options] [--dry-run] [--allow-dirty] -- train CONFIG --run ...
+#   bash launch/submit.sh WHERE NAME [options] [--env NAME=VALUE]... [--dry-run] [--allow-dirty] -- train CONFIG --run
 #   slurm  [--nodes N] [--gpus N, of a node] [--cpus N, of a node: 4 a GPU] [--partition P] [--account A]
 #          [--time D-HH:MM:SS]                                                                        by slurm.sbatch
 #          --run as a whole path, which all nodes see; the code runs from a copy of the commit in build/

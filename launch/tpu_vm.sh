@@ -9,8 +9,9 @@
 #   stop     pkv saves its step and leaves; the slice stays
 #   delete
 #   babysit  what create, setup and run take, [--max-restarts N] [--every SECONDS]: does all three, makes a preempted
-#            slice anew and runs the same command, which resumes; ends when pkv has. --run must be below /mnt/pkv, and
-#            --prepare must mount a bucket there: the slice's own disks go with it.
+#            slice anew and runs the same command, which resumes; ends when pkv has, or when two starts in a row end
+#            with code 2 on every worker. --run must be below /mnt/pkv, and --prepare must mount a bucket there: the
+#            slice's own disks go with it.
 # Checked against a fake gcloud only, never yet with a real slice. queued-resources ssh and scp take --node=all in
 # gcloud's reference; Ubuntu 22.04's python3.11 package is taken where the image has no newer one.
 set -euo pipefail
