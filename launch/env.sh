@@ -14,6 +14,11 @@ environment_of() {
         usual JAX_PLATFORMS cuda,cpu
         # Of the GPU's memory, taken at once. JAX's 0.75 leaves a quarter unused; NCCL and cuDNN need some hundred MB.
         usual XLA_PYTHON_CLIENT_MEM_FRACTION 0.92
+        # Under Slurm JAX takes one GPU a task, unless it is told: a task that is alone on its node has all.
+        local gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE-}} tasks=${SLURM_STEP_NUM_TASKS-}
+        if [[ $tasks && $tasks == "${SLURM_STEP_NUM_NODES-}" && $gpus =~ ^[1-9][0-9]*$ ]]; then
+            usual JAX_LOCAL_DEVICE_IDS "$(seq -s , 0 "$((gpus - 1))")"
+        fi
         ;;
     cpu) usual JAX_PLATFORMS cpu ;;
     esac

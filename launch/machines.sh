@@ -1,7 +1,7 @@
 # Sourced by tpu_vm.sh and tpu_gce.sh: what both do with rented machines. Not run by itself.
 # Each of them gives: shape_options, check_shape, create_machines, delete_machines, describe_machines,
-# state_of_machines (prints NONE, ACTIVE, a name of waiting, or one that means gone), on_workers WORKER COMMAND and
-# copy_to_workers FILE NAME.
+# state_of_machines (prints NONE, ACTIVE, INCOMPLETE, a name of waiting, or one that means gone),
+# on_workers WORKER COMMAND and copy_to_workers FILE NAME.
 # shellcheck shell=bash
 # shellcheck source=launch/shipping.sh
 source launch/shipping.sh
@@ -13,6 +13,11 @@ verb='' name='' zone='' project='' prepare='' worker=0 lines=100 follow=false ma
 spot=false
 trouble=0   # commands that failed one after another, while babysitting
 patience=10 # so many end it
+# A machine that vanishes while something is done on it is seen within a minute.
+# shellcheck disable=SC2034
+alive=(-oConnectTimeout=30 -oServerAliveInterval=15)
+limit=()            # what gcloud is called by
+trap 'exit 130' INT # `timeout` keeps Ctrl-C from gcloud
 
 # options ARGUMENTS...: VERB NAME [--option value]... [-- PKV COMMAND]
 options() {
@@ -30,7 +35,7 @@ options() {
 }
 
 check() {
-    local whole='[0-9]+' pair
+    local whole='0|[1-9][0-9]*'
     must_match --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]|[a-z]+-[a-z]+[0-9]+-ai[0-9]+[a-z]' "a zone such as us-east5-b"
     [[ -z $project ]] ||
         must_match --project "$project" '([a-z][-.a-z0-9]*:)?[a-z][-a-z0-9]{4,28}[a-z0-9]' "a project id"
@@ -38,10 +43,7 @@ check() {
     must_match --lines "$lines" "$whole" "a whole number"
     must_match --max-restarts "$max_restarts" "$whole" "a whole number"
     must_match --every "$every" '[1-9][0-9]*' "seconds, at least 1"
-    for pair in ${environment[@]+"${environment[@]}"}; do
-        must_match --env "${pair%%=*}=" '[A-Za-z_][A-Za-z0-9_]*=' "NAME=VALUE"
-        [[ $pair == *=* ]] || stop "--env: got $(quoted "$pair"), expected NAME=VALUE"
-    done
+    check_environment
     check_shape
     if [[ $verb == run || $verb == babysit ]]; then must_be_given "$verb" "${#arguments[@]}"; fi
     if [[ $verb == babysit ]]; then must_last /mnt/pkv "${arguments[@]}"; fi
@@ -56,9 +58,9 @@ setup() {
         on_workers all "$unpack && $(quoted bash pkv/launch/worker.sh setup tpu "$prepare")"
 }
 
-# What is written below /mnt/pkv is meant to last, so a mount must be there.
+# run [resume]: what is written below /mnt/pkv is meant to last, so a mount must be there.
 run() {
-    local where=- words=(env ${environment[@]+"${environment[@]}"} bash pkv/launch/worker.sh run "$commit")
+    local where=- words=(env ${environment[@]+"${environment[@]}"} bash pkv/launch/worker.sh "${1:-run}" "$commit")
     if [[ $(run_folder "${arguments[@]}") == /mnt/pkv/* ]]; then where=/mnt/pkv; fi
     on_workers all "$(quoted "${words[@]}" "$where" tpu "${arguments[@]}")"
 }
@@ -69,13 +71,21 @@ logs() {
     on_workers "$worker" "$command"
 }
 
+# soon COMMAND...: a question; gcloud is ended after three minutes, where there is `timeout` (not on macOS).
+soon() {
+    local limit=()
+    # shellcheck disable=SC2034
+    if command -v timeout >/dev/null; then limit=(timeout --kill-after=10 180); fi
+    "$@" </dev/null
+}
+
 ask_jobs() {
     # shellcheck disable=SC2016
     on_workers all 'bash pkv/launch/worker.sh status 2>/dev/null || echo "job: none, $(hostname)"'
 }
 
 status() {
-    describe_machines && ask_jobs
+    soon describe_machines && soon ask_jobs
 }
 
 stop_job() {
@@ -92,7 +102,7 @@ survive() {
     if "${@:2}"; then
         trouble=0
     elif ((++trouble >= patience)); then
-        say "$1 failed $trouble times; given up" >&2 && exit 1
+        give_up "$1 failed $trouble times; given up"
     else
         say "$1 failed; tried again in $every s"
     fi
@@ -102,35 +112,46 @@ recreate() {
     delete_machines && create_machines
 }
 
+# On workers where pkv runs already it goes on.
 begin() {
-    setup && run
+    setup && run resume && fresh=true
 }
 
 # Look every so many seconds; what was preempted is made anew, and the same pkv command resumes from its checkpoint.
 babysit() {
-    local state jobs restarts=0 failed=false
+    local state jobs seen last='' looks=0 restarts=0 fresh=true mistakes=0
     if $dry_run; then babysit_in_words && return; fi
     while true; do
-        state=$(state_of_machines) || state=UNKNOWN
+        state=$(soon state_of_machines) || state=UNKNOWN
         jobs=
-        if [[ $state == ACTIVE ]]; then jobs=$(ask_jobs) || jobs=; fi
-        say "$state" "$(grep -o 'job: [a-z]*[ 0-9]*' <<<"$jobs" | sort | uniq -c | tr -s ' \n' ' ')"
+        if [[ $state == ACTIVE ]]; then jobs=$(soon ask_jobs) || jobs=; fi
+        seen="$state$({ grep -o 'job: [a-z]*[ 0-9]*' || true; } <<<"$jobs" | sort | uniq -c | tr -s ' \n' ' ')"
+        if [[ $seen != "$last" ]]; then looks=0 last=$seen; fi
+        say "$seen" && ((++looks))
         case $state/$jobs in
         NONE/*) survive create create_machines ;;
         SUSPENDED/* | PREEMPTED/* | TERMINATED/* | FAILED/*)
-            count_restart "machines $state" && failed=false
+            count_restart "machines $state"
             survive "delete and create" recreate
             ;;
-        ACTIVE/*"job: running"*) trouble=0 failed=false ;;
+        INCOMPLETE/*) # a group is made in one piece: what is missing so long won't come
+            if ((looks >= patience)); then
+                count_restart "machines missing"
+                survive "delete and create" recreate
+            fi
+            ;;
+        ACTIVE/*"job: running"*)
+            trouble=0
+            if ((looks >= patience)); then mistakes=0; fi
+            # The start of one was lost, and the others wait for it.
+            if [[ $jobs == *"job: none"* ]] && ((looks >= 3)); then again "pkv runs on some workers only"; fi
+            ;;
         ACTIVE/*"job: stopped"*) say "stopped by hand; not started again" && return ;;
-        ACTIVE/*"job: exited 2,"*) say "pkv exited with 2, a mistake in the command or config" >&2 && exit 1 ;;
         ACTIVE/*"job: exited "[1-9]*)
             # A host that is being preempted ends the others before it is known to be: look a second time.
-            if $failed; then
-                count_restart "pkv failed" && failed=false
-                survive run begin
-            else
-                failed=true
+            if ((looks > 1)); then
+                count_mistake "$jobs"
+                again "pkv failed"
             fi
             ;;
         ACTIVE/*"job: none"*) survive "setup and run" begin ;;
@@ -141,16 +162,38 @@ babysit() {
     done
 }
 
+# again WHY: start pkv where it doesn't run.
+again() {
+    count_restart "$1"
+    survive run begin
+}
+
+# count_mistake JOBS: 2 on every worker is the user's mistake, or a fault that passes, such as a hub out of reach: it is
+# over when the next start ends so too. A start is `fresh` until its end is counted; one that runs for `patience` looks
+# had no mistake in it.
+count_mistake() {
+    if [[ ${1//job: exited 2,/} == *"job: "* ]]; then
+        mistakes=0
+    elif $fresh && ((++mistakes == 2)); then
+        give_up "pkv exited with 2 on every worker, and did so again: a mistake in the command or config, see logs"
+    fi
+    fresh=false
+}
+
 # count_restart WHY: one more, or the end; `restarts` is babysit's.
 count_restart() {
-    if ((restarts >= max_restarts)); then
-        say "$1, after $restarts restarts; --max-restarts $max_restarts reached" >&2 && exit 1
-    fi
+    ((restarts < max_restarts)) || give_up "$1, after $restarts restarts; --max-restarts $max_restarts reached"
     say "$1; restart $((++restarts)) of at most $max_restarts"
+    last=
+}
+
+give_up() {
+    say "$1; the machines that there are stay, and cost, until they are deleted" >&2
+    exit 1
 }
 
 babysit_in_words() {
-    echo "# every $every s:" && state_of_machines && ask_jobs
+    echo "# every $every s:" && soon state_of_machines && soon ask_jobs
     echo "# where nothing is there:" && create_machines
     echo "# where nothing was started yet:" && begin
     echo "# after a preemption, at most $max_restarts times:" && delete_machines && create_machines

@@ -72,6 +72,18 @@ take() {
     if [[ $1 == env ]]; then environment+=("$2"); else printf -v "${1//-/_}" %s "$2"; fi
 }
 
+# check_environment: every --env is NAME=VALUE. A value may be a secret: it is never said, a dry run has HIDDEN for it.
+check_environment() {
+    local pair checked=()
+    for pair in ${environment[@]+"${environment[@]}"}; do
+        [[ $pair == *=* ]] || stop "--env: got no =, expected NAME=VALUE"
+        must_match --env "${pair%%=*}=" '[A-Za-z_][A-Za-z0-9_]*=' "NAME=VALUE"
+        if $dry_run; then pair=${pair%%=*}=HIDDEN; fi
+        checked+=("$pair")
+    done
+    environment=(${checked[@]+"${checked[@]}"})
+}
+
 # The header of the script that runs, as its help.
 usage() {
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "launch/$(basename "$0")"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A pkv command as a job of a scheduler, at the commit that is checked out here.
-#   bash launch/submit.sh WHERE NAME [options] [--dry-run] [--allow-dirty] -- train CONFIG --run ...
-#   slurm  [--nodes N] [--gpus N, of a node] [--partition P] [--account A] [--time D-HH:MM:SS]       by slurm.sbatch
+#   bash launch/submit.sh WHERE NAME [options] [--env NAME=VALUE]... [--dry-run] [--allow-dirty] -- train CONFIG --run
+#   slurm  [--nodes N] [--gpus N, of a node] [--cpus N, of a node: 4 a GPU] [--partition P] [--account A]
+#          [--time D-HH:MM:SS]                                                                        by slurm.sbatch
 #          --run as a whole path, which all nodes see; the code runs from a copy of the commit in build/
 #   gke    --accelerator tpu-v6e-slice --topology 4x4 --claim VOLUME [--slices N] [--chips N, of a machine] [--image I]
 #          [--spot] [--max-restarts N]; --run below /mnt/pkv, where the claim is mounted              by gke_jobset.yaml
@@ -13,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/shipping.sh
 source launch/shipping.sh
 
-nodes=1 gpus=8 partition='' account='' time=''
+nodes=1 gpus=8 cpus='' partition='' account='' time=''
 accelerator='' topology='' claim='' slices=1 chips=4 image=python:3.12 max_restarts=10 bucket='' runtime='' spot=false
 whole='[1-9][0-9]*'
 word='[A-Za-z0-9][-_.A-Za-z0-9]*'
@@ -22,7 +23,7 @@ options() {
     local known flags=''
     where=${1-}
     case $where in
-    slurm) known="--nodes --gpus --partition --account --time" ;;
+    slurm) known="--nodes --gpus --cpus --partition --account --time" ;;
     gke) known="--accelerator --topology --claim --slices --chips --image --max-restarts" flags=--spot ;;
     sky) known="--accelerator --bucket --runtime" flags=--spot ;;
     '' | help | -h | --help) usage && exit 0 ;;
@@ -31,8 +32,9 @@ options() {
     name=${2-}
     must_be_name "$where NAME" "$name"
     shift 2
-    read_options " of $where" "$known" "$flags" "$@"
+    read_options " of $where" "--env $known" "$flags" "$@"
     must_be_given "$where" "${#arguments[@]}"
+    check_environment
 }
 
 # filled TEMPLATE KEY VALUE...: the file with every @KEY@ replaced, without its comment.
@@ -47,15 +49,29 @@ filled() {
     printf '%s\n' "$text"
 }
 
-# yaml_list WORDS...: as YAML reads strings, on one line.
-yaml_list() {
+# yaml_strings WORDS...: as YAML reads strings, on one line, with commas between them.
+yaml_strings() {
     local one list=''
     for one in "$@"; do
         one=${one//\\/\\\\}
         one=${one//\"/\\\"}
         list+=", \"${one//$'\n'/\\n}\""
     done
-    printf '[%s]\n' "${list#, }"
+    printf '%s\n' "${list#, }"
+}
+
+# with_environment COMMAND...: performed with what --env gives, so that no other command line shows it.
+with_environment() {
+    perform ${environment[@]+env "${environment[@]}"} "$@"
+}
+
+# secret: what --env gives, for pods.
+secret() {
+    local pair
+    printf 'apiVersion: v1\nkind: Secret\nmetadata: {name: "%s-env"}\nstringData:\n' "$name"
+    for pair in "${environment[@]}"; do
+        printf '  "%s": %s\n' "${pair%%=*}" "$(yaml_strings "${pair#*=}")"
+    done
 }
 
 # written FILE: what stands on stdin into build/, or with --dry-run to stdout, indented.
@@ -71,27 +87,28 @@ on_slurm() {
     local limits=()
     must_match --nodes "$nodes" "$whole" "a whole number"
     must_match --gpus "$gpus" "$whole" "the GPUs of a node"
+    must_match --cpus "${cpus:=$((4 * gpus))}" "$whole" "the CPUs of a node"
     must_match --partition "$partition" "($word)?" "a partition's name"
     must_match --account "$account" "($word)?" "an account's name"
-    must_match --time "$time" '|([0-9]+-)?[0-9]+:[0-9]{2}:[0-9]{2}|[0-9]+' "D-HH:MM:SS, HH:MM:SS or minutes"
+    must_match --time "$time" '|([0-9]+-)?[0-9]+:[0-9]{2}:[0-9]{2}|[1-9][0-9]*' "D-HH:MM:SS, HH:MM:SS or minutes"
     if [[ -n $partition ]]; then limits+=(--partition="$partition"); fi
     if [[ -n $account ]]; then limits+=(--account="$account"); fi
     if [[ -n $time ]]; then limits+=(--time="$time"); fi
     [[ $(run_folder "${arguments[@]}") == /* || ${arguments[0]} != train ]] ||
         stop "--run: expected a whole path that all nodes see, such as $PWD/runs/$name"
     pack
-    perform sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" \
-        ${limits[@]+"${limits[@]}"} launch/slurm.sbatch "$commit" "${arguments[@]}"
+    with_environment sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node=1 --gpus-per-node="$gpus" \
+        --cpus-per-task="$cpus" ${limits[@]+"${limits[@]}"} launch/slurm.sbatch "$commit" "${arguments[@]}"
 }
 
 on_gke() {
-    local total hosts code=pkv-${commit:0:12} archive=build/pkv-$commit.tar.gz file=build/$name.yaml selector
+    local total hosts code=pkv-${commit:0:12} archive=build/pkv-$commit.tar.gz file=build/$name.yaml selector from=''
     must_match --accelerator "$accelerator" 'tpu-(v4-podslice|v5-lite-podslice|v5p-slice|v6e-slice)|tpu7x' \
         "GKE's name of a TPU such as tpu-v6e-slice"
     must_match --topology "$topology" '[1-9][0-9]*x[1-9][0-9]*(x[1-9][0-9]*)?' "a topology such as 4x4 or 2x2x4"
     must_match --chips "$chips" '1|4|8' "1, 4 or 8 chips of a machine"
     must_match --slices "$slices" "$whole" "a whole number"
-    must_match --max-restarts "$max_restarts" '[0-9]+' "a whole number"
+    must_match --max-restarts "$max_restarts" "0|$whole" "a whole number"
     must_be_name --claim "$claim"
     must_match --image "$image" '[A-Za-z0-9][-_.:/@A-Za-z0-9]*' "a container image with bash and Python 3.11 or newer"
     total=$((${topology//x/*})) hosts=$((total / chips))
@@ -99,6 +116,7 @@ on_gke() {
         stop "--topology $topology: $total chips are no multiple of the $chips of a machine (--chips)"
     must_last /mnt/pkv "${arguments[@]}"
     if $spot; then selector='cloud.google.com/gke-spot: "true"'; else selector='# on demand'; fi
+    if ((${#environment[@]})); then from="{secretRef: {name: \"$name-env\"}}"; fi
     local parts=(pkv configs launch pyproject.toml README.md LICENSE)
     if [[ -f requirements.lock ]]; then parts+=(requirements.lock); fi
     perform mkdir -p build
@@ -106,15 +124,16 @@ on_gke() {
     perform git archive --format=tar.gz --output="$archive" HEAD "${parts[@]}"
     filled launch/gke_jobset.yaml NAME "$name" COMMIT "$commit" RESTARTS "$max_restarts" SLICES "$slices" \
         HOSTS "$hosts" ACCELERATOR "$accelerator" TOPOLOGY "$topology" SPOT "$selector" IMAGE "$image" CHIPS "$chips" \
-        CLAIM "$claim" CODE "$code" ARGUMENTS "$(yaml_list "${arguments[@]}")" | written "$file"
+        CLAIM "$claim" CODE "$code" FROM "[$from]" ARGUMENTS "[$(yaml_strings "${arguments[@]}")]" | written "$file"
     if $dry_run || ! kubectl get configmap "$code" >/dev/null 2>&1; then
         perform kubectl create configmap "$code" --from-file=pkv.tar.gz="$archive"
     fi
+    if [[ -n $from ]]; then perform kubectl apply --filename=- <<<"$(secret)"; fi
     perform kubectl apply --filename="$file"
 }
 
 on_sky() {
-    local kind=gpu file=build/$name.yaml
+    local kind=gpu file=build/$name.yaml pair secrets=()
     case $accelerator in
     tpu-v5litepod-*) : "${runtime:=v2-alpha-tpuv5-lite}" ;;
     tpu-v5p-*) : "${runtime:=v2-alpha-tpuv5}" ;;
@@ -128,13 +147,13 @@ on_sky() {
     must_last /mnt/pkv "${arguments[@]}"
     pack
     filled launch/skypilot.yaml NAME "$name" ACCELERATOR "$accelerator" RUNTIME "$runtime" SPOT "$spot" \
-        BUNDLE "$PWD/$bundle" BUCKET "$bucket" COMMIT "$commit" KIND "$kind" ARGUMENTS "$(quoted "${arguments[@]}")" |
+        BUNDLE "$(yaml_strings "$PWD/$bundle")" BUCKET "$bucket" COMMIT "$commit" KIND "$kind" \
+        ARGUMENTS "$(quoted "${arguments[@]}")" |
         if [[ $kind == tpu ]]; then cat; else grep -v accelerator_args; fi | written "$file"
-    if $spot; then
-        perform sky jobs launch --yes --detach-run --name "$name" "$file"
-    else
-        perform sky launch --yes --detach-run --cluster "$name" "$file"
-    fi
+    for pair in ${environment[@]+"${environment[@]}"}; do secrets+=(--secret "${pair%%=*}"); done
+    local how=(launch --cluster "$name")
+    if $spot; then how=(jobs launch --name "$name"); fi
+    with_environment sky "${how[@]}" --yes --detach-run ${secrets[@]+"${secrets[@]}"} "$file"
 }
 
 options "$@"

@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/machines.sh
 source launch/machines.sh
 
-topology='' image=ubuntu-accel-2404-amd64-tpu-tpu7x disk=200 hosts=0
+topology='' image=ubuntu-accel-2404-amd64-tpu-tpu7x disk=200 hosts=0 found=''
 shape_options="--topology --image --disk"
 
 check_shape() {
@@ -31,7 +31,7 @@ check_shape() {
 
 # compute GROUP... ARGUMENTS...
 compute() {
-    perform gcloud compute "$@" --project="$project" --quiet
+    perform ${limit[@]+"${limit[@]}"} gcloud compute "$@" --project="$project" --quiet
 }
 
 # What a machine is, alone or as the group's template.
@@ -43,38 +43,57 @@ machine() {
         --no-shielded-secure-boot --scopes=cloud-platform --labels="pkv=$name"
 }
 
+# look_for KIND: into `found` the name of that part, or nothing where it isn't there; fails where that can't be learned.
+look_for() {
+    local where=''
+    case $1 in
+    resource-policies) where=" AND region:${zone%-*}" ;;
+    instances | instance-groups*) where=" AND zone:$zone" ;;
+    esac
+    found=''
+    # shellcheck disable=SC2086 # a kind may be two words
+    $dry_run || found=$(compute $1 list --filter="name=$name$where" --format='value(name)')
+}
+
+# make KIND create ARGUMENTS...: unless it is there, from a creation that failed halfway.
+make() {
+    look_for "$1" || return
+    if [[ -n $found ]]; then
+        echo "NOTICE: $1 $name is there and stays as it is; if it should be another, delete $name first" >&2
+    else
+        # shellcheck disable=SC2086
+        compute $1 "${@:2}"
+    fi
+}
+
+# remove KIND ARGUMENTS...: if it is there.
+remove() {
+    look_for "$1" || return
+    # shellcheck disable=SC2086
+    if $dry_run || [[ -n $found ]]; then compute $1 delete "$name" "${@:2}" && any=true; fi
+}
+
 create_machines() {
     local region=${zone%-*} flags=() flag
     while IFS= read -r flag; do flags+=("$flag"); done < <(machine)
     if ((hosts == 1)); then
-        compute instances create "$name" --zone="$zone" "${flags[@]}"
+        make instances create "$name" --zone="$zone" "${flags[@]}"
         return
     fi
-    compute resource-policies create workload-policy "$name" --region="$region" --type=HIGH_THROUGHPUT \
+    make resource-policies create workload-policy "$name" --region="$region" --type=HIGH_THROUGHPUT \
         --accelerator-topology="$topology" &&
-        compute instance-templates create "$name" "${flags[@]}" &&
-        compute instance-groups managed create "$name" --zone="$zone" --template="$name" --size="$hosts" \
+        make instance-templates create "$name" "${flags[@]}" &&
+        make "instance-groups managed" create "$name" --zone="$zone" --template="$name" --size="$hosts" \
             --target-size-policy-mode=bulk --default-action-on-vm-failure=do-nothing \
             --workload-policy="projects/$project/regions/$region/resourcePolicies/$name"
 }
 
-# group_there: the lines that list commands print are empty where there is nothing.
-group_there() {
-    local found
-    found=$(compute instance-groups managed list --filter="name=$name" --zones="$zone" --format='value(name)') &&
-        [[ -n $found ]]
-}
-
+# A single machine, and each part of a group, whichever there are; the group goes before what it is made of.
 delete_machines() {
-    if ! $dry_run && ! group_there; then
-        compute instances delete "$name" --zone="$zone"
-    elif $dry_run && ((hosts == 1)); then
-        compute instances delete "$name" --zone="$zone"
-    else
-        compute instance-groups managed delete "$name" --zone="$zone" &&
-            compute instance-templates delete "$name" &&
-            compute resource-policies delete "$name" --region="${zone%-*}"
-    fi
+    local any=false
+    remove instances --zone="$zone" && remove "instance-groups managed" --zone="$zone" &&
+        remove instance-templates && remove resource-policies --region="${zone%-*}" || return
+    $any || echo "NOTICE: there is nothing named $name in $zone" >&2
 }
 
 # list FORMAT: one line a machine.
@@ -92,11 +111,14 @@ state_of_machines() {
     if $dry_run; then
         printf '%s\n' "$states"
     elif [[ -z $states ]]; then
-        if group_there; then echo PROVISIONING; else echo NONE; fi
+        look_for "instance-groups managed" || return
+        if [[ -n $found ]]; then echo PROVISIONING; else echo NONE; fi
     elif grep -qE 'STOP|TERMINATED|SUSPEND' <<<"$states"; then
         echo PREEMPTED
     elif [[ $(sort <<<"$states" | uniq -c | tr -s ' ') == " $hosts RUNNING" ]]; then
         echo ACTIVE
+    elif (($(wc -l <<<"$states") < hosts)); then
+        echo INCOMPLETE # being made, or one is lost
     else
         echo PROVISIONING
     fi
@@ -126,11 +148,11 @@ everywhere() {
 }
 
 on_workers() {
-    everywhere "$1" ssh MACHINE --command="$2"
+    everywhere "$1" ssh MACHINE --command="$2" "${alive[@]/#/--ssh-flag=}"
 }
 
 copy_to_workers() {
-    everywhere all scp "$1" "MACHINE:$2"
+    everywhere all scp "$1" "MACHINE:$2" "${alive[@]/#/--scp-flag=}"
 }
 
 options "$@"

@@ -9,8 +9,9 @@
 #   stop     pkv saves its step and leaves; the slice stays
 #   delete
 #   babysit  what create, setup and run take, [--max-restarts N] [--every SECONDS]: does all three, makes a preempted
-#            slice anew and runs the same command, which resumes; ends when pkv has. --run must be below /mnt/pkv, and
-#            --prepare must mount a bucket there: the slice's own disks go with it.
+#            slice anew and runs the same command, which resumes; ends when pkv has, or when two starts in a row end
+#            with code 2 on every worker. --run must be below /mnt/pkv, and --prepare must mount a bucket there: the
+#            slice's own disks go with it.
 # Checked against a fake gcloud only, never yet with a real slice. queued-resources ssh and scp take --node=all in
 # gcloud's reference; Ubuntu 22.04's python3.11 package is taken where the image has no newer one.
 set -euo pipefail
@@ -40,7 +41,8 @@ check_shape() {
 
 # queued VERB ARGUMENTS...
 queued() {
-    perform gcloud compute tpus queued-resources "$@" --zone="$zone" ${project:+"--project=$project"} --quiet
+    perform ${limit[@]+"${limit[@]}"} gcloud compute tpus queued-resources "$@" --zone="$zone" \
+        ${project:+"--project=$project"} --quiet
 }
 
 create_machines() {
@@ -74,11 +76,11 @@ state_of_machines() {
 on_workers() {
     local node=all
     if [[ $1 != all ]]; then node=0; fi
-    queued ssh "$name" --node="$node" --worker="$1" --command="$2"
+    queued ssh "$name" --node="$node" --worker="$1" --command="$2" "${alive[@]/#/--ssh-flag=}"
 }
 
 copy_to_workers() {
-    queued scp "$1" "$name:$2" --node=all --worker=all
+    queued scp "$1" "$name:$2" --node=all --worker=all "${alive[@]/#/--scp-flag=}"
 }
 
 options "$@"

@@ -4,6 +4,7 @@
 #   exec tpu|gpu|cpu PKV...        the pkv command, in this process
 #   run COMMIT WHERE tpu PKV...    the same in the background, log and exit code in ~/pkv-job; WHERE, unless it is -,
 #                                  must be a mount: what is written there outlives this machine
+#   resume COMMIT WHERE tpu PKV... the same, unless it runs
 #   status · stop · logs LINES [--follow]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -62,6 +63,7 @@ start() {
     local wanted=$1 where=$2
     [[ $(git rev-parse HEAD) == "$wanted" ]] ||
         stop "$(hostname) has commit $(git rev-parse HEAD), expected $wanted: run setup first"
+    if running && [[ $verb == resume ]]; then echo "runs already: $(hostname)" && return; fi
     if running; then stop "$(hostname): pkv already runs; stop it first"; fi
     if [[ $where != - ]] && ! mountpoint -q "$where"; then
         stop "$(hostname): $where is not a mount, so what is written there goes with this machine;" \
@@ -70,7 +72,12 @@ start() {
     mkdir -p "$job"
     rm -f "$job"/{pid,exit,stopped}
     setsid bash launch/worker.sh job "${@:3}" >"$job/log" 2>&1 </dev/null &
-    until [[ -s $job/pid || -s $job/exit ]]; do sleep 0.1; done
+    # Where the disk is full neither file is written, and the process of `job` ends.
+    until [[ -s $job/pid || -s $job/exit ]]; do
+        kill -0 "$!" 2>/dev/null || [[ -s $job/pid || -s $job/exit ]] ||
+            stop "$(hostname): $job/pid could not be written; is the disk full? See: df -h $job"
+        sleep 0.1
+    done
     echo "started: $(hostname)"
 }
 
@@ -78,7 +85,7 @@ start() {
 job() {
     local code=0
     bash launch/worker.sh exec "$@" &
-    echo "$!" >"$job/pid"
+    echo "$!" >"$job/pid" || { kill "$!" && exit 1; }
     wait "$!" || code=$?
     echo "$code" >"$job/exit"
 }
@@ -95,12 +102,11 @@ status() {
     echo "job: $state, $(hostname), commit $(git rev-parse --short HEAD)"
 }
 
-# SIGTERM to pkv alone: it ends its step, saves it and leaves; those who score for it are its own to end.
+# SIGTERM to pkv alone: it ends its step, saves it and leaves; those who score for it are its own to end. One that has
+# failed already is marked too, so that nobody starts it again.
 end_job() {
-    if running; then
-        touch "$job/stopped"
-        kill -TERM "$(<"$job/pid")"
-    fi
+    if [[ -d $job ]]; then touch "$job/stopped"; fi
+    if running; then kill -TERM "$(<"$job/pid")" || true; fi
     status
 }
 
@@ -113,10 +119,10 @@ verb=${1-}
 case $verb in
 setup) setup "${@:2}" ;;
 exec) execute "${@:2}" ;;
-run) start "${@:2}" ;;
+run | resume) start "${@:2}" ;;
 job) job "${@:2}" ;;
 status) status ;;
 stop) end_job ;;
 logs) logs "${@:2}" ;;
-*) stop "$verb: expected setup, exec, run, status, stop or logs" ;;
+*) stop "$verb: expected setup, exec, run, resume, status, stop or logs" ;;
 esac

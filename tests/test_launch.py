@@ -1,174 +1,20 @@
-"""Launching on machines elsewhere: which commands are given, that the commit arrives, and that a preempted run goes on.
-
-`gcloud`, `kubectl`, `sbatch`, `sky` and `srun` are one fake, which writes its arguments down as a JSON line, answers
-with states that a test gives, and does what is sent to a worker in a folder that stands for that worker's home.
-"""
+"""Launching on machines elsewhere: which commands are given, that the commit arrives, that a preempted run goes on."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import launching
 import pytest
-import yaml
+from launching import ANOTHER, BABYSIT, FAKES, GCE, HERE, ROOT, TRAIN, VM, git, wait_for, write_program
 
-ROOT = Path(__file__).parent.parent
-SHIPPED = ("launch", "pyproject.toml", "README.md", "LICENSE", ".gitignore")
-FAKES = ("gcloud", "kubectl", "sbatch", "sky", "srun")
-SMALL = {
-    "sleep": """#!/bin/bash\nprintf '["sleep", "%s"]\\n' "$1" >>"$FAKE/calls.jsonl"\n""",
-    "sudo": '#!/bin/bash\necho \'["sudo"]\' >>"$FAKE/calls.jsonl"\n',
-    "mountpoint": '#!/bin/bash\n[[ ! -e "$FAKE/no_mounts" ]]\n',
-}
-FAKE = f"""#!{sys.executable} -SE
-import json, os, sys
-
-folder, name, words = os.environ["FAKE"], os.path.basename(sys.argv[0]), sys.argv[1:]
-with open(f"{{folder}}/calls.jsonl", "a") as file:
-    file.write(json.dumps([name, *words]) + "\\n")
-
-def answer(what):
-    with open(f"{{folder}}/{{what}}") as file:
-        now, *later = file.read().splitlines()
-    if later:
-        with open(f"{{folder}}/{{what}}", "w") as file:
-            file.write("\\n".join(later))
-    return now
-
-given = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
-if words[:1] == ["get"]:
-    sys.exit("no such configmap")
-if name == "srun":
-    os.execvp(words[1], words[1:])
-if "describe" in words and (state := answer("states")) == "NONE":
-    sys.exit("ERROR: NOT_FOUND: no such resource")
-elif "describe" in words:
-    print(state)
-elif words[1:3] == ["instances", "list"]:
-    machines = [line.split(":") for line in answer("machines").split()]
-    print(*[each[given["--format"] == "value(status)"] for each in machines], sep="\\n")
-elif words[1:4] == ["instance-groups", "managed", "list"]:
-    print(answer("groups"))
-elif "ssh" in words and os.path.exists(f"{{folder}}/jobs") and "worker.sh status" in given["--command"]:
-    print(answer("jobs"))
-elif "ssh" in words or "scp" in words:
-    import shutil, subprocess
-
-    homes = sorted(os.listdir(f"{{folder}}/homes"))
-    if (one := given.get("--worker", "all")) != "all":
-        homes = homes[int(one) : int(one) + 1]
-    elif words[1] in ("ssh", "scp"):  # of one machine of a group, at the same time as of the others
-        homes = homes["a1-y" in "".join(words[2:4]) :][:1]
-    for home in homes:
-        if "scp" in words:
-            at = words.index("scp")
-            shutil.copyfile(words[at + 1], f"{{folder}}/homes/{{home}}/" + words[at + 2].split(":")[1])
-            continue
-        environment = {{**os.environ, "HOME": f"{{folder}}/homes/{{home}}"}}
-        if code := subprocess.call(["bash", "-c", given["--command"]], cwd=environment["HOME"], env=environment):
-            sys.exit(code)
-"""
-# On a worker pip is only written down, and pkv says what it was given and ends as its first word says.
-PYTHON = '#!/bin/bash\n[[ $1 == -c ]] || echo "$PIP_CONSTRAINT $*" >>"$HOME/pip"\n'
-PKV = """#!/bin/bash
-trap 'echo saved; exit 130' TERM
-printf '%q ' "$@"; echo "$JAX_PLATFORMS $EXTRA"
-while [[ $1 == train && ! -e $HOME/over ]]; do /bin/sleep 0.05; done
-exit "${1#exit-}"
-"""
-
-
-def write_program(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
-    file.chmod(0o755)
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory) -> Path:
-    """A commit with the scripts in it."""
-    folder = tmp_path_factory.mktemp("repository")
-    for name in SHIPPED:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, folder / name)
-    for name in ("pkv", "configs"):
-        (folder / name).mkdir()
-        (folder / name / "file").write_text("")
-    git(folder, "init", "--quiet")
-    git(folder, "add", "--all")
-    git(folder, *ANOTHER)
-    return folder
-
-
-ANOTHER = ("-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "--quiet", "--allow-empty", "--message=a")
-
-
-def git(folder: Path, *words: str) -> str:
-    return subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True, text=True).stdout.strip()
-
-
-class Launch:
-    """A script called as a user calls it, and what the fakes wrote down."""
-
-    def __init__(self, repository: Path, folder: Path):
-        self.repository, self.folder = repository, folder
-        self.commit = git(repository, "rev-parse", "HEAD")
-        for name, text in {**dict.fromkeys(FAKES, FAKE), **SMALL}.items():
-            write_program(folder / "bin" / name, text)
-        for home in ("w0", "w1"):
-            write_program(folder / "homes" / home / "pkv/.venv/bin/python", PYTHON)
-            write_program(folder / "homes" / home / "pkv/.venv/bin/pkv", PKV)
-
-    def answers(self, **lines: list[str]) -> None:
-        for name, each in lines.items():
-            (self.folder / name).write_text("\n".join(each))
-
-    def __call__(self, script: str, *words: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
-        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        given = {"PATH": path, "FAKE": str(self.folder), "HOME": str(self.folder), "PYTHON": sys.executable}
-        keep = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "SLURM_", "PIP_"))}
-        command = ["bash", str(self.repository / "launch" / script), *map(str, words)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=keep | given | environment, timeout=60, check=False
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    def calls(self, but: tuple[str, ...] = ("sleep", "sudo")) -> list[list[str]]:
-        file = self.folder / "calls.jsonl"
-        lines = map(json.loads, file.read_text().splitlines()) if file.exists() else []
-        return [call for call in lines if call[0] not in but]
-
-    def verbs(self) -> list[str]:
-        """What was asked of gcloud, a word each; what was sent to a worker by the verb of worker.sh."""
-        found = []
-        for call in self.calls():
-            sent = next((word for word in call if word.startswith("--command=")), "")
-            verb = re.search(r"worker\.sh (\w+)", sent)
-            found.append(verb[1] if verb else call[4])
-        return found
-
-
-@pytest.fixture
-def launch(repository, tmp_path) -> Iterator[Launch]:
-    yield Launch(repository, tmp_path)
-    for home in (tmp_path / "homes").iterdir():
-        (home / "over").touch()  # what still trains there ends
-
-
-HERE = ("--zone", "us-east5-b")
-VM = ("tpu_vm.sh", "create", "a1", *HERE, "--type", "v6e-8")
-BABYSIT = ("tpu_vm.sh", "babysit", "a1", *HERE, "--type", "v6e-8", "--spot", "--every", 1)
-TRAIN = ("--", "train", "tiny", "--run", "/mnt/pkv/a")
-GCE = ("--zone", "us-central1-c", "--project", "project-1")
+launch, repository = launching.launch, launching.repository  # fixtures
 
 
 def test_a_slice_is_asked_for_by_queued_resources(launch):
@@ -218,6 +64,9 @@ def test_a_run_starts_in_the_background_says_how_it_is_and_stops(launch):
     launch.answers(states=["ACTIVE"])
     assert launch("tpu_vm.sh", "status", "a1", *HERE).stdout.count("job: running") == 2
     assert "already runs" in launch("tpu_vm.sh", "run", "a1", *HERE, *TRAIN, code=2).stderr
+    worker = launch.folder / "homes/w0/pkv/launch/worker.sh"
+    again = launch(worker, "resume", launch.commit, "-", "tpu", "train", HOME=str(launch.folder / "homes/w0"))
+    assert again.stdout.startswith("runs already: ")
     said = launch("tpu_vm.sh", "logs", "a1", *HERE, "--worker", 1).stdout
     assert shlex.split(said) == [*odd, "tpu,cpu", "1", "2"]
     assert "the machines stay" in launch("tpu_vm.sh", "stop", "a1", *HERE).stderr
@@ -226,13 +75,7 @@ def test_a_run_starts_in_the_background_says_how_it_is_and_stops(launch):
     for code in (0, 3):
         launch("tpu_vm.sh", "run", "a1", *HERE, "--", f"exit-{code}")
         wait_for(lambda code=code: f"job: exited {code}," in launch("tpu_vm.sh", "status", "a1", *HERE).stdout)
-
-
-def wait_for(condition) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    assert launch("tpu_vm.sh", "stop", "a1", *HERE).stdout.count("job: stopped") == 2  # babysit leaves it alone
 
 
 def test_a_run_needs_its_commit_and_a_mount(launch):
@@ -242,6 +85,18 @@ def test_a_run_needs_its_commit_and_a_mount(launch):
     git(launch.folder / "homes/w0/pkv", *ANOTHER)
     assert f"expected {launch.commit}: run setup" in launch("tpu_vm.sh", "run", "a1", *HERE, "--", "x", code=2).stderr
     assert "no log yet" in launch("tpu_vm.sh", "logs", "a1", *HERE, code=2).stderr
+
+
+def test_a_start_on_a_full_disk_ends_with_one_line(launch):
+    launch("tpu_vm.sh", "setup", "a1", *HERE)
+    full = '#!/bin/bash\nln -s /dev/full "$HOME/pkv-job/pid" && exec "$@"\n'
+    write_program(launch.folder / "bin/setsid", full)
+    said = launch("tpu_vm.sh", "run", "a1", *HERE, *TRAIN, code=2).stderr
+    assert "pkv-job/pid could not be written; is the disk full?" in said and said.count("\n") == 1
+    here = str(launch.folder / "homes/w0/pkv")
+    wait_for(
+        lambda: here not in map(os.path.realpath, Path("/proc").glob("[0-9]*/cwd"))
+    )  # pkv isn't left without a pid
 
 
 def test_what_is_not_committed_is_not_shipped_in_silence(launch):
@@ -257,6 +112,7 @@ def test_what_is_not_committed_is_not_shipped_in_silence(launch):
         stray.unlink()
 
 
+V6E = ("--accelerator", "tpu-v6e-slice", "--topology", "4x4", "--claim", "runs")
 EVERY = [
     *[("tpu_vm.sh", verb, "a1", *HERE) for verb in ("setup", "logs", "status", "stop", "delete")],
     VM,
@@ -267,7 +123,7 @@ EVERY = [
     ("tpu_gce.sh", "run", "a1", *GCE, *TRAIN),
     ("tpu_gce.sh", "babysit", "a1", *GCE, "--topology", "2x2x2", *TRAIN),
     ("submit.sh", "slurm", "a1", *TRAIN),
-    ("submit.sh", "gke", "a1", "--accelerator", "tpu-v6e-slice", "--topology", "4x4", "--claim", "runs", *TRAIN),
+    ("submit.sh", "gke", "a1", *V6E, *TRAIN),
     ("submit.sh", "sky", "a1", "--accelerator", "tpu-v6e-8", "--bucket", "runs", *TRAIN),
 ]
 
@@ -280,6 +136,12 @@ def test_a_dry_run_prints_the_commands_and_runs_nothing(launch, words):
     assert launch.calls(but=()) == [] and not (launch.repository / "build").exists()
     printed = [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("#")]
     assert printed and all(shutil.which(line[0]) or line[0] in FAKES for line in printed), done.stdout
+
+
+@pytest.mark.parametrize("words", [each for each in EVERY if each[1] in ("run", "babysit", "slurm", "gke", "sky")])
+def test_a_dry_run_says_no_secret(launch, words):
+    done = launch(*words[: -len(TRAIN)], "--env", "TOKEN=hf_1 2", "--dry-run", *TRAIN)
+    assert "hf_1" not in done.stdout + done.stderr and ("TOKEN=HIDDEN" in done.stdout or words[1] == "gke")
 
 
 def test_a_dry_run_prints_what_would_be_run(launch):
@@ -309,13 +171,16 @@ def test_a_dry_run_prints_what_would_be_run(launch):
         ((*VM, "--runtime"), "--runtime: expected a value"),
         (("tpu_vm.sh", "run", "a1", *HERE), "run: expected a pkv command behind --"),
         (("tpu_vm.sh", "run", "a1", *HERE, "--env", "A-B=1", *TRAIN), "--env: got A-B="),
-        (("tpu_vm.sh", "run", "a1", *HERE, "--env", "A", *TRAIN), "--env: got A, expected NAME=VALUE"),
+        (("tpu_vm.sh", "run", "a1", *HERE, "--env", "A", *TRAIN), "--env: got no =, expected NAME=VALUE"),
+        (("submit.sh", "sky", "a1", "--env", "1=A", *TRAIN), "--env: got 1=, expected NAME=VALUE"),
         (("tpu_vm.sh", "logs", "a1", *HERE, "--worker", "x"), "--worker: got x"),
         ((*BABYSIT, "--", "train", "tiny"), "--run: got '', expected a directory below /mnt/pkv"),
         ((*BABYSIT, "--", "train", "tiny", "--run", "runs/a"), "on a bucket or a persistent disk"),
         ((*BABYSIT, "--", "eval", "m"), "expected a command that resumes"),
         ((*BABYSIT, "--every", "0", *TRAIN), "--every: got 0"),
         ((*BABYSIT, "--max-restarts", "x", *TRAIN), "--max-restarts: got x"),
+        ((*BABYSIT, "--max-restarts", "08", *TRAIN), "--max-restarts: got 08"),
+        (("tpu_gce.sh", "logs", "a1", *GCE, "--worker", "08"), "--worker: got 08"),
         (("tpu_gce.sh", "create", "a1", *HERE, "--topology", "2x2x1"), "--project: expected"),
         (("tpu_gce.sh", "create", "a1", *GCE, "--topology", "4x4"), "--topology: got 4x4"),
         (("tpu_gce.sh", "create", "a1", *GCE, "--topology", "1x1x1"), "1 chips; expected a multiple of the 4"),
@@ -327,6 +192,7 @@ def test_a_dry_run_prints_what_would_be_run(launch):
         (("submit.sh", "slurm", "a1", "--time", "soon", *TRAIN), "--time: got soon"),
         (("submit.sh", "slurm", "a1", "--topology", "4x4", *TRAIN), "--topology: unknown option of slurm"),
         (("submit.sh", "gke", "a1", "--accelerator", "v6e", *TRAIN), "--accelerator: got v6e"),
+        (("submit.sh", "gke", "a1", *V6E, "--max-restarts", "010", *TRAIN), "--max-restarts: got 010"),
         (("submit.sh", "sky", "a1", "--accelerator", "tpu-v6e-8", *TRAIN), "--bucket: got ''"),
         (("slurm.sbatch", "main"), "COMMIT: got main"),
     ],
@@ -348,10 +214,10 @@ def test_a_preempted_slice_is_made_anew_and_the_same_command_goes_on(launch):
         jobs=["job: none, a", "job: running, a", "job: none, a", "job: exited 0, a"],
     )
     done = launch(*BABYSIT, "--max-restarts", 2, *TRAIN)
-    begin = ["scp", "setup", "run"]
+    begin = ["scp", "setup", "resume"]
     asked = [verb for verb in launch.verbs() if verb not in ("describe", "status")]
     assert asked == ["create", *begin, "delete", "create", *begin, "delete", "create"]
-    sent = [call for call in launch.calls() if "worker.sh run" in " ".join(call)]
+    sent = [call for call in launch.calls() if "worker.sh resume" in " ".join(call)]
     assert sent[0] == sent[1] and "train tiny --run /mnt/pkv/a" in " ".join(sent[0])
     assert "restart 2 of at most 2" in done.stdout and "done; the machines stay" in done.stdout
     assert launch.calls(but=("gcloud", "sudo"))[0] == ["sleep", "1"]
@@ -364,20 +230,50 @@ def test_restarts_are_bounded(launch):
 
 
 def test_a_run_that_fails_is_started_again_after_a_second_look(launch):
-    failed = "job: exited 1, a\njob: exited 0, b".splitlines()[0]
+    failed = "job: exited 1, a job: exited 0, b"
     launch.answers(states=["ACTIVE"], jobs=[failed, failed, "job: running, a", "job: exited 0, a"])
     launch(*BABYSIT, *TRAIN)
-    assert [verb for verb in launch.verbs() if verb not in ("describe", "status")] == ["scp", "setup", "run"]
+    assert launch.verbs().count("resume") == 1
+
+
+def test_what_a_person_stopped_is_not_started_again(launch):
+    launch.answers(states=["ACTIVE"], jobs=["job: stopped, a"])
+    assert "stopped by hand" in launch(*BABYSIT, *TRAIN).stdout and launch.verbs() == ["describe", "status"]
+
+
+RUNNING, DONE, MISTAKE = "job: running, a job: running, b", "job: exited 0, a", "job: exited 2, a job: exited 2, b"
 
 
 @pytest.mark.parametrize(
-    ("job", "code", "said"),
-    [("exited 2, a", 1, "a mistake in the command or config"), ("stopped, a", 0, "stopped by hand")],
+    ("jobs", "starts"),
+    [
+        ([MISTAKE], 1),  # the end, though there are restarts left
+        ([MISTAKE, MISTAKE, RUNNING, DONE], 1),
+        ([*[MISTAKE] * 2, RUNNING, *["job: exited 2, a job: exited 1, b"] * 2, RUNNING, *[MISTAKE] * 2, DONE], 3),
+        ([*[MISTAKE] * 2, *[RUNNING] * 10, *[MISTAKE] * 2, DONE], 2),  # a start that ran long breaks the row
+    ],
+    ids=("a mistake", "a fault that passes", "faults of one host", "faults with days between"),
 )
-def test_what_a_person_ended_or_must_mend_is_not_started_again(launch, job, code, said):
-    launch.answers(states=["ACTIVE"], jobs=[f"job: {job}"])
-    done = launch(*BABYSIT, *TRAIN, code=code)
-    assert said in done.stdout + done.stderr and launch.verbs() == ["describe", "status"]
+def test_exit_code_2_ends_the_babysitting_when_the_next_start_has_it_too(launch, jobs, starts):
+    launch.answers(states=["ACTIVE"], jobs=jobs)
+    done = launch(*BABYSIT, *TRAIN, code=jobs[-1] == MISTAKE)
+    assert launch.verbs().count("resume") == starts
+    assert ("did so again: a mistake in the command or config" in done.stderr) == (jobs[-1] == MISTAKE)
+    assert "the machines" in done.stdout + done.stderr and "until they are deleted" in done.stdout + done.stderr
+
+
+def test_a_start_that_never_was_is_no_second_mistake(launch):
+    launch.answers(states=["ACTIVE"], jobs=[MISTAKE])
+    (launch.folder / "homes/w0/pkv.bundle").mkdir()  # so that it can't be copied there
+    done = launch(*BABYSIT, "--max-restarts", 3, *TRAIN, code=1)
+    assert "--max-restarts 3 reached" in done.stderr and "mistake" not in done.stderr
+
+
+def test_a_worker_whose_start_was_lost_is_started_beside_the_others(launch):
+    uneven = "job: running, a job: none, b"
+    launch.answers(states=["ACTIVE"], jobs=[uneven, RUNNING, uneven, uneven, uneven, RUNNING, DONE])
+    done = launch(*BABYSIT, *TRAIN)
+    assert launch.verbs().count("resume") == 1 and "some workers only; restart 1 of" in done.stdout
 
 
 def test_babysitting_gives_up_when_nothing_works(launch):
@@ -389,7 +285,7 @@ def test_babysitting_gives_up_when_nothing_works(launch):
 def test_tpu7x_is_one_machine_or_a_group_with_a_topology(launch):
     launch("tpu_gce.sh", "create", "a1", *GCE, "--topology", "2x2x1", "--spot")
     launch("tpu_gce.sh", "create", "a2", *GCE, "--topology", "2x2x4")
-    one, policy, template, group = launch.calls()
+    one, policy, template, group = (call for call in launch.calls() if "create" in call)
     assert one[2:5] == ["instances", "create", "a1"] and "--provisioning-model=SPOT" in one
     assert (
         policy[2:5] == ["resource-policies", "create", "workload-policy"] and "--accelerator-topology=2x2x4" in policy
@@ -401,83 +297,68 @@ def test_tpu7x_is_one_machine_or_a_group_with_a_topology(launch):
 
 
 def test_tpu7x_commands_go_to_every_machine_of_the_group(launch):
-    launch.answers(machines=["a1-x:RUNNING a1-y:RUNNING"], jobs=["job: running, a"], groups=["a1"])
+    launch.answers(machines=["a1-x:RUNNING a1-y:RUNNING"], jobs=["job: running, a"])
     launch("tpu_gce.sh", "setup", "a1", *GCE)
     assert all(git(home / "pkv", "rev-parse", "HEAD") == launch.commit for home in (launch.folder / "homes").iterdir())
     sent = [call[3] for call in launch.calls() if call[2] == "ssh"]
     assert sorted(sent) == ["a1-x", "a1-y"]
     copied = sorted(call[4] for call in launch.calls() if call[2] == "scp")
     assert copied == ["a1-x:pkv.bundle", "a1-y:pkv.bundle"]
+
+
+PARTS = ["resource-policies", "instance-templates", "instance-groups"]
+GROUP = ("a1", *GCE, "--topology", "2x2x2")
+
+
+def parts(launch, verb: str) -> list[str]:
+    """Of what a group is made, as far as the verb was tried on it."""
+    return [call[2] for call in launch.calls() if verb in call]
+
+
+def test_a_group_that_was_made_halfway_is_made_whole_and_deleted(launch):
+    for made, broken in enumerate(PARTS):
+        launch.answers(broken=[f"{broken} create" if made < 2 else "managed create"])
+        launch("tpu_gce.sh", "create", *GROUP, code=1)
+    assert parts(launch, "create") == [PARTS[0], *PARTS[:2], *PARTS[1:]]  # none a second time
     launch("tpu_gce.sh", "delete", "a1", *GCE)
-    assert [call[2] for call in launch.calls()[-3:]] == ["instance-groups", "instance-templates", "resource-policies"]
+    assert parts(launch, "delete") == ["instance-templates", "resource-policies"]
+    (launch.folder / "broken").unlink()
+    assert launch("tpu_gce.sh", "create", *GROUP).stderr == ""
+    launch("tpu_gce.sh", "delete", "a1", *GCE)
+    assert parts(launch, "delete")[2:] == PARTS[::-1]
+    assert "nothing named a1" in launch("tpu_gce.sh", "delete", "a1", *GCE).stderr
+
+
+def test_what_hangs_is_ended_and_machines_that_vanish_are_seen(launch):
+    launch("tpu_vm.sh", "setup", "a1", *HERE)
+    launch.answers(machines=["a1-x:RUNNING a1-y:RUNNING"], states=["ACTIVE"], jobs=["job: running, a"])
+    launch("tpu_gce.sh", "setup", "a1", *GCE)
+    launch("tpu_vm.sh", "status", "a1", *HERE)
+    for call in launch.calls():
+        flag = "--scp-flag" if "scp" in call else "--ssh-flag"
+        alive = {f"{flag}=-oConnectTimeout=30", f"{flag}=-oServerAliveInterval=15"}
+        assert alive <= set(call) or not {"ssh", "scp"} & set(call)
+    (launch.folder / "hangs").touch()
+    launch("tpu_vm.sh", "status", "a1", *HERE, code=124)
+    assert "asking failed 10 times" in launch(*BABYSIT, *TRAIN, code=1).stderr
+
+
+def test_a_question_that_fails_is_not_taken_for_absence(launch):
+    launch("tpu_gce.sh", "create", *GROUP)
+    launch.answers(broken=["instance-groups managed list"], machines=[""])
+    launch("tpu_gce.sh", "delete", "a1", *GCE, code=1)
+    done = launch("tpu_gce.sh", "babysit", *GROUP, "--every", 1, *TRAIN, code=1)
+    assert "asking failed 10 times" in done.stderr
+    assert parts(launch, "create") == PARTS and parts(launch, "delete") == []
 
 
 def test_tpu7x_is_babysat_too(launch):
-    up = "a1-x:RUNNING a1-y:RUNNING"
-    launch.answers(
-        machines=["a1-x:RUNNING a1-y:TERMINATED", "a1-x:RUNNING", up], groups=["a1"], jobs=["job: exited 0, a"]
-    )
-    launch("tpu_gce.sh", "babysit", "a1", *GCE, "--topology", "2x2x2", "--every", 1, *TRAIN)
-    assert [call[2:5] for call in launch.calls() if "create" in call][-1] == ["instance-groups", "managed", "create"]
-
-
-def test_slurm_gets_a_task_a_gpu_and_the_commit(launch):
-    run = ["train", "my config", "--run", "/scratch/a"]
-    launch("submit.sh", "slurm", "a1", "--nodes", 2, "--gpus", 4, "--time", "1-00:00:00", "--", *run)
-    (call,) = launch.calls()
-    assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=1-00:00:00"} <= set(call)
-    script = call.index("launch/slurm.sbatch")
-    assert call[script + 1 :] == [launch.commit, *run]
-    # Slurm runs a copy of the script, in the directory where it was submitted.
-    tree = launch.repository / f"build/slurm-{launch.commit}"
-    write_program(tree / ".venv/bin/python", PYTHON)
-    write_program(tree / ".venv/bin/pkv", PKV)
-    copy = shutil.copy(launch.repository / "launch/slurm.sbatch", launch.folder / "script")
-    done = launch(copy, launch.commit, "exit-0", "my config", SLURM_SUBMIT_DIR=str(launch.repository))
-    assert r"exit-0 my\ config cuda,cpu" in done.stdout and git(tree, "rev-parse", "HEAD") == launch.commit
-    assert "jax[cuda12]" in (launch.folder / "pip").read_text()
-    dry = launch(copy, "--dry-run", launch.commit, "train", SLURM_SUBMIT_DIR=str(launch.repository))
-    assert dry.stdout.count("\n") == 5 and "srun --kill-on-bad-exit=1" in dry.stdout
-
-
-def test_gke_gets_a_pod_a_machine_and_the_code_of_the_commit(launch):
-    odd = ["train", "tiny", "--run=/mnt/pkv/a b", 'say "x" \\ y', "two\nlines", "@NAME@", "a & b"]
-    shape = ("--accelerator", "tpu-v5-lite-podslice", "--topology", "4x8", "--claim", "runs", "--slices", 2)
-    launch("submit.sh", "gke", "a1", *shape, "--spot", "--", *odd)
-    _, configmap, apply = launch.calls()
-    assert configmap[1:4] == ["create", "configmap", f"pkv-{launch.commit[:12]}"] and apply == [
-        "kubectl",
-        "apply",
-        "--filename=build/a1.yaml",
-    ]
-    archive = launch.repository / configmap[4].removeprefix("--from-file=pkv.tar.gz=")
-    assert archive.stat().st_size < 1_000_000
-    found = yaml.safe_load((launch.repository / "build/a1.yaml").read_text())
-    (job,) = found["spec"]["replicatedJobs"]
-    pods = job["template"]["spec"]
-    assert (job["replicas"], pods["parallelism"], pods["completions"]) == (2, 8, 8)
-    pod = pods["template"]["spec"]
-    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x8"
-    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
-    (container,) = pod["containers"]
-    assert container["args"] == odd and container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert container["env"] == [{"name": "PKV_COMMIT", "value": launch.commit}]
-
-
-@pytest.mark.parametrize(("accelerator", "kind"), [("tpu-v6e-16", "tpu"), ("H100:8", "gpu")])
-def test_skypilot_gets_the_bundle_and_a_bucket(launch, accelerator, kind):
-    words = ("sky", "a1", "--accelerator", accelerator, "--bucket", "my-runs")
-    launch("submit.sh", *words, *TRAIN, "--name", "it's")
-    launch("submit.sh", *words, "--spot", *TRAIN)
-    first, second = launch.calls()
-    assert first[1] == "launch" and second[1:3] == ["jobs", "launch"]
-    launch("submit.sh", *words, *TRAIN, "--name", "it's")
-    found = yaml.safe_load((launch.repository / "build/a1.yaml").read_text())
-    runtime = {"runtime_version": "v2-alpha-tpuv6e"} if kind == "tpu" else None
-    assert found["resources"].get("accelerator_args") == runtime and found["resources"]["use_spot"] is False
-    assert Path(found["file_mounts"]["~/pkv.bundle"]).is_file()
-    assert found["file_mounts"]["/mnt/pkv"]["name"] == "my-runs" and launch.commit in found["setup"]
-    assert shlex.split(found["run"])[2:] == ["exec", kind, *TRAIN[1:], "--name", "it's"]
+    up, one = "a1-x:RUNNING a1-y:RUNNING", "a1-x:RUNNING"
+    launch.answers(machines=["", one, up, up, "a1-x:RUNNING a1-y:TERMINATED", *[one] * 10, up])
+    launch.answers(jobs=["job: running, a", "job: running, b", "job: exited 0, a"])
+    done = launch("tpu_gce.sh", "babysit", *GROUP, "--every", 1, *TRAIN)
+    assert parts(launch, "create") == PARTS * 3 and parts(launch, "delete") == PARTS[::-1] * 2
+    assert "machines PREEMPTED; restart 1" in done.stdout and "machines missing; restart 2" in done.stdout
 
 
 def test_variables_of_jax_are_set_in_one_place_and_never_over_the_users():
@@ -487,9 +368,14 @@ def test_variables_of_jax_are_set_in_one_place_and_never_over_the_users():
         )
         assert not set_here or file.name == "env.sh", f"{file.name} sets {set_here}"
     script = "source launch/env.sh; environment_of gpu; echo $JAX_PLATFORMS/$XLA_PYTHON_CLIENT_MEM_FRACTION"
+    script += "/$JAX_LOCAL_DEVICE_IDS"
+    alone = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
     for given, found in (
-        ({}, "cuda,cpu/0.92"),
-        ({"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "/0.5"),
+        ({}, "cuda,cpu/0.92/"),
+        ({"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "/0.5/"),
+        (alone, "cuda,cpu/0.92/0,1,2,3"),
+        ({**alone, "SLURM_STEP_NUM_TASKS": "8"}, "cuda,cpu/0.92/"),
+        ({**alone, "JAX_LOCAL_DEVICE_IDS": "2"}, "cuda,cpu/0.92/2"),
     ):
         keep = {"PATH": os.environ["PATH"], **given}
         done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=keep, capture_output=True, text=True, check=True)

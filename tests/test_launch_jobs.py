@@ -1,0 +1,119 @@
+"""Launching by a scheduler: what Slurm, GKE and SkyPilot are given, and that the commit is in it."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+
+import launching
+import pytest
+import yaml
+from launching import PKV, PYTHON, TRAIN, git, write_program
+
+launch, repository = launching.launch, launching.repository  # fixtures
+
+
+def test_slurm_gets_a_task_a_node_and_the_commit(launch):
+    run = ["train", "my config", "--run", "/scratch/a"]
+    launch("submit.sh", "slurm", "a1", "--nodes", 2, "--gpus", 4, "--time", "1-00:00:00", "--", *run)
+    (call,) = launch.calls()
+    assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4", "--cpus-per-task=16", "--time=1-00:00:00"} <= set(
+        call
+    )
+    script = call.index("launch/slurm.sbatch")
+    assert call[script + 1 :] == [launch.commit, *run]
+    # Slurm runs a copy of the script, in the directory where it was submitted.
+    tree = launch.repository / f"build/slurm-{launch.commit}"
+    write_program(tree / ".venv/bin/python", PYTHON)
+    write_program(tree / ".venv/bin/pkv", PKV)
+    copy = shutil.copy(launch.repository / "launch/slurm.sbatch", launch.folder / "script")
+    done = launch(
+        copy, launch.commit, "exit-0", "my config", SLURM_SUBMIT_DIR=str(launch.repository), SLURM_CPUS_PER_TASK="16"
+    )
+    assert launch.calls()[-1][1:3] == ["--kill-on-bad-exit=1", "--cpus-per-task=16"]
+    assert r"exit-0 my\ config cuda,cpu" in done.stdout and git(tree, "rev-parse", "HEAD") == launch.commit
+    assert "jax[cuda12]" in (launch.folder / "pip").read_text()
+    dry = launch(copy, "--dry-run", launch.commit, "train", SLURM_SUBMIT_DIR=str(launch.repository))
+    assert dry.stdout.count("\n") == 5 and "srun --kill-on-bad-exit=1" in dry.stdout
+
+
+def test_gke_gets_a_pod_a_machine_and_the_code_of_the_commit(launch):
+    odd = ["train", "tiny", "--run=/mnt/pkv/a b", 'say "x" \\ y', "two\nlines", "@NAME@", "a & b"]
+    shape = ("--accelerator", "tpu-v5-lite-podslice", "--topology", "4x8", "--claim", "runs", "--slices", 2)
+    launch("submit.sh", "gke", "a1", *shape, "--spot", "--", *odd)
+    _, configmap, apply = launch.calls()
+    assert configmap[1:4] == ["create", "configmap", f"pkv-{launch.commit[:12]}"] and apply == [
+        "kubectl",
+        "apply",
+        "--filename=build/a1.yaml",
+    ]
+    archive = launch.repository / configmap[4].removeprefix("--from-file=pkv.tar.gz=")
+    assert archive.stat().st_size < 1_000_000
+    found = yaml.safe_load((launch.repository / "build/a1.yaml").read_text())
+    (job,) = found["spec"]["replicatedJobs"]
+    pods = job["template"]["spec"]
+    assert (job["replicas"], pods["parallelism"], pods["completions"]) == (2, 8, 8)
+    pod = pods["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x8"
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert "hostNetwork" not in pod  # Autopilot and gcsfuse refuse it
+    (container,) = pod["containers"]
+    assert container["args"] == odd and container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["env"] == [{"name": "PKV_COMMIT", "value": launch.commit}] and container["envFrom"] == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("slurm", "a1"),
+        ("gke", "a1", "--accelerator", "tpu7x", "--topology", "2x2x1", "--claim", "c"),
+        ("sky", "a1", "--accelerator", "H100:8", "--bucket", "runs", "--spot"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_secret_comes_to_pkv_and_to_no_command_line_or_file(launch, words):
+    token = 'hf_1 "2" \\ $HOME'
+    done = launch("submit.sh", *words, "--env", f"TOKEN={token}", *TRAIN)
+    given = (launch.folder / "given").read_text()
+    if words[0] == "gke":
+        secret = yaml.safe_load(given)
+        assert secret["kind"] == "Secret" and secret["stringData"] == {"TOKEN": token}
+        found = yaml.safe_load((launch.repository / "build/a1.yaml").read_text())
+        (container,) = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+        assert container["envFrom"] == [{"secretRef": {"name": secret["metadata"]["name"]}}]
+    else:
+        assert given == token
+    written = [file.read_text() for file in (launch.repository / "build").glob("*.yaml")]
+    assert not any("hf_1" in text for text in (str(launch.calls()), done.stdout, done.stderr, *written))
+    assert words[0] != "sky" or launch.calls()[0][-3:-1] == ["--secret", "TOKEN"]
+
+
+@pytest.mark.parametrize("word", ["no", "null", "on", "true"])
+def test_names_stay_names_in_yaml(launch, word):
+    gke = ("--accelerator", "tpu7x", "--topology", "2x2x1", "--claim", word, "--image", "20241231")
+    launch("submit.sh", "gke", word, *gke, *TRAIN)
+    found = yaml.safe_load((launch.repository / f"build/{word}.yaml").read_text())
+    assert found["metadata"]["name"] == word
+    pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["image"] == "20241231"
+    assert pod["volumes"][1]["persistentVolumeClaim"] == {"claimName": word}
+    launch("submit.sh", "sky", word, "--accelerator", "H100", "--bucket", "2024-12-31", *TRAIN)
+    found = yaml.safe_load((launch.repository / f"build/{word}.yaml").read_text())
+    assert found["name"] == word and found["file_mounts"]["/mnt/pkv"]["name"] == "2024-12-31"
+
+
+@pytest.mark.parametrize(("accelerator", "kind"), [("tpu-v6e-16", "tpu"), ("H100:8", "gpu")])
+def test_skypilot_gets_the_bundle_and_a_bucket(launch, accelerator, kind):
+    words = ("sky", "a1", "--accelerator", accelerator, "--bucket", "my-runs")
+    launch("submit.sh", *words, *TRAIN, "--name", "it's")
+    launch("submit.sh", *words, "--spot", *TRAIN)
+    first, second = launch.calls()
+    assert first[1] == "launch" and second[1:3] == ["jobs", "launch"]
+    launch("submit.sh", *words, *TRAIN, "--name", "it's")
+    found = yaml.safe_load((launch.repository / "build/a1.yaml").read_text())
+    runtime = {"runtime_version": "v2-alpha-tpuv6e"} if kind == "tpu" else None
+    assert found["resources"].get("accelerator_args") == runtime and found["resources"]["use_spot"] is False
+    assert Path(found["file_mounts"]["~/pkv.bundle"]).is_file()
+    assert found["file_mounts"]["/mnt/pkv"]["name"] == "my-runs" and launch.commit in found["setup"]
+    assert shlex.split(found["run"])[2:] == ["exec", kind, *TRAIN[1:], "--name", "it's"]
