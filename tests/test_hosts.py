@@ -25,6 +25,7 @@ from pkv import checkpoint
 from pkv.config import MeshConfig, UserError, load_config
 from pkv.grpo.packing import Layout, pack
 from pkv.grpo.packing import Sequence as TrainingSequence
+from pkv.hosts import VARIABLES, join
 from pkv.mesh import make_mesh, own_part
 from pkv.records import Batch
 from pkv.train.loop import train
@@ -46,6 +47,29 @@ def alone(config_file, tmp_path_factory) -> Path:
     return folder
 
 
+def announce(count: int, first: str = "127.0.0.1") -> list[dict[str, str]]:
+    """What each of so many processes is told of the others."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"{first}:{probe.getsockname()[1]}"
+    told = {"JAX_COORDINATOR_ADDRESS": place, "JAX_NUM_PROCESSES": str(count)}
+    return [{**told, "JAX_PROCESS_ID": str(number)} for number in range(count)]
+
+
+def run_python(code: str, environments: Sequence[dict[str, str]]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of processes that run the same at the same time, each with variables of its own."""
+
+    def one(own: dict[str, str]) -> tuple[int, str, str]:
+        command, folder = [sys.executable, "-c", code], Path(__file__).parent.parent
+        done = subprocess.run(
+            command, env=os.environ | own, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    with ThreadPoolExecutor(len(environments)) as threads:
+        return list(threads.map(one, environments))
+
+
 class Hosts:
     """Processes that train together, each with its share of the devices.
 
@@ -62,17 +86,10 @@ class Hosts:
         networks: Sequence[str] = (),
         first: str = "127.0.0.1",
     ):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self.processes = []
-        for number in range(count):
-            environment = os.environ | {
-                "JAX_COORDINATOR_ADDRESS": f"{first}:{port}",
-                "JAX_NUM_PROCESSES": str(count),
-                "JAX_PROCESS_ID": str(number),
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}",
-            }
+        for number, announced in enumerate(announce(count, first)):
+            environment = os.environ | announced
+            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // count}"
             inside = ["ip", "netns", "exec", networks[number]] if networks else []
             command = [*inside, sys.executable, "-m", "pkv", "train", str(config), "--run", str(run), *flags]
             self.processes.append(
@@ -199,6 +216,41 @@ def test_a_host_that_dies_ends_the_others_with_a_named_error(gone, config_file, 
     # The service by which processes know each other ends with the first one; then JAX itself speaks.
     assert ("pkv: nothing was heard of host 1" if gone else "leader task was preempted/died") in stderr, stderr[-3000:]
     assert checkpoint.latest(run / "checkpoints") >= 3
+
+
+HASTY = (
+    "import sys; from pkv import cli, hosts; hosts.JOIN_S = 2; sys.exit(cli.main(['train', 'tiny', '--run', '/no']))"
+)
+TASK = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+
+
+def test_a_host_that_is_alone_says_so_before_jax_aborts():
+    for code, _, stderr in run_python(HASTY, [announce(2)[0], announce(2)[1]]):  # neither waits where the other is
+        assert code == 1 and "pkv: the hosts did not find each other at 127.0.0.1:" in stderr, stderr
+        assert "Check failure" not in stderr and stderr.count("pkv:") == 1
+
+
+def test_a_launcher_that_says_nonsense_lets_nobody_train_alone():
+    told = [{**TASK, "SLURM_PROCID": "x"}, {**TASK, "SLURM_PROCID": "7"}, {"JAX_COORDINATOR_ADDRESS": "localhost"}]
+    words = ["invalid literal for int() with base 10: 'x'", "Got process_id=7, num_processes=2", "and a free port"]
+    for (code, _, stderr), said in zip(run_python(HASTY, told), words, strict=True):
+        assert code == 2 and said in stderr and stderr.count("\n") == 1, stderr
+
+
+@pytest.mark.parametrize("count", ["1", None])
+def test_processes_that_nothing_has_joined_do_not_train(count, monkeypatch):
+    def nobody(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nobody)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if count:
+        monkeypatch.setenv("JAX_NUM_PROCESSES", count)
+    join()  # alone
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="JAX counts 2 processes"):
+        join()
 
 
 @pytest.mark.slow
