@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 from http.client import BadStatusLine
@@ -56,7 +57,8 @@ def said(outcome: Outcome, state: str, *words: str) -> None:
 
 
 def test_python():
-    said(check_python("3.11.0rc1", ">=3.10"), "ok", "3.11.0rc1")
+    said(check_python("3.11.0rc1", ">=3.11"), "ok", "3.11.0rc1")
+    said(check_python("3.11.9+", ">=3.11"), "ok")  # built from a checkout
     said(check_python("3.10.12", ">=3.11"), "fail", "3.10.12", ">=3.11", "newer Python")
 
 
@@ -88,10 +90,14 @@ def test_devices_that_do_not_start_do_not_answer_or_are_not_used():
 @pytest.mark.parametrize(
     ("environment", "processes", "state", "words"),
     [
-        ({}, 1, "ok", "nothing announces"),
+        ({}, 1, "ok", "no variable says how many"),
+        ({}, 4, "ok", "JAX counts 4"),  # a slice of Cloud TPU VMs
+        ({"JAX_NUM_PROCESSES": "2"}, 2, "ok", "JAX_NUM_PROCESSES says 2"),
+        ({"JAX_NUM_PROCESSES": "2"}, 1, "fail", "JAX counts 1, JAX_NUM_PROCESSES says 2"),
+        ({"JAX_NUM_PROCESSES": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 1, "ok", "says 1"),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1, "ok", "says 1"),
         ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2"}, 4, "ok", "says 4"),
-        ({"SLURM_NTASKS": "8"}, 1, "ok", "nothing announces"),  # a shell within an allocation
+        ({"SLURM_NTASKS": "8"}, 1, "ok", "no variable says"),  # a shell within an allocation
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 1, "fail", "JAX counts 1, SLURM_NTASKS says 8"),
         ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, 1, "fail", "says 4"),
         ({"TPU_WORKER_HOSTNAMES": "a"}, 4, "fail", "JAX counts 4"),
@@ -223,6 +229,19 @@ def test_jax_is_asked_in_a_process_that_may_fail_or_hang():
         True, 1, "import sys, time; time.sleep(60 * (sys.argv[1] == 'several'))"
     ).trouble == STUCK.trouble.replace("60", "1")
     assert "says nothing that can be read" in ask_devices(False, 20, "pass").trouble
+
+
+def test_hosts_find_each_other_by_the_variables_of_jax():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{probe.getsockname()[1]}"
+    code = "from pkv.doctor.devices import ask_devices; print(ask_devices(True, 60).processes)"
+    told = os.environ | {"JAX_COORDINATOR_ADDRESS": place, "JAX_NUM_PROCESSES": "2"}
+    asked = [
+        subprocess.Popen([sys.executable, "-c", code], env=told | {"JAX_PROCESS_ID": number}, cwd=ROOT, stdout=-1)
+        for number in "01"
+    ]
+    assert [process.communicate(timeout=120)[0] for process in asked] == [b"2\n", b"2\n"]
 
 
 def test_a_check_that_crashes_is_a_finding_and_the_others_go_on():

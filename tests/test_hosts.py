@@ -218,9 +218,7 @@ def test_a_host_that_dies_ends_the_others_with_a_named_error(gone, config_file, 
     assert checkpoint.latest(run / "checkpoints") >= 3
 
 
-HASTY = (
-    "import sys; from pkv import cli, hosts; hosts.JOIN_S = 2; sys.exit(cli.main(['train', 'tiny', '--run', '/no']))"
-)
+HASTY = "from pkv import cli, hosts; hosts.JOIN_S = 2; exit(cli.main(['train', 'tiny', '--run', '/dev/null/run']))"
 TASK = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
 
 

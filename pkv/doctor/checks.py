@@ -10,6 +10,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from pkv.doctor.devices import Devices
 from pkv.doctor.findings import Outcome, State
@@ -20,8 +21,8 @@ Versions = Callable[[str], str | None]  # of an installed distribution; None: no
 
 
 def check_python(version: str, wanted: str) -> Outcome:
-    """`wanted` as pyproject.toml's requires-python."""
-    if SpecifierSet(wanted).contains(version, prereleases=True):
+    """`wanted` as pyproject.toml's requires-python; 3.11.0rc1, which Ubuntu 22.04 has, counts as 3.11.0."""
+    if SpecifierSet(wanted).contains(Version(version.rstrip("+")).base_version):
         return Outcome("ok", f"{version}, pkv needs {wanted}")
     return Outcome("fail", f"{version}, pkv needs {wanted}", "make the environment anew with a newer Python")
 
@@ -84,7 +85,10 @@ def check_devices(devices: Devices, platforms: str, present: Sequence[str]) -> O
 
 def announced_processes(environment: Mapping[str, str]) -> dict[str, int]:
     """How many processes the surroundings announce, by the variable that says so, as JAX's own detection reads them."""
-    found = {}
+    own = environment.get("JAX_NUM_PROCESSES", "")
+    found = {"JAX_NUM_PROCESSES": int(own)} if own.isdigit() else {}
+    if own == "1":  # whoever else is there, this one is to be alone
+        return found
     slices = environment.get("MEGASCALE_NUM_SLICES", "")
     for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
         if hosts := [host for host in environment.get(name, "").split(",") if host.strip()]:
@@ -97,9 +101,12 @@ def announced_processes(environment: Mapping[str, str]) -> dict[str, int]:
 
 
 def check_hosts(environment: Mapping[str, str], processes: int | None) -> Outcome:
-    """jax.process_count(), None where JAX did not start, against what the surroundings announce."""
+    """jax.process_count(), None where JAX did not start, against what the surroundings announce.
+
+    On a Cloud TPU VM no variable does: libtpu and JAX ask the metadata server.
+    """
     announced = announced_processes(environment)
-    said = ", ".join(f"{name} says {count}" for name, count in announced.items()) or "nothing announces more than one"
+    said = ", ".join(f"{name} says {count}" for name, count in announced.items()) or "no variable says how many"
     if len(set(announced.values())) > 1:
         return Outcome("fail", f"{said}: they disagree", "unset the ones that are left from another launcher")
     worker, hosts = environment.get("TPU_WORKER_ID", ""), environment.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
@@ -107,7 +114,7 @@ def check_hosts(environment: Mapping[str, str], processes: int | None) -> Outcom
         return Outcome("fail", f"TPU_WORKER_ID is {worker!r}, {said}", f"give each host its own, from 0 to {hosts - 1}")
     if processes is None:
         return Outcome("skipped", f"{said}; JAX did not start, see PKV-D04")
-    if processes != next(iter(announced.values()), 1):
+    if processes != next(iter(announced.values()), processes):
         remedy = "start one process on every host at the same time, by launch/tpu_vm.sh, srun or a JobSet"
         return Outcome("fail", f"JAX counts {processes}, {said}", remedy)
     return Outcome("ok", f"JAX counts {processes}, {said}")
