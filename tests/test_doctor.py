@@ -146,19 +146,39 @@ def test_proxies_leave_the_metadata_server_out():
 
 def test_caches_are_private_and_can_be_written(tmp_path):
     me, folder = os.getuid(), tmp_path / "cache"
-    said(check_folder(folder, "set X", me), "ok", "made when it is needed")
+    said(check_folder(folder, "set X", me, None), "ok", "made when it is needed")
     folder.mkdir(mode=0o700)
-    said(check_folder(folder, "set X", me), "ok", "yours alone")
-    said(check_folder(folder, "set X", me + 1), "fail", f"belongs to user {me}", "set X")
-    folder.chmod(0o770)
-    said(check_folder(folder, "set X", me), "fail", "mode 770", f"chmod go-w {folder}")
+    said(check_folder(folder, "set X", me, None), "ok", "yours alone")
+    said(check_folder(folder, "set X", me + 1, None), "fail", f"belongs to user {me}", "set X")
+    said(check_folder(folder, "set X", me + 1, None, "warn"), "warn", f"belongs to user {me}", "set X")
+    folder.chmod(0o775)
+    mine = folder.stat().st_gid
+    said(check_folder(folder, "set X", me, mine), "ok")  # under umask 0002
+    for group, others in ((None, "fail"), (mine + 1, "fail"), (None, "warn")):
+        said(check_folder(folder, "set X", me, group, others), others, "mode 775", f"chmod go-w {folder}")
+    folder.chmod(0o777)
+    said(check_folder(folder, "set X", me, mine), "fail", "mode 777")
     (tmp_path / "file").touch()
-    said(check_folder(tmp_path / "file" / "cache", "set X", me), "fail", "no directory", "set X")
+    said(check_folder(tmp_path / "file" / "cache", "set X", me, None, "warn"), "fail", "no directory", "set X")
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("pkv.doctor.checks.os.access", lambda *_: False)  # root may write everywhere
-    said(check_folder(tmp_path / "cache", "set X", os.getuid()), "fail", f"{tmp_path} cannot be written", "set X")
+    said(check_folder(tmp_path / "cache", "set X", 0, None, "warn"), "fail", f"{tmp_path} cannot be written", "set X")
+    said(check_folder(tmp_path, "set X", 0, None), "fail", f"{tmp_path} cannot be written")
+    said(
+        check_folder(tmp_path, "set X", 0, None, "warn"), "warn", f"{tmp_path} cannot be written"
+    )  # read what is there
+
+
+@pytest.mark.parametrize(("members", "private"), [([], 7), (["ann"], 7), (["ann", "bob"], None)])
+def test_a_group_is_private_that_bears_the_users_name_and_holds_nobody_else(members, private, monkeypatch):
+    monkeypatch.setattr(diagnosis.pwd, "getpwuid", lambda user: SimpleNamespace(pw_name="ann"))
+    groups = {"ann": SimpleNamespace(gr_gid=7, gr_mem=members), "users": SimpleNamespace(gr_gid=8, gr_mem=[])}
+    monkeypatch.setattr(diagnosis.grp, "getgrnam", groups.__getitem__)
+    assert diagnosis.private_group(1000) == private
+    monkeypatch.setattr(diagnosis.grp, "getgrnam", {}.__getitem__)
+    assert diagnosis.private_group(1000) is None
 
 
 def test_compiled_programs_are_looked_for_where_they_are_kept(tmp_path, monkeypatch):
@@ -168,14 +188,19 @@ def test_compiled_programs_are_looked_for_where_they_are_kept(tmp_path, monkeypa
     monkeypatch.setattr(compiling, "jax", SimpleNamespace(config=config))
     compiling.keep_compiled()
     environment = {"XDG_CACHE_HOME": str(tmp_path), "HOME": "/nowhere"}
-    said(check_compiled(environment, os.getuid()), "ok", f"{tmp_path}/pkv/compiled is yours alone")
+    said(check_compiled(environment, os.getuid(), None), "ok", f"{tmp_path}/pkv/compiled is yours alone")
     (tmp_path / "pkv/compiled").chmod(0o777)
-    said(check_compiled(environment, os.getuid()), "fail", "mode 777")
-    said(check_compiled({"HOME": str(tmp_path)}, os.getuid()), "ok", f"{tmp_path}/.cache/pkv/compiled")
+    said(check_compiled(environment, os.getuid(), None), "fail", "mode 777")
+    said(check_compiled({"HOME": str(tmp_path)}, os.getuid(), None), "ok", f"{tmp_path}/.cache/pkv/compiled")
     named = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "pkv")}
-    said(check_compiled(named, os.getuid()), "ok", f"{tmp_path}/pkv is yours")
-    said(check_compiled({"JAX_COMPILATION_CACHE_DIR": "gs://a/b"}, os.getuid()), "skipped")
-    said(check_compiled({"JAX_ENABLE_COMPILATION_CACHE": "false"}, os.getuid()), "skipped")
+    said(check_compiled(named, os.getuid(), None), "ok", f"{tmp_path}/pkv is yours")
+    (tmp_path / "pkv").chmod(0o775)  # under umask 0002
+    mine = (tmp_path / "pkv").stat().st_gid
+    said(check_compiled(named, os.getuid(), mine), "ok")
+    (tmp_path / "pkv/compiled").chmod(0o775)
+    said(check_compiled(environment, os.getuid(), mine), "fail", "mode 775")  # as pkv.compiling does
+    said(check_compiled({"JAX_COMPILATION_CACHE_DIR": "gs://a/b"}, os.getuid(), None), "skipped")
+    said(check_compiled({"JAX_ENABLE_COMPILATION_CACHE": "false"}, os.getuid(), None), "skipped")
 
 
 def test_disks_are_as_good_as_the_fullest(tmp_path):

@@ -163,8 +163,11 @@ def check_proxies(environment: Mapping[str, str], *, tpu: bool) -> Outcome:
     return Outcome("fail" if tpu else "warn", f"{', '.join(proxies)} set, no_proxy leaves out {host}", remedy)
 
 
-def check_compiled(environment: Mapping[str, str], user: int) -> Outcome:
-    """Where pkv.compiling keeps compiled programs, which jax runs as they are: said here again, as it imports jax."""
+def check_compiled(environment: Mapping[str, str], user: int, group: int | None) -> Outcome:
+    """Where pkv.compiling keeps compiled programs, which jax runs as they are: said here again, as it imports jax.
+
+    Its own folder it wants without a group that may write, a named one it takes as it is.
+    """
     named = environment.get("JAX_COMPILATION_CACHE_DIR", "")
     if environment.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in ("false", "0", "off", "no", "n", "f"):
         return Outcome("skipped", "JAX_ENABLE_COMPILATION_CACHE forbids to keep any")
@@ -172,7 +175,7 @@ def check_compiled(environment: Mapping[str, str], user: int) -> Outcome:
         return Outcome("skipped", "JAX_COMPILATION_CACHE_DIR is not on this machine's disks")
     home = Path(environment.get("XDG_CACHE_HOME") or Path(environment.get("HOME", "~"), ".cache").expanduser())
     folder = Path(named) if named else home / "pkv" / "compiled"
-    return check_folder(folder, "name a directory of yours: JAX_COMPILATION_CACHE_DIR", user)
+    return check_folder(folder, "name a directory of yours: JAX_COMPILATION_CACHE_DIR", user, group if named else None)
 
 
 def nearest_existing(path: Path) -> Path:
@@ -180,21 +183,24 @@ def nearest_existing(path: Path) -> Path:
     return next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
 
 
-def check_folder(folder: Path, remedy: str, user: int) -> Outcome:
-    """Whether what is fetched or compiled can be kept in `folder`, where nobody but `user` writes."""
+def check_folder(folder: Path, remedy: str, user: int, group: int | None, others: State = "fail") -> Outcome:
+    """Whether what is fetched or compiled can be kept in `folder`, where nobody but `user` writes.
+
+    group: one that holds nobody else. others: how bad it is where somebody else owns it or can write there.
+    """
     place = nearest_existing(folder)
     if not place.is_dir():
         return Outcome("fail", f"{place} is no directory", remedy)
     if not os.access(place, os.W_OK | os.X_OK):
-        return Outcome("fail", f"{place} cannot be written", remedy)
+        return Outcome(others if place == folder else "fail", f"{place} cannot be written", remedy)
     if place != folder:
         return Outcome("ok", f"{folder} is made when it is needed")
     found = folder.stat()
     if found.st_uid != user:
-        return Outcome("fail", f"{folder} belongs to user {found.st_uid}, not to you ({user})", remedy)
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return Outcome(others, f"{folder} belongs to user {found.st_uid}, not to you ({user})", remedy)
+    if found.st_mode & (stat.S_IWOTH if found.st_gid == group else stat.S_IWOTH | stat.S_IWGRP):
         mode = stat.S_IMODE(found.st_mode)
-        return Outcome("fail", f"{folder} can be written by others (mode {mode:o})", f"chmod go-w {folder}")
+        return Outcome(others, f"{folder} can be written by others (mode {mode:o})", f"chmod go-w {folder}")
     return Outcome("ok", f"{folder} is yours alone to write")
 
 
