@@ -87,6 +87,27 @@ def test_devices_that_do_not_start_do_not_answer_or_are_not_used():
     said(check_devices(STUCK, "", []), "fail", "no answer within 60 s", "on all at the same time")
 
 
+def test_what_is_passed_through_is_a_tpu_only_where_google_made_it(tmp_path):
+    def plug(place: str, vendor: str, kind: str) -> None:
+        device = tmp_path / "sys/bus/pci/devices" / place
+        device.mkdir(parents=True)
+        (device / "vendor").write_text(vendor + "\n")
+        (device / "class").write_text(kind + "\n")
+
+    root, files = f"{tmp_path}/", tmp_path / "dev"
+    (files / "vfio").mkdir(parents=True)
+    for name in ("vfio/vfio", "vfio/12", "nvidia0"):
+        (files / name).touch()
+    plug("0000:00:01.0", "0x8086", "0x020000")
+    plug("0000:00:02.0", "0x1ae0", "0x020000")  # Google's network card
+    assert diagnosis.tpu_files(root) == []
+    plug("0000:00:03.0", "0x1ae0", "0x088000")
+    assert diagnosis.tpu_files(root) == [f"{files}/vfio/12"]
+    (files / "accel0").touch()
+    (files / "vfio/12").unlink()
+    assert diagnosis.tpu_files(root) == [f"{files}/accel0"]
+
+
 @pytest.mark.parametrize(
     ("environment", "processes", "state", "words"),
     [
@@ -142,6 +163,24 @@ def test_proxies_leave_the_metadata_server_out():
     for exempt in ("metadata.google.internal", "a, .google.internal", "*"):
         said(check_proxies({**PROXY, "NO_PROXY": exempt}, tpu=True), "ok")
     said(check_proxies({"HTTP_PROXY": "a", "no_proxy": "google.com"}, tpu=True), "fail", "HTTP_PROXY")
+
+
+@pytest.mark.parametrize(
+    ("several", "first"),
+    [
+        ({"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "10.0.0.7:1234"}, "10.0.0.7"),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "gpu[007-014],big3"}, "gpu007"),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "big3,gpu[007-014]"}, "big3"),
+        ({"TPU_WORKER_HOSTNAMES": "t-0.pods,t-1.pods"}, "t-0.pods"),
+    ],
+)
+def test_proxies_leave_the_first_of_several_hosts_out(several, first):
+    environment = {**PROXY, **several, "no_proxy": "metadata.google.internal"}
+    said(check_proxies(environment, tpu=False), "warn", f"no_proxy leaves out {first}", f"no_proxy=$no_proxy,{first}")
+    exempt = f"metadata.google.internal,{'10.0.0.0/8' if first[0] == '1' else first}"
+    said(check_proxies({**environment, "no_proxy": exempt}, tpu=False), "ok", first)
+    said(check_proxies({**environment, "no_proxy": "*"}, tpu=False), "ok")
+    said(check_proxies({**several, **PROXY}, tpu=True), "fail", "metadata.google.internal", first)
 
 
 def test_caches_are_private_and_can_be_written(tmp_path):

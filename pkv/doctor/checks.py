@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -149,18 +151,52 @@ def _holders(file: os.stat_result, locks: str) -> list[int]:
 
 
 def check_proxies(environment: Mapping[str, str], *, tpu: bool) -> Outcome:
-    """No proxy may stand between JAX and the metadata server; its address, which may hold a password, isn't shown."""
+    """No proxy may stand before the metadata server, nor before the first of several hosts, which all others call.
+
+    A proxy's address, which may hold a password, isn't shown.
+    """
     lower = {name.lower(): name for name, value in environment.items() if value}
     proxies = [lower[name] for name in ("http_proxy", "https_proxy", "all_proxy") if name in lower]
     if not proxies:
         return Outcome("ok", "no proxy is set")
-    host = environment.get("GCE_METADATA_IP", METADATA)
     exempt = environment[lower["no_proxy"]].split(",") if "no_proxy" in lower else []
-    names = [name.strip().lstrip(".") for name in exempt if name.strip()]
-    if any(name == "*" or f".{host}".endswith(f".{name}") for name in names):
-        return Outcome("ok", f"{', '.join(proxies)} set, not for {host}")
-    remedy = f"export no_proxy=$no_proxy,{host},169.254.169.254"
-    return Outcome("fail" if tpu else "warn", f"{', '.join(proxies)} set, no_proxy leaves out {host}", remedy)
+    names = [name.strip() for name in exempt if name.strip()]
+    metadata = environment.get("GCE_METADATA_IP", METADATA)
+    wanted = [metadata, *_first_host(environment)]
+    left_out = [host for host in wanted if not any(_is_exempt(host, name) for name in names)]
+    if not left_out:
+        return Outcome("ok", f"{', '.join(proxies)} set, not for {', '.join(wanted)}")
+    remedy = f"export no_proxy=$no_proxy,{','.join(left_out)}{',169.254.169.254' if metadata in left_out else ''}"
+    found = f"{', '.join(proxies)} set, no_proxy leaves out {', '.join(left_out)}"
+    return Outcome("fail" if tpu and metadata in left_out else "warn", found, remedy)
+
+
+def _is_exempt(host: str, exempt: str) -> bool:
+    """By `*`, the end of a name, or as gRPC reads it a network such as 10.0.0.0/8."""
+    try:
+        return (
+            f".{host}".endswith(f".{exempt.lstrip('.')}")
+            or exempt == "*"
+            or ip_address(host) in ip_network(exempt, False)
+        )
+    except ValueError:  # one of them is a name
+        return False
+
+
+def _first_host(environment: Mapping[str, str]) -> list[str]:
+    """Where the hosts find each other, if there are several and a variable says it, as JAX reads them."""
+    if max(announced_processes(environment).values(), default=1) == 1:
+        return []
+    for name in (
+        "JAX_COORDINATOR_ADDRESS",
+        "MEGASCALE_COORDINATOR_ADDRESS",
+        "TPU_PROCESS_ADDRESSES",
+        "TPU_WORKER_HOSTNAMES",
+        "SLURM_STEP_NODELIST",
+    ):
+        if found := re.match(r"([^,:\[]+)(?:\[(\w+))?", environment.get(name, "")):  # of node[01-08] node01
+            return ["".join(part for part in found.groups() if part)]
+    return []
 
 
 def check_compiled(environment: Mapping[str, str], user: int, group: int | None) -> Outcome:

@@ -72,7 +72,7 @@ def _outcome(future: Future[Outcome]) -> Outcome:
 def list_checks(run: Path, online: bool, timeout_s: int) -> list[Check]:
     """The checks with what they look at; what is slow or may fail is looked up when the check is called."""
     environment = dict(os.environ)
-    tpus, gpus = sorted(glob("/dev/accel[0-9]*") + glob("/dev/vfio/[0-9]*")), sorted(glob("/dev/nvidia[0-9]*"))
+    tpus, gpus = tpu_files(), sorted(glob("/dev/nvidia[0-9]*"))
     tpu, user = bool(tpus), os.getuid()
     several = max(announced_processes(environment).values(), default=1) > 1
     devices = cache(lambda: ask_devices(several, timeout_s))
@@ -108,6 +108,14 @@ def installed(name: str) -> str | None:
 def process_name(pid: int) -> str | None:
     """Of a live process that can be seen from here."""
     return _text(f"/proc/{pid}/comm").strip() or None if pid > 0 else None
+
+
+def tpu_files(root: str = "/") -> list[str]:
+    """Device files of TPUs; newer ones have VFIO's, as has whatever is passed through to a virtual machine."""
+    google = [Path(file).parent for file in glob(f"{root}sys/bus/pci/devices/*/vendor") if _text(file) == "0x1ae0\n"]
+    # Google's too are the disks and network cards of its virtual machines, PCI classes 1 and 2.
+    chips = [device for device in google if not _text(f"{device}/class").startswith(("0x01", "0x02"))]
+    return sorted(glob(f"{root}dev/accel[0-9]*") + (glob(f"{root}dev/vfio/[0-9]*") if chips else []))
 
 
 def private_group(user: int) -> int | None:
