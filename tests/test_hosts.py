@@ -29,6 +29,7 @@ from pkv.hosts import VARIABLES, join
 from pkv.mesh import make_mesh, own_part
 from pkv.records import Batch
 from pkv.train.loop import train
+from pkv.train.run import made_with
 from pkv.train.setup import build
 
 DEVICES = 8
@@ -258,6 +259,43 @@ def test_hosts_that_would_not_compute_the_same_say_so(config_file, tmp_path):
     for code, _, stderr in ended:
         assert code == 2 and "pkv: hosts differ in config: " in stderr, stderr
     assert not (tmp_path / "run").exists()
+
+
+COMPARING = """
+from pkv import hosts
+from pkv.config import UserError
+from pkv.train.run import made_with
+hosts.join()
+try:
+    hosts.compare(made_with())
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", ["revision", "libtpu", "jax-cuda12-plugin", "jax"])
+def test_hosts_of_another_revision_or_other_versions_are_refused_by_name(of, tmp_path):
+    told = [{**each, "GIT_DIR": "/nowhere", "PKV_COMMIT": "a" * 40} for each in announce(2)]  # an unpacked archive
+    if of == "revision":
+        told[1]["PKV_COMMIT"] = "b" * 40
+        want = f"hosts differ in git: {'a' * 12} on host 0, {'b' * 12} on host 1; ship the same commit"
+    else:
+        metadata = tmp_path / f"{of.replace('-', '_')}-9.9.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {of}\nVersion: 9.9\n")
+        told[1]["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        want = f"hosts differ in {of}: {made_with().get(of)} on host 0, 9.9 on host 1; ship the same commit"
+    for code, stdout, stderr in run_python(COMPARING, told):
+        assert code == 0 and stdout.startswith(want), (stdout, stderr[-2000:])
+
+
+def test_the_revision_of_an_unpacked_archive_is_the_launchers(monkeypatch):
+    monkeypatch.setenv("PKV_COMMIT", "0123456789abcdef")
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
+    assert made_with()["git"] == "0123456789ab"
+    monkeypatch.delenv("PKV_COMMIT")
+    assert "git" not in made_with()
 
 
 @pytest.mark.slow
