@@ -81,12 +81,10 @@ def _find_others() -> None:
             shutdown_timeout_seconds=HEARTBEAT_S,
         )
     except ValueError as error:
-        if named or "coordinator_address should be defined" not in str(
-            error
-        ):  # which it says where nothing is announced
-            raise UserError(
-                f"{named or 'the variables of the launcher'}: {_first_line(error)}; give all of {_ALL}"
-            ) from error
+        nobody_else = "coordinator_address should be defined" in str(error)
+        if named or not nobody_else:
+            told = named or "the variables of the launcher"
+            raise UserError(f"{told}: {_first_line(error)}; give all of {_ALL}") from error
     except OSError as error:  # a TPU without the service that tells machines of each other
         if named:
             raise UnavailableError(f"{named}: {_first_line(error)}") from error
