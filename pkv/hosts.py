@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from pkv.config import UserError
+from pkv.config import UnavailableError, UserError
 
 Item = TypeVar("Item")
 
@@ -32,6 +32,8 @@ JOIN_S = 300
 _RUNS: list[int] = []  # that this process has watched over
 # For machines that JAX doesn't recognise by itself; of the names, JAX reads the first.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_ALL = ", ".join(VARIABLES)
+_AGAIN = "start the same command on all at the same time, or set JAX_NUM_PROCESSES=1 to train on this one alone"
 
 
 class StoppedTogetherError(KeyboardInterrupt):
@@ -42,13 +44,31 @@ def join() -> None:
     """Join the other hosts of the run, where there are some; before any computation.
 
     They are found by JAX on Cloud TPU, GKE, Slurm and Open MPI, elsewhere by VARIABLES; with JAX_NUM_PROCESSES=1 none
-    are looked for. Raises UserError.
+    are looked for. Raises UserError; ends the process where they are not found within JOIN_S.
     """
-    address, count, number = map(os.environ.get, VARIABLES)
+    count = os.environ.get("JAX_NUM_PROCESSES")
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS"))  # of srun; of the whole allocation
-    if "1" in (count, tasks, os.environ.get("OMPI_COMM_WORLD_SIZE")) or jax.distributed.is_initialized():
-        return
+    if "1" not in (count, tasks, os.environ.get("OMPI_COMM_WORLD_SIZE")) and not jax.distributed.is_initialized():
+        late = threading.Timer(JOIN_S, _give_up)
+        late.daemon = True
+        late.start()
+        try:
+            _find_others()
+        finally:
+            late.cancel()
+    if (count := jax.process_count()) > 1 and not jax.distributed.is_initialized():
+        raise UserError(
+            f"JAX counts {count} processes, which nothing has joined; give each {_ALL} with their true number"
+        )
+
+
+def _find_others() -> None:
+    address, count, number = map(os.environ.get, VARIABLES)
     named = " ".join(name for name in VARIABLES if name in os.environ)
+    if address and ":" not in address:
+        raise UserError(
+            f"JAX_COORDINATOR_ADDRESS: got {address!r}, expected a host and a free port, as in 10.0.0.1:1234"
+        )
     # Its handler takes SIGTERM for a word to a service that pkv has no use for: a run that loads would not end.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -56,25 +76,33 @@ def join() -> None:
             address,
             int(count) if count else None,
             int(number) if number else None,
-            initialization_timeout=JOIN_S,
+            initialization_timeout=2 * JOIN_S,  # it ends by an abort in C++, so it never gets there
             heartbeat_timeout_seconds=HEARTBEAT_S,
             shutdown_timeout_seconds=HEARTBEAT_S,
         )
     except ValueError as error:
-        if named:
-            raise UserError(f"{named}: {error} Give all of {', '.join(VARIABLES)}") from error
+        nobody_else = "coordinator_address should be defined" in str(error)
+        if named or not nobody_else:
+            told = named or "the variables of the launcher"
+            raise UserError(f"{told}: {_first_line(error)}; give all of {_ALL}") from error
     except OSError as error:  # a TPU without the service that tells machines of each other
         if named:
-            raise UserError(f"{named}: {error}") from error
+            raise UnavailableError(f"{named}: {_first_line(error)}") from error
     except Exception as error:
-        late = "before any JAX calls" in str(error)
-        if late and not named and jax.process_count() == 1:  # in a notebook that has computed already: it is alone
-            return
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the hosts did not find each other: {first} Start the same command on all within {JOIN_S} s, or set "
-            "JAX_NUM_PROCESSES=1 to train on this one alone"
-        ) from error
+        if "before any JAX calls" not in str(error):
+            raise UnavailableError(f"the hosts did not find each other: {_first_line(error)}; {_AGAIN}") from error
+        if named or jax.process_count() > 1:  # in a notebook that has computed already it is alone
+            raise UserError(f"the hosts cannot find each other: {_first_line(error)}") from error
+
+
+def _give_up() -> None:
+    """Say that others are missing, before JAX does so by an abort."""
+    address = _state().coordinator_address
+    _end(f"the hosts did not find each other{f' at {address}' if address else ''} within {JOIN_S} s; {_AGAIN}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def leads() -> bool:
@@ -122,7 +150,9 @@ def compare(facts: Mapping[str, Any]) -> None:
         try:
             theirs = json.loads(client.blocking_key_value_get(f"{_place()}facts/{number}", JOIN_S * 1000))
         except jax.errors.JaxRuntimeError as error:
-            raise UserError(f"host {number} did not say what it runs within {JOIN_S} s: look at its output") from error
+            raise UnavailableError(
+                f"host {number} did not say what it runs within {JOIN_S} s: look at its output"
+            ) from error
         first = first or theirs
         for name in [*first, *theirs]:
             if first.get(name) != theirs.get(name):
@@ -198,16 +228,24 @@ def _place() -> str:
 
 
 def _leave(why: str) -> None:
-    """End the process from a thread, whatever its other threads wait for."""
     hint = "the same command on all hosts resumes at the last checkpoint"
-    print(f"pkv: {why}; host {jax.process_index()} ({socket.gethostname()}) stops; {hint}", file=sys.stderr, flush=True)
+    _end(f"{why}; host {jax.process_index()} ({socket.gethostname()}) stops; {hint}")
+
+
+def _end(why: str) -> None:
+    """End the process from a thread, whatever its other threads wait for."""
+    print(f"pkv: {why}", file=sys.stderr, flush=True)
     for child in multiprocessing.active_children():  # or what scores would live on, and hold the terminal
         child.kill()
     os._exit(1)
 
 
 def _client() -> Any:
+    return _state().client
+
+
+def _state() -> Any:
     """What JAX's processes know each other by. It has no public name; Orbax uses it as well."""
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state

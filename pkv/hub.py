@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from pkv.config import UserError
+from pkv.config import UnavailableError, UserError
 
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # configs and tokenizers
@@ -89,15 +89,19 @@ def _download(repository: str, revision: str | None, patterns: Iterable[str]) ->
     except Exception as error:  # the network: what the hub's libraries raise has no kind in common
         if _offline():
             raise UserError(f"{name}: no such directory; {_NOT_HERE}, or name a directory") from error
-        raise UserError(f"{name}: {_explain(error, repository)}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if mistake := _mistake(error, reason, repository):
+            raise UserError(f"{name}: {mistake}") from error
+        raise UnavailableError(
+            f"{name}: the hub did not give it: {reason}; check the connection and give the command again"
+        ) from error
 
 
-def _explain(error: Exception, repository: str) -> str:
-    """Why the hub gave nothing, and what to do, in one line."""
+def _mistake(error: Exception, reason: str, repository: str) -> str | None:
+    """Why the hub gave nothing, and what to do, in one line; None where it is the network's doing."""
     from huggingface_hub import errors
 
     login = "log in by `hf auth login` or set HF_TOKEN"
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     if isinstance(error, errors.GatedRepoError):
         return f"access is restricted; ask for it at https://huggingface.co/{repository} and {login}"
@@ -111,7 +115,7 @@ def _explain(error: Exception, repository: str) -> str:
         return f"no room for it on the disk: {reason}; free some, or set HF_HOME to a directory with more"
     if isinstance(error, PermissionError):
         return f"the hub's cache cannot be written: {reason}; set HF_HOME to a directory of your own"
-    return f"the hub did not give it: {reason}; check the connection and give the command again"
+    return None
 
 
 def _offline() -> bool:

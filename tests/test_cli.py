@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import pytest
 
@@ -341,6 +342,16 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypat
     assert code == 2 and out == "" and err.startswith("pkv: ") and err.count("\n") == 1
     assert words in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_is_away_is_one_line_and_exit_code_1(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    code, out, err = call(capsys, "chat", "owner/away", "--once", "hi")
+    assert code == 1 and out == "" and err.startswith("pkv: owner/away: the hub did not give it: timed out")
+    assert err.count("\n") == 1
 
 
 def test_who_reads_only_the_head_gets_no_traceback(tmp_path):

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pkv.config import UserError
+from pkv.config import UnavailableError, UserError
 from pkv.data import open_source
 from pkv.data.columns import last_box
 
@@ -122,7 +122,7 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch: pytest.Monk
         raise ConnectionError("Couldn't reach\nthe hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(UserError, match=r"openai/gsm8k: .*offline.*local file") as caught:
+    with pytest.raises(UnavailableError, match=r"openai/gsm8k: .*offline.*local file") as caught:
         open_source("openai/gsm8k")
     assert "\n" not in str(caught.value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 from http.client import BadStatusLine
@@ -56,7 +57,8 @@ def said(outcome: Outcome, state: str, *words: str) -> None:
 
 
 def test_python():
-    said(check_python("3.11.0rc1", ">=3.10"), "ok", "3.11.0rc1")
+    said(check_python("3.11.0rc1", ">=3.11"), "ok", "3.11.0rc1")
+    said(check_python("3.11.9+", ">=3.11"), "ok")  # built from a checkout
     said(check_python("3.10.12", ">=3.11"), "fail", "3.10.12", ">=3.11", "newer Python")
 
 
@@ -85,13 +87,38 @@ def test_devices_that_do_not_start_do_not_answer_or_are_not_used():
     said(check_devices(STUCK, "", []), "fail", "no answer within 60 s", "on all at the same time")
 
 
+def test_what_is_passed_through_is_a_tpu_only_where_google_made_it(tmp_path):
+    def plug(place: str, vendor: str, kind: str) -> None:
+        device = tmp_path / "sys/bus/pci/devices" / place
+        device.mkdir(parents=True)
+        (device / "vendor").write_text(vendor + "\n")
+        (device / "class").write_text(kind + "\n")
+
+    root, files = f"{tmp_path}/", tmp_path / "dev"
+    (files / "vfio").mkdir(parents=True)
+    for name in ("vfio/vfio", "vfio/12", "nvidia0"):
+        (files / name).touch()
+    plug("0000:00:01.0", "0x8086", "0x020000")
+    plug("0000:00:02.0", "0x1ae0", "0x020000")  # Google's network card
+    assert diagnosis.tpu_files(root) == []
+    plug("0000:00:03.0", "0x1ae0", "0x088000")
+    assert diagnosis.tpu_files(root) == [f"{files}/vfio/12"]
+    (files / "accel0").touch()
+    (files / "vfio/12").unlink()
+    assert diagnosis.tpu_files(root) == [f"{files}/accel0"]
+
+
 @pytest.mark.parametrize(
     ("environment", "processes", "state", "words"),
     [
-        ({}, 1, "ok", "nothing announces"),
+        ({}, 1, "ok", "no variable says how many"),
+        ({}, 4, "ok", "JAX counts 4"),  # a slice of Cloud TPU VMs
+        ({"JAX_NUM_PROCESSES": "2"}, 2, "ok", "JAX_NUM_PROCESSES says 2"),
+        ({"JAX_NUM_PROCESSES": "2"}, 1, "fail", "JAX counts 1, JAX_NUM_PROCESSES says 2"),
+        ({"JAX_NUM_PROCESSES": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 1, "ok", "says 1"),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1, "ok", "says 1"),
         ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2"}, 4, "ok", "says 4"),
-        ({"SLURM_NTASKS": "8"}, 1, "ok", "nothing announces"),  # a shell within an allocation
+        ({"SLURM_NTASKS": "8"}, 1, "ok", "no variable says"),  # a shell within an allocation
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 1, "fail", "JAX counts 1, SLURM_NTASKS says 8"),
         ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, 1, "fail", "says 4"),
         ({"TPU_WORKER_HOSTNAMES": "a"}, 4, "fail", "JAX counts 4"),
@@ -138,21 +165,59 @@ def test_proxies_leave_the_metadata_server_out():
     said(check_proxies({"HTTP_PROXY": "a", "no_proxy": "google.com"}, tpu=True), "fail", "HTTP_PROXY")
 
 
+@pytest.mark.parametrize(
+    ("several", "first"),
+    [
+        ({"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "10.0.0.7:1234"}, "10.0.0.7"),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "gpu[007-014],big3"}, "gpu007"),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "big3,gpu[007-014]"}, "big3"),
+        ({"TPU_WORKER_HOSTNAMES": "t-0.pods,t-1.pods"}, "t-0.pods"),
+    ],
+)
+def test_proxies_leave_the_first_of_several_hosts_out(several, first):
+    environment = {**PROXY, **several, "no_proxy": "metadata.google.internal"}
+    said(check_proxies(environment, tpu=False), "warn", f"no_proxy leaves out {first}", f"no_proxy=$no_proxy,{first}")
+    exempt = f"metadata.google.internal,{'10.0.0.0/8' if first[0] == '1' else first}"
+    said(check_proxies({**environment, "no_proxy": exempt}, tpu=False), "ok", first)
+    said(check_proxies({**environment, "no_proxy": "*"}, tpu=False), "ok")
+    said(check_proxies({**several, **PROXY}, tpu=True), "fail", "metadata.google.internal", first)
+
+
 def test_caches_are_private_and_can_be_written(tmp_path):
     me, folder = os.getuid(), tmp_path / "cache"
-    said(check_folder(folder, "set X", me), "ok", "made when it is needed")
+    said(check_folder(folder, "set X", me, None), "ok", "made when it is needed")
     folder.mkdir(mode=0o700)
-    said(check_folder(folder, "set X", me), "ok", "yours alone")
-    said(check_folder(folder, "set X", me + 1), "fail", f"belongs to user {me}", "set X")
-    folder.chmod(0o770)
-    said(check_folder(folder, "set X", me), "fail", "mode 770", f"chmod go-w {folder}")
+    said(check_folder(folder, "set X", me, None), "ok", "yours alone")
+    said(check_folder(folder, "set X", me + 1, None), "fail", f"belongs to user {me}", "set X")
+    said(check_folder(folder, "set X", me + 1, None, "warn"), "warn", f"belongs to user {me}", "set X")
+    folder.chmod(0o775)
+    mine = folder.stat().st_gid
+    said(check_folder(folder, "set X", me, mine), "ok")  # under umask 0002
+    for group, others in ((None, "fail"), (mine + 1, "fail"), (None, "warn")):
+        said(check_folder(folder, "set X", me, group, others), others, "mode 775", f"chmod go-w {folder}")
+    folder.chmod(0o777)
+    said(check_folder(folder, "set X", me, mine), "fail", "mode 777")
     (tmp_path / "file").touch()
-    said(check_folder(tmp_path / "file" / "cache", "set X", me), "fail", "no directory", "set X")
+    said(check_folder(tmp_path / "file" / "cache", "set X", me, None, "warn"), "fail", "no directory", "set X")
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("pkv.doctor.checks.os.access", lambda *_: False)  # root may write everywhere
-    said(check_folder(tmp_path / "cache", "set X", os.getuid()), "fail", f"{tmp_path} cannot be written", "set X")
+    said(check_folder(tmp_path / "cache", "set X", 0, None, "warn"), "fail", f"{tmp_path} cannot be written", "set X")
+    said(check_folder(tmp_path, "set X", 0, None), "fail", f"{tmp_path} cannot be written")
+    said(
+        check_folder(tmp_path, "set X", 0, None, "warn"), "warn", f"{tmp_path} cannot be written"
+    )  # read what is there
+
+
+@pytest.mark.parametrize(("members", "private"), [([], 7), (["ann"], 7), (["ann", "bob"], None)])
+def test_a_group_is_private_that_bears_the_users_name_and_holds_nobody_else(members, private, monkeypatch):
+    monkeypatch.setattr(diagnosis.pwd, "getpwuid", lambda user: SimpleNamespace(pw_name="ann"))
+    groups = {"ann": SimpleNamespace(gr_gid=7, gr_mem=members), "users": SimpleNamespace(gr_gid=8, gr_mem=[])}
+    monkeypatch.setattr(diagnosis.grp, "getgrnam", groups.__getitem__)
+    assert diagnosis.private_group(1000) == private
+    monkeypatch.setattr(diagnosis.grp, "getgrnam", {}.__getitem__)
+    assert diagnosis.private_group(1000) is None
 
 
 def test_compiled_programs_are_looked_for_where_they_are_kept(tmp_path, monkeypatch):
@@ -162,14 +227,19 @@ def test_compiled_programs_are_looked_for_where_they_are_kept(tmp_path, monkeypa
     monkeypatch.setattr(compiling, "jax", SimpleNamespace(config=config))
     compiling.keep_compiled()
     environment = {"XDG_CACHE_HOME": str(tmp_path), "HOME": "/nowhere"}
-    said(check_compiled(environment, os.getuid()), "ok", f"{tmp_path}/pkv/compiled is yours alone")
+    said(check_compiled(environment, os.getuid(), None), "ok", f"{tmp_path}/pkv/compiled is yours alone")
     (tmp_path / "pkv/compiled").chmod(0o777)
-    said(check_compiled(environment, os.getuid()), "fail", "mode 777")
-    said(check_compiled({"HOME": str(tmp_path)}, os.getuid()), "ok", f"{tmp_path}/.cache/pkv/compiled")
+    said(check_compiled(environment, os.getuid(), None), "fail", "mode 777")
+    said(check_compiled({"HOME": str(tmp_path)}, os.getuid(), None), "ok", f"{tmp_path}/.cache/pkv/compiled")
     named = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "pkv")}
-    said(check_compiled(named, os.getuid()), "ok", f"{tmp_path}/pkv is yours")
-    said(check_compiled({"JAX_COMPILATION_CACHE_DIR": "gs://a/b"}, os.getuid()), "skipped")
-    said(check_compiled({"JAX_ENABLE_COMPILATION_CACHE": "false"}, os.getuid()), "skipped")
+    said(check_compiled(named, os.getuid(), None), "ok", f"{tmp_path}/pkv is yours")
+    (tmp_path / "pkv").chmod(0o775)  # under umask 0002
+    mine = (tmp_path / "pkv").stat().st_gid
+    said(check_compiled(named, os.getuid(), mine), "ok")
+    (tmp_path / "pkv/compiled").chmod(0o775)
+    said(check_compiled(environment, os.getuid(), mine), "fail", "mode 775")  # as pkv.compiling does
+    said(check_compiled({"JAX_COMPILATION_CACHE_DIR": "gs://a/b"}, os.getuid(), None), "skipped")
+    said(check_compiled({"JAX_ENABLE_COMPILATION_CACHE": "false"}, os.getuid(), None), "skipped")
 
 
 def test_disks_are_as_good_as_the_fullest(tmp_path):
@@ -223,6 +293,19 @@ def test_jax_is_asked_in_a_process_that_may_fail_or_hang():
         True, 1, "import sys, time; time.sleep(60 * (sys.argv[1] == 'several'))"
     ).trouble == STUCK.trouble.replace("60", "1")
     assert "says nothing that can be read" in ask_devices(False, 20, "pass").trouble
+
+
+def test_hosts_find_each_other_by_the_variables_of_jax():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{probe.getsockname()[1]}"
+    code = "from pkv.doctor.devices import ask_devices; print(ask_devices(True, 60).processes)"
+    told = os.environ | {"JAX_COORDINATOR_ADDRESS": place, "JAX_NUM_PROCESSES": "2"}
+    asked = [
+        subprocess.Popen([sys.executable, "-c", code], env=told | {"JAX_PROCESS_ID": number}, cwd=ROOT, stdout=-1)
+        for number in "01"
+    ]
+    assert [process.communicate(timeout=120)[0] for process in asked] == [b"2\n", b"2\n"]
 
 
 def test_a_check_that_crashes_is_a_finding_and_the_others_go_on():

@@ -25,9 +25,11 @@ from pkv import checkpoint
 from pkv.config import MeshConfig, UserError, load_config
 from pkv.grpo.packing import Layout, pack
 from pkv.grpo.packing import Sequence as TrainingSequence
+from pkv.hosts import VARIABLES, join
 from pkv.mesh import make_mesh, own_part
 from pkv.records import Batch
 from pkv.train.loop import train
+from pkv.train.run import made_with
 from pkv.train.setup import build
 
 DEVICES = 8
@@ -46,6 +48,29 @@ def alone(config_file, tmp_path_factory) -> Path:
     return folder
 
 
+def announce(count: int, first: str = "127.0.0.1") -> list[dict[str, str]]:
+    """What each of so many processes is told of the others."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"{first}:{probe.getsockname()[1]}"
+    told = {"JAX_COORDINATOR_ADDRESS": place, "JAX_NUM_PROCESSES": str(count)}
+    return [{**told, "JAX_PROCESS_ID": str(number)} for number in range(count)]
+
+
+def run_python(code: str, environments: Sequence[dict[str, str]]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of processes that run the same at the same time, each with variables of its own."""
+
+    def one(own: dict[str, str]) -> tuple[int, str, str]:
+        command, folder = [sys.executable, "-c", code], Path(__file__).parent.parent
+        done = subprocess.run(
+            command, env=os.environ | own, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    with ThreadPoolExecutor(len(environments)) as threads:
+        return list(threads.map(one, environments))
+
+
 class Hosts:
     """Processes that train together, each with its share of the devices.
 
@@ -62,17 +87,10 @@ class Hosts:
         networks: Sequence[str] = (),
         first: str = "127.0.0.1",
     ):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self.processes = []
-        for number in range(count):
-            environment = os.environ | {
-                "JAX_COORDINATOR_ADDRESS": f"{first}:{port}",
-                "JAX_NUM_PROCESSES": str(count),
-                "JAX_PROCESS_ID": str(number),
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}",
-            }
+        for number, announced in enumerate(announce(count, first)):
+            environment = os.environ | announced
+            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // count}"
             inside = ["ip", "netns", "exec", networks[number]] if networks else []
             command = [*inside, sys.executable, "-m", "pkv", "train", str(config), "--run", str(run), *flags]
             self.processes.append(
@@ -201,6 +219,39 @@ def test_a_host_that_dies_ends_the_others_with_a_named_error(gone, config_file, 
     assert checkpoint.latest(run / "checkpoints") >= 3
 
 
+HASTY = "from pkv import cli, hosts; hosts.JOIN_S = 2; exit(cli.main(['train', 'tiny', '--run', '/dev/null/run']))"
+TASK = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+
+
+def test_a_host_that_is_alone_says_so_before_jax_aborts():
+    for code, _, stderr in run_python(HASTY, [announce(2)[0], announce(2)[1]]):  # neither waits where the other is
+        assert code == 1 and "pkv: the hosts did not find each other at 127.0.0.1:" in stderr, stderr
+        assert "Check failure" not in stderr and stderr.count("pkv:") == 1
+
+
+def test_a_launcher_that_says_nonsense_lets_nobody_train_alone():
+    told = [{**TASK, "SLURM_PROCID": "x"}, {**TASK, "SLURM_PROCID": "7"}, {"JAX_COORDINATOR_ADDRESS": "localhost"}]
+    words = ["invalid literal for int() with base 10: 'x'", "Got process_id=7, num_processes=2", "and a free port"]
+    for (code, _, stderr), said in zip(run_python(HASTY, told), words, strict=True):
+        assert code == 2 and said in stderr and stderr.count("\n") == 1, stderr
+
+
+@pytest.mark.parametrize("count", ["1", None])
+def test_processes_that_nothing_has_joined_do_not_train(count, monkeypatch):
+    def nobody(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nobody)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if count:
+        monkeypatch.setenv("JAX_NUM_PROCESSES", count)
+    join()  # alone
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="JAX counts 2 processes"):
+        join()
+
+
 @pytest.mark.slow
 def test_hosts_that_would_not_compute_the_same_say_so(config_file, tmp_path):
     with Hosts(2, config_file, tmp_path / "run", *FLAGS, of={1: ["--seed=5"]}) as hosts:
@@ -208,6 +259,43 @@ def test_hosts_that_would_not_compute_the_same_say_so(config_file, tmp_path):
     for code, _, stderr in ended:
         assert code == 2 and "pkv: hosts differ in config: " in stderr, stderr
     assert not (tmp_path / "run").exists()
+
+
+COMPARING = """
+from pkv import hosts
+from pkv.config import UserError
+from pkv.train.run import made_with
+hosts.join()
+try:
+    hosts.compare(made_with())
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", ["revision", "libtpu", "jax-cuda12-plugin", "jax"])
+def test_hosts_of_another_revision_or_other_versions_are_refused_by_name(of, tmp_path):
+    told = [{**each, "GIT_DIR": "/nowhere", "PKV_COMMIT": "a" * 40} for each in announce(2)]  # an unpacked archive
+    if of == "revision":
+        told[1]["PKV_COMMIT"] = "b" * 40
+        want = f"hosts differ in git: {'a' * 12} on host 0, {'b' * 12} on host 1; ship the same commit"
+    else:
+        metadata = tmp_path / f"{of.replace('-', '_')}-9.9.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {of}\nVersion: 9.9\n")
+        told[1]["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        want = f"hosts differ in {of}: {made_with().get(of)} on host 0, 9.9 on host 1; ship the same commit"
+    for code, stdout, stderr in run_python(COMPARING, told):
+        assert code == 0 and stdout.startswith(want), (stdout, stderr[-2000:])
+
+
+def test_the_revision_of_an_unpacked_archive_is_the_launchers(monkeypatch):
+    monkeypatch.setenv("PKV_COMMIT", "0123456789abcdef")
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
+    assert made_with()["git"] == "0123456789ab"
+    monkeypatch.delenv("PKV_COMMIT")
+    assert "git" not in made_with()
 
 
 @pytest.mark.slow

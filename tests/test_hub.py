@@ -257,6 +257,7 @@ def test_what_goes_wrong_at_the_hub_is_one_line_that_says_what_to_do(remote, mon
         with pytest.raises(UserError, match=words) as said:
             ask(source)
         assert str(said.value).startswith("owner/small@") and "\n" not in str(said.value)
+        assert said.value.code == (1 if failure in ("busy", "away", "cut off", "silent") else 2)  # as the command exits
 
 
 @pytest.mark.parametrize(

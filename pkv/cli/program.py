@@ -19,7 +19,7 @@ from pkv.cli.commands import Bench, Command, Plan, Sample, Score, Train
 from pkv.cli.output import Output
 from pkv.config import UserError
 
-USER_ERROR, INTERRUPTED = 2, 130
+INTERRUPTED = 130
 _COMMANDS = tuple(Command.__args__)
 _FORM = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return execute(command, flags)
     except UserError as error:
         print(f"pkv: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
+        return error.code
     except KeyboardInterrupt:
         hint = "; the same command resumes at the last checkpoint" if arguments[:1] == ["train"] else ""
         print(f"\npkv: interrupted{hint}", file=sys.stderr)

@@ -16,6 +16,7 @@ from pkv.config.knobs import (
     RewardConfig,
     RoundConfig,
     SamplingConfig,
+    UnavailableError,
     UserError,
     WarmupConfig,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "RewardConfig",
     "RoundConfig",
     "SamplingConfig",
+    "UnavailableError",
     "UserError",
     "WarmupConfig",
     "as_plain",

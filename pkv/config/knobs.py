@@ -10,6 +10,14 @@ from typing import Literal
 class UserError(Exception):
     """A mistake that the user can mend: printed as one line, exit code 2."""
 
+    code = 2
+
+
+class UnavailableError(UserError):
+    """No mistake: the network or another host is not there; one line, but exit code 1, as trying again may help."""
+
+    code = 1
+
 
 class ConfigError(UserError):
     """A config that cannot be used."""

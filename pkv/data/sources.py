@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pkv.config import UserError
+from pkv.config import UnavailableError, UserError
 from pkv.data.columns import read_rows
 from pkv.records import Problem
 
@@ -150,7 +150,8 @@ def _dataset_rows(source: str, name: str, rest: str, limit: int | None) -> Itera
     try:
         loaded = datasets.load_dataset(name, config or None, split=split)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source}: cannot load it with `datasets`: {_explain(error)}") from error
+        kind = UnavailableError if isinstance(error, ConnectionError) else UserError
+        raise kind(f"{source}: cannot load it with `datasets`: {_explain(error)}") from error
     if not isinstance(loaded, datasets.Dataset):
         raise UserError(f"{source}: expected one split, got {type(loaded).__name__}")
     loaded = loaded if limit is None else loaded.select(range(min(limit, len(loaded))))

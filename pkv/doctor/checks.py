@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from pkv.doctor.devices import Devices
 from pkv.doctor.findings import Outcome, State
@@ -20,8 +23,8 @@ Versions = Callable[[str], str | None]  # of an installed distribution; None: no
 
 
 def check_python(version: str, wanted: str) -> Outcome:
-    """`wanted` as pyproject.toml's requires-python."""
-    if SpecifierSet(wanted).contains(version, prereleases=True):
+    """`wanted` as pyproject.toml's requires-python; 3.11.0rc1, which Ubuntu 22.04 has, counts as 3.11.0."""
+    if SpecifierSet(wanted).contains(Version(version.rstrip("+")).base_version):
         return Outcome("ok", f"{version}, pkv needs {wanted}")
     return Outcome("fail", f"{version}, pkv needs {wanted}", "make the environment anew with a newer Python")
 
@@ -84,7 +87,10 @@ def check_devices(devices: Devices, platforms: str, present: Sequence[str]) -> O
 
 def announced_processes(environment: Mapping[str, str]) -> dict[str, int]:
     """How many processes the surroundings announce, by the variable that says so, as JAX's own detection reads them."""
-    found = {}
+    own = environment.get("JAX_NUM_PROCESSES", "")
+    found = {"JAX_NUM_PROCESSES": int(own)} if own.isdigit() else {}
+    if own == "1":  # whoever else is there, this one is to be alone
+        return found
     slices = environment.get("MEGASCALE_NUM_SLICES", "")
     for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
         if hosts := [host for host in environment.get(name, "").split(",") if host.strip()]:
@@ -97,9 +103,12 @@ def announced_processes(environment: Mapping[str, str]) -> dict[str, int]:
 
 
 def check_hosts(environment: Mapping[str, str], processes: int | None) -> Outcome:
-    """jax.process_count(), None where JAX did not start, against what the surroundings announce."""
+    """jax.process_count(), None where JAX did not start, against what the surroundings announce.
+
+    On a Cloud TPU VM no variable does: libtpu and JAX ask the metadata server.
+    """
     announced = announced_processes(environment)
-    said = ", ".join(f"{name} says {count}" for name, count in announced.items()) or "nothing announces more than one"
+    said = ", ".join(f"{name} says {count}" for name, count in announced.items()) or "no variable says how many"
     if len(set(announced.values())) > 1:
         return Outcome("fail", f"{said}: they disagree", "unset the ones that are left from another launcher")
     worker, hosts = environment.get("TPU_WORKER_ID", ""), environment.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
@@ -107,7 +116,7 @@ def check_hosts(environment: Mapping[str, str], processes: int | None) -> Outcom
         return Outcome("fail", f"TPU_WORKER_ID is {worker!r}, {said}", f"give each host its own, from 0 to {hosts - 1}")
     if processes is None:
         return Outcome("skipped", f"{said}; JAX did not start, see PKV-D04")
-    if processes != next(iter(announced.values()), 1):
+    if processes != next(iter(announced.values()), processes):
         remedy = "start one process on every host at the same time, by launch/tpu_vm.sh, srun or a JobSet"
         return Outcome("fail", f"JAX counts {processes}, {said}", remedy)
     return Outcome("ok", f"JAX counts {processes}, {said}")
@@ -142,22 +151,59 @@ def _holders(file: os.stat_result, locks: str) -> list[int]:
 
 
 def check_proxies(environment: Mapping[str, str], *, tpu: bool) -> Outcome:
-    """No proxy may stand between JAX and the metadata server; its address, which may hold a password, isn't shown."""
+    """No proxy may stand before the metadata server, nor before the first of several hosts, which all others call.
+
+    A proxy's address, which may hold a password, isn't shown.
+    """
     lower = {name.lower(): name for name, value in environment.items() if value}
     proxies = [lower[name] for name in ("http_proxy", "https_proxy", "all_proxy") if name in lower]
     if not proxies:
         return Outcome("ok", "no proxy is set")
-    host = environment.get("GCE_METADATA_IP", METADATA)
     exempt = environment[lower["no_proxy"]].split(",") if "no_proxy" in lower else []
-    names = [name.strip().lstrip(".") for name in exempt if name.strip()]
-    if any(name == "*" or f".{host}".endswith(f".{name}") for name in names):
-        return Outcome("ok", f"{', '.join(proxies)} set, not for {host}")
-    remedy = f"export no_proxy=$no_proxy,{host},169.254.169.254"
-    return Outcome("fail" if tpu else "warn", f"{', '.join(proxies)} set, no_proxy leaves out {host}", remedy)
+    names = [name.strip() for name in exempt if name.strip()]
+    metadata = environment.get("GCE_METADATA_IP", METADATA)
+    wanted = [metadata, *_first_host(environment)]
+    left_out = [host for host in wanted if not any(_is_exempt(host, name) for name in names)]
+    if not left_out:
+        return Outcome("ok", f"{', '.join(proxies)} set, not for {', '.join(wanted)}")
+    remedy = f"export no_proxy=$no_proxy,{','.join(left_out)}{',169.254.169.254' if metadata in left_out else ''}"
+    found = f"{', '.join(proxies)} set, no_proxy leaves out {', '.join(left_out)}"
+    return Outcome("fail" if tpu and metadata in left_out else "warn", found, remedy)
 
 
-def check_compiled(environment: Mapping[str, str], user: int) -> Outcome:
-    """Where pkv.compiling keeps compiled programs, which jax runs as they are: said here again, as it imports jax."""
+def _is_exempt(host: str, exempt: str) -> bool:
+    """By `*`, the end of a name, or as gRPC reads it a network such as 10.0.0.0/8."""
+    try:
+        return (
+            f".{host}".endswith(f".{exempt.lstrip('.')}")
+            or exempt == "*"
+            or ip_address(host) in ip_network(exempt, False)
+        )
+    except ValueError:  # one of them is a name
+        return False
+
+
+def _first_host(environment: Mapping[str, str]) -> list[str]:
+    """Where the hosts find each other, if there are several and a variable says it, as JAX reads them."""
+    if max(announced_processes(environment).values(), default=1) == 1:
+        return []
+    for name in (
+        "JAX_COORDINATOR_ADDRESS",
+        "MEGASCALE_COORDINATOR_ADDRESS",
+        "TPU_PROCESS_ADDRESSES",
+        "TPU_WORKER_HOSTNAMES",
+        "SLURM_STEP_NODELIST",
+    ):
+        if found := re.match(r"([^,:\[]+)(?:\[(\w+))?", environment.get(name, "")):  # of node[01-08] node01
+            return ["".join(part for part in found.groups() if part)]
+    return []
+
+
+def check_compiled(environment: Mapping[str, str], user: int, group: int | None) -> Outcome:
+    """Where pkv.compiling keeps compiled programs, which jax runs as they are: said here again, as it imports jax.
+
+    Its own folder it wants without a group that may write, a named one it takes as it is.
+    """
     named = environment.get("JAX_COMPILATION_CACHE_DIR", "")
     if environment.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in ("false", "0", "off", "no", "n", "f"):
         return Outcome("skipped", "JAX_ENABLE_COMPILATION_CACHE forbids to keep any")
@@ -165,7 +211,7 @@ def check_compiled(environment: Mapping[str, str], user: int) -> Outcome:
         return Outcome("skipped", "JAX_COMPILATION_CACHE_DIR is not on this machine's disks")
     home = Path(environment.get("XDG_CACHE_HOME") or Path(environment.get("HOME", "~"), ".cache").expanduser())
     folder = Path(named) if named else home / "pkv" / "compiled"
-    return check_folder(folder, "name a directory of yours: JAX_COMPILATION_CACHE_DIR", user)
+    return check_folder(folder, "name a directory of yours: JAX_COMPILATION_CACHE_DIR", user, group if named else None)
 
 
 def nearest_existing(path: Path) -> Path:
@@ -173,21 +219,24 @@ def nearest_existing(path: Path) -> Path:
     return next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
 
 
-def check_folder(folder: Path, remedy: str, user: int) -> Outcome:
-    """Whether what is fetched or compiled can be kept in `folder`, where nobody but `user` writes."""
+def check_folder(folder: Path, remedy: str, user: int, group: int | None, others: State = "fail") -> Outcome:
+    """Whether what is fetched or compiled can be kept in `folder`, where nobody but `user` writes.
+
+    group: one that holds nobody else. others: how bad it is where somebody else owns it or can write there.
+    """
     place = nearest_existing(folder)
     if not place.is_dir():
         return Outcome("fail", f"{place} is no directory", remedy)
     if not os.access(place, os.W_OK | os.X_OK):
-        return Outcome("fail", f"{place} cannot be written", remedy)
+        return Outcome(others if place == folder else "fail", f"{place} cannot be written", remedy)
     if place != folder:
         return Outcome("ok", f"{folder} is made when it is needed")
     found = folder.stat()
     if found.st_uid != user:
-        return Outcome("fail", f"{folder} belongs to user {found.st_uid}, not to you ({user})", remedy)
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return Outcome(others, f"{folder} belongs to user {found.st_uid}, not to you ({user})", remedy)
+    if found.st_mode & (stat.S_IWOTH if found.st_gid == group else stat.S_IWOTH | stat.S_IWGRP):
         mode = stat.S_IMODE(found.st_mode)
-        return Outcome("fail", f"{folder} can be written by others (mode {mode:o})", f"chmod go-w {folder}")
+        return Outcome(others, f"{folder} can be written by others (mode {mode:o})", f"chmod go-w {folder}")
     return Outcome("ok", f"{folder} is yours alone to write")
 
 

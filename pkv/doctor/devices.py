@@ -16,7 +16,9 @@ import json, os, sys
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 if sys.argv[1] == "several":
-    jax.distributed.initialize(initialization_timeout=int(sys.argv[2]))
+    address, *own = (os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"))
+    own = [int(number) if number else None for number in own]
+    jax.distributed.initialize(address, *own, initialization_timeout=2 * int(sys.argv[2]))  # no end by its own abort
 devices = [{"kind": d.device_kind, "platform": d.platform, **(d.memory_stats() or {})} for d in jax.local_devices()]
 print(json.dumps({"processes": jax.process_count(), "devices": devices}))
 """

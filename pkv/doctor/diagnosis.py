@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import platform
+import pwd
 import shutil
 import tempfile
 import tomllib
@@ -37,6 +39,7 @@ from pkv.doctor.findings import Finding, Outcome
 
 LOCK = Path("/tmp/libtpu_lockfile")  # libtpu's own name for it
 HUB_TIMEOUT_S = 5
+_HUB_REMEDY = "set HF_HOME to a directory of yours, unless it is meant so: what lies there is read, never run"
 Check = tuple[str, str, Callable[[], Outcome]]  # code, name, what is called
 
 
@@ -69,7 +72,7 @@ def _outcome(future: Future[Outcome]) -> Outcome:
 def list_checks(run: Path, online: bool, timeout_s: int) -> list[Check]:
     """The checks with what they look at; what is slow or may fail is looked up when the check is called."""
     environment = dict(os.environ)
-    tpus, gpus = sorted(glob("/dev/accel[0-9]*") + glob("/dev/vfio/[0-9]*")), sorted(glob("/dev/nvidia[0-9]*"))
+    tpus, gpus = tpu_files(), sorted(glob("/dev/nvidia[0-9]*"))
     tpu, user = bool(tpus), os.getuid()
     several = max(announced_processes(environment).values(), default=1) > 1
     devices = cache(lambda: ask_devices(several, timeout_s))
@@ -86,8 +89,8 @@ def list_checks(run: Path, online: bool, timeout_s: int) -> list[Check]:
         ("PKV-D05", "hosts", lambda: check_hosts(environment, devices().processes)),
         ("PKV-D06", "TPU lock", lambda: check_lock(LOCK, _text("/proc/locks"), process_name, blocked=blocked())),
         ("PKV-D07", "proxies", lambda: check_proxies(environment, tpu=tpu)),
-        ("PKV-D08", "compiled programs", lambda: check_compiled(environment, user)),
-        ("PKV-D09", "hub cache", lambda: check_folder(_hub_cache(), "set HF_HOME to a directory of yours", user)),
+        ("PKV-D08", "compiled programs", lambda: check_compiled(environment, user, private_group(user))),
+        ("PKV-D09", "hub cache", lambda: check_folder(_hub_cache(), _HUB_REMEDY, user, private_group(user), "warn")),
         ("PKV-D10", "disk", lambda: check_disk(_places(run), free_bytes)),
         ("PKV-D11", "memory a device", lambda: check_memory(devices(), _host_free())),
         ("PKV-D12", "hub", lambda: check_hub(online, _hub_is_off(), _ask_hub)),
@@ -105,6 +108,24 @@ def installed(name: str) -> str | None:
 def process_name(pid: int) -> str | None:
     """Of a live process that can be seen from here."""
     return _text(f"/proc/{pid}/comm").strip() or None if pid > 0 else None
+
+
+def tpu_files(root: str = "/") -> list[str]:
+    """Device files of TPUs; newer ones have VFIO's, as has whatever is passed through to a virtual machine."""
+    google = [Path(file).parent for file in glob(f"{root}sys/bus/pci/devices/*/vendor") if _text(file) == "0x1ae0\n"]
+    # Google's too are the disks and network cards of its virtual machines, PCI classes 1 and 2.
+    chips = [device for device in google if not _text(f"{device}/class").startswith(("0x01", "0x02"))]
+    return sorted(glob(f"{root}dev/accel[0-9]*") + (glob(f"{root}dev/vfio/[0-9]*") if chips else []))
+
+
+def private_group(user: int) -> int | None:
+    """The group that bears the user's name and holds nobody else, as most Linux systems make it."""
+    try:
+        name = pwd.getpwuid(user).pw_name
+        group = grp.getgrnam(name)
+    except KeyError:  # a container's user often has no name
+        return None
+    return group.gr_gid if set(group.gr_mem) <= {name} else None
 
 
 def free_bytes(path: Path) -> int:

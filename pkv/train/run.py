@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from pkv.train.waiting import as_arrays, from_arrays
 # Knobs that change how a run goes, not what it computes: they may differ when it goes on.
 FREE = ("checkpoint.", "mesh.", "rewards.workers", "evaluate.shown")
 PACKAGES = ("pkv", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+ACCELERATORS = ("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 
 
 class Run:
@@ -238,15 +240,20 @@ def _flat(node: Any, path: str = "") -> dict[str, Any]:
 
 
 def made_with() -> dict[str, str]:
-    """Versions of what computes, and the revision of the code where it is known."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
+    """Versions of what computes, and the code's revision where git, or PKV_COMMIT in an unpacked archive, says it."""
+    found = {name: importlib.metadata.version(name) for name in (*PACKAGES, *ACCELERATORS) if _installed(name)}
+    revision = _described() or os.environ.get("PKV_COMMIT", "")[:12]
+    return found | ({"git": revision} if revision else {})
+
+
+def _described() -> str:
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        revision = subprocess.run(git, capture_output=True, text=True, timeout=10, check=False)
+        said = subprocess.run(git, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return found
-    return found | ({"git": revision.stdout.strip()} if revision.returncode == 0 else {})
+        return ""
+    return said.stdout.strip() if said.returncode == 0 else ""
 
 
 def _installed(name: str) -> bool:
