@@ -1,8 +1,8 @@
 """Several hosts as one run: they find each other, agree before they compute, and hear when one of them is gone.
 
 Each host samples and scores its own share of the problems on its own devices; the update is one program on the devices
-of all. What goes between hosts beside it is numbers about rollouts, never what they say. A host is a process of JAX:
-usually a machine, under Slurm a GPU. With one host everything here is immediate.
+of all. What goes between hosts beside it is numbers about rollouts, never what they say. A host is a process of JAX,
+usually a machine. With one host everything here is immediate.
 """
 
 from __future__ import annotations
