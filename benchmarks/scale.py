@@ -3,7 +3,8 @@
     python benchmarks/scale.py            # Markdown tables
 
 What chips send each other is counted by the formulas here, and held against compiled programs in BENCHMARKS.md. A step
-has 512 rollouts, whatever the chips, or eight for every group of chips that shares a row.
+has 512 rollouts, whatever the chips, or sixteen for every group of chips that shares a row. A machine samples prompts
+of its own, so that there are as many prompts as machines at least: on many machines 512 rollouts make small groups.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pkv.sampling.engine import SHARE_OF_FREE
 CHIPS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 LARGEST_SLICE = {"v5e": 256, "v6e": 256, "v5p": 4096}
 ROLLOUTS = 512
-A_SHARD = 8
+A_SHARD = 16
+LEAST_GROUP = 2  # rollouts of a prompt; one alone has nothing to be compared with
 MOMENTS = {"float32": 8.0, "bfloat16": 4.0, "float8": 2.0}  # bytes of a weight's two moments
 PASSES = 3  # a layer's weights and positions are gathered forward, again for rematerialisation, and backward
 
@@ -52,8 +54,8 @@ def gradient_sent(work: Work, weights: float, data: int, fsdp: int, tensor: int,
     return over_data + over_fsdp + over_tensor
 
 
-def placed(work: Work, wanted: Slice, weights: float, tensor: int, rollouts: int) -> tuple[Work, Spread, float] | None:
-    """The step's work, how it is spread and what a micro-batch sends; None where the state doesn't fit.
+def placed(work: Work, wanted: Slice, weights: float, tensor: int, rollouts: int) -> tuple[Work, Spread, float] | str:
+    """The step's work, how it is spread and what a micro-batch sends; or why it can't be.
 
     fsdp is as small as the state allows with half of the memory left, and data takes the rest.
     """
@@ -62,16 +64,23 @@ def placed(work: Work, wanted: Slice, weights: float, tensor: int, rollouts: int
     shards = wanted.chips // tensor
     fits = [f for f in divisors(shards // wanted.slices) if state / f / tensor < limit / 2 and shards % f == 0]
     if not fits:
-        return None
+        return "does not fit"
     fsdp = fits[0]
     sampled, held = weights * 2 / tensor, weights * (4 + MOMENTS[work.config.optimizer.moments]) / fsdp / tensor
-    grpo = dataclasses.replace(work.config.grpo, prompts=max(1, rollouts // work.samples))
+    prompts = max(rollouts // work.samples, wanted.chips // wanted.host_chips)
+    samples = rollouts // prompts
+    if samples < LEAST_GROUP:
+        return "more machines than groups"
+    rounds = tuple(dataclasses.replace(round_, samples=samples) for round_ in work.config.rounds)
+    grpo = dataclasses.replace(work.config.grpo, prompts=prompts, samples=samples)
     sampling = dataclasses.replace(work.config.sampling, slots=rollouts)
-    work = dataclasses.replace(work, config=dataclasses.replace(work.config, grpo=grpo, sampling=sampling))
+    work = dataclasses.replace(
+        work, config=dataclasses.replace(work.config, grpo=grpo, sampling=sampling, rounds=rounds)
+    )
     kv_token = 2 * arch.layers * arch.kv_heads * arch.head_size * 2 / tensor
     kv = SHARE_OF_FREE * (limit - sampled - held)
     if kv < kv_token * work.longest:
-        return None
+        return "does not fit"
     row = work.config.grpo.row_tokens
     spread = Spread(wanted.chips, shards, tensor, 1, sampled, weights * 4 / fsdp / tensor, kv_token, kv, (shards, row))
     data = shards // fsdp // wanted.slices
@@ -98,8 +107,8 @@ def row(case: Case, chips: int, weak: bool) -> str:
     wanted = slice_of(case.kind, chips)
     rollouts = chips // case.tensor * A_SHARD if weak else ROLLOUTS
     found = placed(work, wanted, weights, case.tensor, rollouts)
-    if found is None:
-        return f"| {chips} | | {rollouts} | does not fit | | | | | |"
+    if isinstance(found, str):
+        return f"| {chips} | | {found} | | | | | | |"
     work, spread, sent = found
     # A micro-batch has a row for each shard: one whose shards have no row to train on are idle in it.
     seconds = step_seconds(work, spread, wanted, {"gradient": sent})
@@ -111,10 +120,10 @@ def row(case: Case, chips: int, weak: bool) -> str:
     dollars = step / 3600 * chips * wanted.chip.dollars
     tokens = rollouts * work.longest / 2
     fsdp = round(weights * 4 / spread.trained / case.tensor)
-    mesh = f"{spread.shards // fsdp} × {fsdp} × {case.tensor}"
+    mesh, grpo = f"{spread.shards // fsdp} × {fsdp} × {case.tensor}", work.config.grpo
     return (
-        f"| {chips} | {mesh} | {rollouts} | {seconds.decode:.0f} | {update - sending:.0f} | {sending:.1f} "
-        f"| {step:.0f} | {sending / step:.0%} | {dollars / tokens * 1e6:.2f} |"
+        f"| {chips} | {mesh} | {grpo.prompts} × {grpo.samples} | {seconds.decode:.0f} | {update - sending:.0f} "
+        f"| {sending:.1f} | {step:.0f} | {sending / step:.0%} | {dollars / tokens * 1e6:.2f} |"
     )
 
 
@@ -126,9 +135,12 @@ def leaves(tree: object) -> list:
 def main() -> None:
     for case in CASES:
         for weak in (True, False):
-            asked = "eight rollouts a row of chips" if weak else f"{ROLLOUTS} rollouts a step"
+            asked = "sixteen rollouts a row of chips" if weak else f"{ROLLOUTS} rollouts a step"
             print(f"\n{case.config} on {case.kind}, {asked}\n")
-            print("| chips | data × fsdp × tensor | rollouts | decode, s | update, s | sending, s | step, s ", end="")
+            print(
+                "| chips | data × fsdp × tensor | prompts × samples | decode, s | update, s | sending, s | step, s ",
+                end="",
+            )
             print("| sending | dollars a million tokens |")
             print("|---|---|---|---|---|---|---|---|---|")
             for chips in CHIPS:
