@@ -136,6 +136,19 @@ def test_without_a_limit_the_memory_that_is_available_counts(monkeypatch, tmp_pa
     run()
 
 
+@pytest.mark.parametrize("common, rows", [(0, 4), (80, 2)])
+def test_prompts_that_are_prefilled_at_once_stay_within_their_tokens(monkeypatch, common, rows):
+    """Of 64 tokens and what comes before them; seven prompts are no power of two, but the rows of a program are."""
+    monkeypatch.setattr("pkv.sampling.engine.PREFILL_TOKENS", 400)
+    draw, keys = np.random.default_rng(0), row_keys(0, "at once", 0, [str(n) for n in range(7)], 1)
+    head = draw.integers(10, 200, common)
+    prompts = [np.concatenate([head, draw.integers(10, 200, 40)]).astype(np.int32) for _ in keys]
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=16), (), one_device())
+    calls = rehearse(engine, [Request(prompt, key, 8) for prompt, key in zip(prompts, keys, strict=True)])
+    shapes = [call.arguments[2].shape for call in calls if call.name == "prefill"]
+    assert max(B for B, _ in shapes) == rows and all(B * (common + T) <= 400 for B, T in shapes)
+
+
 def test_memory_follows_the_lengths():
     engine = Engine(ARCH, dataclasses.replace(CONFIG, page_tokens=4, segment=4, slots=32), (), one_device())
     draw, lengths = np.random.default_rng(0), (200, 20, 30, 40, 25, 100)

@@ -30,7 +30,7 @@ from pkv.sampling.schedule import Completion, Fresh, Request, Rows, Schedule, Se
 
 LEAST_ROWS = 4  # the batch does not shrink below this
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
-PREFILL_TOKENS = 16_384  # of a shard in one program, at most
+PREFILL_TOKENS = 16_384  # of a shard in one program, what all prompts begin with in every row, at most
 MEMINFO = Path("/proc/meminfo")
 SHARE_OF_FREE = 0.8  # of a device's free memory for keys and values, when no limit is set
 
@@ -179,7 +179,7 @@ class Engine:
         width = round_up(max(lengths), multiple)
         width = width if width <= PREFILL_CHUNK else -(-width // PREFILL_CHUNK) * PREFILL_CHUNK
         width = -(-width // self.programs.page) * self.programs.page
-        at_once = max(1, PREFILL_TOKENS // width)
+        at_once = 1 << (max(1, PREFILL_TOKENS // (before + width)).bit_length() - 1)  # as `count`, a power of two
         for first in range(0, max(map(len, by_shard)), at_once):
             parts = [part[first : first + at_once] for part in by_shard]
             count = 1 << (max(map(len, parts)) - 1).bit_length()
