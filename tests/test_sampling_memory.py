@@ -125,6 +125,41 @@ def test_a_request_that_the_memory_cannot_hold_is_refused_before_anything_is_sam
         run(dataclasses.replace(CONFIG, **memory_of(3)))
 
 
+def beginning_alike(common: int) -> list[Request]:
+    head = np.random.default_rng(1).integers(10, 200, common).astype(np.int32)
+    return [dataclasses.replace(one, prompt=np.concatenate([head, one.prompt])) for one in requests()]
+
+
+@pytest.mark.parametrize("kv_cache", ["plain", "int8"])
+@pytest.mark.parametrize("mesh", [None, MESHES["all"]], ids=["one device", "all"])
+def test_what_all_prompts_begin_with_counts_as_memory(monkeypatch, mesh, kv_cache):
+    """Its cache, which lives as long as prompts may come, and its pages."""
+    limit, kept = memory_of(40) if kv_cache == "plain" else memory_of(24), []
+    config = dataclasses.replace(CONFIG, kv_cache=kv_cache, **limit)
+    engine = Engine(ARCH, config, STOPS, make_mesh(mesh) if mesh else one_device())
+    programs, seen, held_of = engine.programs, [], lambda tree: sum(a.addressable_shards[0].data.nbytes for a in tree)
+    prefix, decode = programs.prefix, programs.decode
+
+    def seen_prefix(weights, tokens):
+        made = prefix(weights, tokens)
+        kept.extend(jax.tree.leaves(made[0]))
+        return made
+
+    def seen_decode(weights, shared, own, table, rows):
+        seen.append(held_of(kept + jax.tree.leaves((own, [level.stock for level in shared]))))
+        return decode(weights, shared, own, table, rows)
+
+    monkeypatch.setattr(programs, "prefix", seen_prefix)
+    monkeypatch.setattr(programs, "decode", seen_decode)
+    list(engine.sample(engine.load(PARAMS), beginning_alike(80)))
+    assert kept and engine.usage.peak_bytes == max(seen) <= limit["kv_memory_gb"] * 1e9
+
+
+def test_a_refusal_says_what_the_beginning_of_all_prompts_takes():
+    with pytest.raises(UserError, match="its memory holds 0 beside what all prompts begin with, which takes 20"):
+        run(dataclasses.replace(CONFIG, **memory_of(6)), beginning_alike(80))
+
+
 def test_without_a_limit_the_memory_that_is_available_counts(monkeypatch, tmp_path):
     told = tmp_path / "meminfo"
     # A page of CONFIG takes 4 KiB, and half of it twice while a stock changes its size.

@@ -51,9 +51,11 @@ class Usage:
 
 
 class Prefix(NamedTuple):
-    """What all prompts begin with: how many positions, their cache of one row, and the same as a level's stock."""
+    """What all prompts begin with: how many positions, what they take of a device, their cache of one row, and the same
+    as a level's stock."""
 
     length: int
+    bytes: int
     cache: Cache
     stock: Stock
 
@@ -118,11 +120,14 @@ class Engine:
         own, prompts = (
             Pool(self._shards, self._places, page, from_end=at_end and self.programs.fixed) for at_end in (False, True)
         )
-        most = self._most_pages() - -(-len(prefix) // (page * self._places))
         slots, segment = self._config.slots, self._config.segment
-        schedule = Schedule(requests, slots, segment, len(prefix), own, prompts, most)
+        prefix_bytes = self.programs.prefix_bytes(len(prefix)) if len(prefix) else 0
+        prefix_pages = -(-prefix_bytes // self._page_bytes)  # so many more would fit without it
+        schedule = Schedule(requests, slots, segment, len(prefix), own, prompts, self._most_pages(), prefix_pages)
         arena = Arena(self.programs, schedule, self._put)
-        start = Prefix(len(prefix), *self.programs.prefix(weights, self._put(prefix, WHOLE))) if len(prefix) else None
+        start = None
+        if len(prefix):
+            start = Prefix(len(prefix), prefix_bytes, *self.programs.prefix(weights, self._put(prefix, WHOLE)))
         while schedule.unfinished:
             for row in schedule.evict():
                 arena.put_aside(row)
@@ -145,10 +150,10 @@ class Engine:
             shared.insert(0, self._prefix_level(start, len(rows.token) // self._shards))
         table = Table(*self._by_shelf(of_rows))
         arena.own.stock, segment = self._segment(weights, tuple(shared), arena.own.stock, table, rows)
-        pages = arena.size + (0 if start is None else self._shelf_pages(start))
-        self.usage.allocated += pages * self._shards * self._places * self.programs.page
+        held = arena.size * self._page_bytes + (0 if start is None else start.bytes)
+        self.usage.allocated += held * self._shards * self._places * self.programs.page // self._page_bytes
         self.usage.live += sum(row.position + 1 for row in schedule.rows())
-        self.usage.peak_bytes = max(self.usage.peak_bytes, pages * self._page_bytes)
+        self.usage.peak_bytes = max(self.usage.peak_bytes, held)
         return rows, segment
 
     def _segment(
@@ -202,14 +207,11 @@ class Engine:
     def _prefix_level(self, start: Prefix, rows: int) -> Level:
         """What all prompts begin with, read by all rows of a shard."""
         shelves, page = self._shards * self._places, self.programs.page
-        mine = self._shelf_pages(start)
+        mine = -(-start.length // (page * self._places))  # pages of a shelf
         numbers = np.tile(np.arange(mine), shelves) * self._places + np.repeat(np.arange(shelves) % self._places, mine)
         readers = np.broadcast_to(np.arange(rows, dtype=np.int32), (len(numbers), rows))
         stop = np.full(len(numbers), start.length, np.int32)
         return Level(start.stock, *self._by_shelf((readers, (numbers * page).astype(np.int32), stop)))
-
-    def _shelf_pages(self, start: Prefix) -> int:
-        return -(-start.length // (self.programs.page * self._places))
 
     def _by_shelf(self, arrays: Sequence[np.ndarray]) -> list[jax.Array]:
         return [self._put(array, PAGES) for array in arrays]
