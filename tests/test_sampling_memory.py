@@ -120,6 +120,14 @@ def test_a_long_wait_for_memory_loses_no_page(monkeypatch, slots, fixed):
     assert engine.usage.peak_bytes <= limit["kv_memory_gb"] * 1e9
 
 
+@pytest.mark.parametrize("empty", [{"prompt": np.zeros(0, np.int32)}, {"max_new_tokens": 0}], ids=["prompt", "budget"])
+def test_an_empty_request_is_refused(empty):
+    first, *rest = requests()
+    for asked in ([dataclasses.replace(first, **empty)], [*rest, dataclasses.replace(first, **empty)]):
+        with pytest.raises(UserError, match=f"request {len(asked) - 1}: expected a prompt of at least one token"):
+            run(asked=asked)
+
+
 def test_a_request_that_the_memory_cannot_hold_is_refused_before_anything_is_sampled():
     with pytest.raises(UserError, match="holds 3"):
         run(dataclasses.replace(CONFIG, **memory_of(3)))
@@ -182,6 +190,16 @@ def test_prompts_that_are_prefilled_at_once_stay_within_their_tokens(monkeypatch
     calls = rehearse(engine, [Request(prompt, key, 8) for prompt, key in zip(prompts, keys, strict=True)])
     shapes = [call.arguments[2].shape for call in calls if call.name == "prefill"]
     assert max(B for B, _ in shapes) == rows and all(B * (common + T) <= 400 for B, T in shapes)
+
+
+def test_the_memory_that_is_free_is_the_most_that_was_found_and_is_still_there(monkeypatch):
+    engine = Engine(ARCH, CONFIG, STOPS, one_device())
+    engine.programs.fixed = True
+    found = []
+    for free in (1e6, 1e5, 0.95e6, 0.95e5, 1e6, 5e5):  # bytes; for a moment there is little
+        monkeypatch.setattr("pkv.sampling.engine._free_bytes", lambda mesh, free=free: free)
+        found.append(engine._share_of_free())
+    assert found == [0.8e6, 0.8e5, 0.8e6, 0.8e5, 0.8e6, 0.8e5]
 
 
 def test_memory_follows_the_lengths():

@@ -26,7 +26,7 @@ from pkv.model import Arch, Cache, Level, Params, Stock, cast
 from pkv.sampling.arena import Arena
 from pkv.sampling.pool import NOWHERE, Held, Pool, round_up
 from pkv.sampling.programs import PAGES, PREFILL_CHUNK, ROWS, WHOLE, Programs, Table
-from pkv.sampling.schedule import Completion, Fresh, Request, Rows, Schedule, Segment
+from pkv.sampling.schedule import Completion, Fresh, Request, Rows, Schedule, Segment, check
 
 LEAST_ROWS = 4  # the batch does not shrink below this
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
@@ -74,7 +74,7 @@ class Engine:
         self._shards, self._places = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
         self._least, self._page_bytes = min(LEAST_ROWS, config.slots), self.programs.page_bytes()
         self._found: list[float] = []  # shares of the free memory, also by rehearsals
-        self.usage = Usage()  # of the last `sample`
+        self.usage = Usage()  # of the `sample` that began last
 
     @property
     def compilations(self) -> int:
@@ -112,9 +112,11 @@ class Engine:
         """All samples of all requests, each handed out when it ends. weights: from `load`.
 
         on_tokens(request, sample, tokens) is called with the new tokens of every row at each visit of the host.
-        Raises UserError for a request that the memory can't hold.
+        Each open call has keys and values of its own, and `usage` is the last one's. Raises UserError for an empty
+        request, and for one that the memory can't hold.
         """
-        self.usage = Usage()
+        check(requests)
+        usage = self.usage = Usage()
         page = self.programs.page
         prefix = _common_prefix([request.prompt for request in requests], page)
         own, prompts = (
@@ -131,7 +133,7 @@ class Engine:
         while schedule.unfinished:
             for row in schedule.evict():
                 arena.put_aside(row)
-                self.usage.evicted += 1
+                usage.evicted += 1
             fresh = schedule.admit()
             schedule.drop_prompts()
             arena.fit()
@@ -139,10 +141,12 @@ class Engine:
             self._prefill(weights, start, arena, requests, fresh)
             for row in fresh.returned:
                 arena.bring_back(row)
-            rows, segment = self._visit(weights, schedule, start, arena)
+            rows, segment = self._visit(weights, schedule, start, arena, usage)
             yield from schedule.harvest(rows, segment, self._stops, on_tokens)
 
-    def _visit(self, weights: Params, schedule: Schedule, start: Prefix | None, arena: Arena) -> tuple[Rows, Segment]:
+    def _visit(
+        self, weights: Params, schedule: Schedule, start: Prefix | None, arena: Arena, usage: Usage
+    ) -> tuple[Rows, Segment]:
         rows = schedule.arrays(self._least)
         of_prompts, of_rows = schedule.tables()
         shared = [Level(arena.prompt_stock, *self._by_shelf(of_prompts))] if schedule.prompts.size else []
@@ -151,9 +155,9 @@ class Engine:
         table = Table(*self._by_shelf(of_rows))
         arena.own.stock, segment = self._segment(weights, tuple(shared), arena.own.stock, table, rows)
         held = arena.size * self._page_bytes + (0 if start is None else start.bytes)
-        self.usage.allocated += held * self._shards * self._places * self.programs.page // self._page_bytes
-        self.usage.live += sum(row.position + 1 for row in schedule.rows())
-        self.usage.peak_bytes = max(self.usage.peak_bytes, held)
+        usage.allocated += held * self._shards * self._places * self.programs.page // self._page_bytes
+        usage.live += sum(row.position + 1 for row in schedule.rows())
+        usage.peak_bytes = max(usage.peak_bytes, held)
         return rows, segment
 
     def _segment(
@@ -222,13 +226,14 @@ class Engine:
         return int(limit // (self._page_bytes * (1 + self.programs.largest_share())))
 
     def _share_of_free(self) -> float:
-        """What was found the first time, as long as it is there: of one size of stock few shapes are compiled."""
+        """The most that was found before and is there now: of few sizes of stock few shapes are compiled."""
         share = SHARE_OF_FREE * _free_bytes(self._mesh)
         if not self.programs.fixed:
             return share
-        if not self._found or self._found[-1] > 1.1 * share:
-            self._found.append(share)
-        return self._found[-1]
+        found = next((found for found in sorted(self._found, reverse=True) if found <= 1.1 * share), None)
+        if found is None:
+            self._found.append(found := share)
+        return found
 
 
 def _common_prefix(prompts: Sequence[np.ndarray], page: int) -> np.ndarray:

@@ -82,6 +82,13 @@ class Fresh(NamedTuple):
     returned: list[Row]
 
 
+def check(requests: Sequence[Request]) -> None:
+    """Raises UserError for a request that no memory would help."""
+    for number, request in enumerate(requests):
+        if len(request.prompt) < 1 or request.max_new_tokens < 1:
+            raise UserError(f"request {number}: expected a prompt of at least one token, and room for one more")
+
+
 class Schedule:
     """All samples of one call: waiting, live, or handed out.
 
@@ -293,8 +300,6 @@ class Schedule:
         return max(round_up(max(map(len, self.live))), -(-least // self.own.shards))
 
     def _check(self, number: int, request: Request, taken: int) -> None:
-        if len(request.prompt) < 1 or request.max_new_tokens < 1:
-            raise UserError(f"request {number}: expected a prompt of at least one token, and room for one more")
         own = -(-request.max_new_tokens // self._page)
         pages = -(-own // self.own.places) - (-self._prompt_pages(number) // self.own.places)
         if pages > self.most:
