@@ -266,6 +266,25 @@ def test_another_step_draws_another_text(plain):
     assert any(not np.array_equal(other[0, s].tokens, plain[0, s].tokens) for s in range(4))
 
 
+def test_calls_of_one_engine_that_are_open_together_change_nothing_of_each_other(plain):
+    engine = Engine(ARCH, CONFIG, STOPS, one_device())
+    weights, used = engine.load(PARAMS), []
+    for asked in (requests(), requests()[:1]):
+        list(engine.sample(weights, asked))
+        used.append(engine.usage)
+    first, second = (engine.sample(weights, asked) for asked in (requests(), requests()[:1]))
+    found, usage = [next(first)], engine.usage
+    other = list(second)
+    found += first
+    assert (usage, engine.usage) == tuple(used) and used[0] != used[1]
+    assert_same(plain, {(c.request, c.sample): c for c in found})
+    assert_same({key: done for key, done in plain.items() if key[0] == 0}, {(c.request, c.sample): c for c in other})
+
+
+def test_keys_of_no_samples_have_their_shape():
+    assert row_keys(0, "none", 0, ["a", "b"], 0).shape == (2, 0, 2) and row_keys(0, "none", 0, [], 3).shape == (0, 3, 2)
+
+
 def test_streamed_tokens_add_up_to_the_completions(plain):
     heard: dict[tuple[int, int], list[int]] = {}
     done = run(on_tokens=lambda r, s, tokens: heard.setdefault((r, s), []).extend(tokens.tolist()))
