@@ -17,7 +17,7 @@ from pkv.model import forward, load_params, logits, read_arch
 from pkv.model.pages import WRITING
 from pkv.records import Verdict
 from pkv.sampling import Engine, Request, row_keys
-from pkv.sampling.drawing import Nucleus, draw, invert
+from pkv.sampling.drawing import Nucleus, _search, draw, invert
 
 PARAMS_PLACED = Engine(ARCH, CONFIG, STOPS, one_device()).load(PARAMS)
 
@@ -266,6 +266,25 @@ def test_another_step_draws_another_text(plain):
     assert any(not np.array_equal(other[0, s].tokens, plain[0, s].tokens) for s in range(4))
 
 
+def test_calls_of_one_engine_that_are_open_together_change_nothing_of_each_other(plain):
+    engine = Engine(ARCH, CONFIG, STOPS, one_device())
+    weights, used = engine.load(PARAMS), []
+    for asked in (requests(), requests()[:1]):
+        list(engine.sample(weights, asked))
+        used.append(engine.usage)
+    first, second = (engine.sample(weights, asked) for asked in (requests(), requests()[:1]))
+    found, usage = [next(first)], engine.usage
+    other = list(second)
+    found += first
+    assert (usage, engine.usage) == tuple(used) and used[0] != used[1]
+    assert_same(plain, {(c.request, c.sample): c for c in found})
+    assert_same({key: done for key, done in plain.items() if key[0] == 0}, {(c.request, c.sample): c for c in other})
+
+
+def test_keys_of_no_samples_have_their_shape():
+    assert row_keys(0, "none", 0, ["a", "b"], 0).shape == (2, 0, 2) and row_keys(0, "none", 0, [], 3).shape == (0, 3, 2)
+
+
 def test_streamed_tokens_add_up_to_the_completions(plain):
     heard: dict[tuple[int, int], list[int]] = {}
     done = run(on_tokens=lambda r, s, tokens: heard.setdefault((r, s), []).extend(tokens.tolist()))
@@ -289,6 +308,25 @@ def test_draws_follow_the_distribution():
 def test_the_ends_of_the_unit_interval_never_draw_what_has_no_probability(uniform):
     probabilities = jnp.zeros((1, 300)).at[0, jnp.array([7, 250])].set(0.5)
     assert int(invert(probabilities, jnp.full(1, uniform))[0]) in (7, 250)
+
+
+def test_a_long_vocabulary_never_draws_what_has_no_probability():
+    """The running sum over 1,187 blocks is added in a tree, and rises by a rounding where a block's weight is 0."""
+    random, V = np.random.default_rng(0), 151_936
+    for uniforms in ([], [0.6928966], [0.63166094], [0.6846694, 0.8361306]):
+        kept, shares = random.choice(V, 50, replace=False), random.random(50) ** 3
+        weights = jnp.zeros(V).at[kept].set(jnp.asarray(shares / shares.sum(), jnp.float32))
+        probabilities = jax.nn.softmax(jnp.log(weights))
+        for uniform in (*uniforms, np.nextafter(np.float32(1), np.float32(0))):
+            token = int(jax.jit(invert)(probabilities[None], jnp.full(1, uniform, jnp.float32))[0])
+            assert token in kept and probabilities[token] > 0
+
+
+@pytest.mark.parametrize("weights, drawn", [([0, 2, 0, 3, 0], 3), ([5, 1, 0, 0, 0], 1), ([0, 0, 4, 0, 0], 2)])
+def test_a_target_that_no_running_sum_exceeds_draws_the_last_with_weight(weights, drawn):
+    weights = jnp.asarray([weights], jnp.float32)
+    index, rest = _search(weights, weights.sum(axis=-1))
+    assert int(index[0]) == drawn and float(rest[0]) == float(weights[0, drawn])
 
 
 def test_top_k_top_p_and_min_p_keep_what_they_say():

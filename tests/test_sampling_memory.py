@@ -120,9 +120,52 @@ def test_a_long_wait_for_memory_loses_no_page(monkeypatch, slots, fixed):
     assert engine.usage.peak_bytes <= limit["kv_memory_gb"] * 1e9
 
 
+@pytest.mark.parametrize("empty", [{"prompt": np.zeros(0, np.int32)}, {"max_new_tokens": 0}], ids=["prompt", "budget"])
+def test_an_empty_request_is_refused(empty):
+    first, *rest = requests()
+    for asked in ([dataclasses.replace(first, **empty)], [*rest, dataclasses.replace(first, **empty)]):
+        with pytest.raises(UserError, match=f"request {len(asked) - 1}: expected a prompt of at least one token"):
+            run(asked=asked)
+
+
 def test_a_request_that_the_memory_cannot_hold_is_refused_before_anything_is_sampled():
     with pytest.raises(UserError, match="holds 3"):
         run(dataclasses.replace(CONFIG, **memory_of(3)))
+
+
+def beginning_alike(common: int) -> list[Request]:
+    head = np.random.default_rng(1).integers(10, 200, common).astype(np.int32)
+    return [dataclasses.replace(one, prompt=np.concatenate([head, one.prompt])) for one in requests()]
+
+
+@pytest.mark.parametrize("kv_cache", ["plain", "int8"])
+@pytest.mark.parametrize("mesh", [None, MESHES["all"]], ids=["one device", "all"])
+def test_what_all_prompts_begin_with_counts_as_memory(monkeypatch, mesh, kv_cache):
+    """Its cache, which lives as long as prompts may come, and its pages."""
+    limit, kept = memory_of(40) if kv_cache == "plain" else memory_of(24), []
+    config = dataclasses.replace(CONFIG, kv_cache=kv_cache, **limit)
+    engine = Engine(ARCH, config, STOPS, make_mesh(mesh) if mesh else one_device())
+    programs, seen, held_of = engine.programs, [], lambda tree: sum(a.addressable_shards[0].data.nbytes for a in tree)
+    prefix, decode = programs.prefix, programs.decode
+
+    def seen_prefix(weights, tokens):
+        made = prefix(weights, tokens)
+        kept.extend(jax.tree.leaves(made[0]))
+        return made
+
+    def seen_decode(weights, shared, own, table, rows):
+        seen.append(held_of(kept + jax.tree.leaves((own, [level.stock for level in shared]))))
+        return decode(weights, shared, own, table, rows)
+
+    monkeypatch.setattr(programs, "prefix", seen_prefix)
+    monkeypatch.setattr(programs, "decode", seen_decode)
+    list(engine.sample(engine.load(PARAMS), beginning_alike(80)))
+    assert kept and engine.usage.peak_bytes == max(seen) <= limit["kv_memory_gb"] * 1e9
+
+
+def test_a_refusal_says_what_the_beginning_of_all_prompts_takes():
+    with pytest.raises(UserError, match="its memory holds 0 beside what all prompts begin with, which takes 20"):
+        run(dataclasses.replace(CONFIG, **memory_of(6)), beginning_alike(80))
 
 
 def test_without_a_limit_the_memory_that_is_available_counts(monkeypatch, tmp_path):
@@ -134,6 +177,29 @@ def test_without_a_limit_the_memory_that_is_available_counts(monkeypatch, tmp_pa
         run()
     told.unlink()
     run()
+
+
+@pytest.mark.parametrize("common, rows", [(0, 4), (80, 2)])
+def test_prompts_that_are_prefilled_at_once_stay_within_their_tokens(monkeypatch, common, rows):
+    """Of 64 tokens and what comes before them; seven prompts are no power of two, but the rows of a program are."""
+    monkeypatch.setattr("pkv.sampling.engine.PREFILL_TOKENS", 400)
+    draw, keys = np.random.default_rng(0), row_keys(0, "at once", 0, [str(n) for n in range(7)], 1)
+    head = draw.integers(10, 200, common)
+    prompts = [np.concatenate([head, draw.integers(10, 200, 40)]).astype(np.int32) for _ in keys]
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=16), (), one_device())
+    calls = rehearse(engine, [Request(prompt, key, 8) for prompt, key in zip(prompts, keys, strict=True)])
+    shapes = [call.arguments[2].shape for call in calls if call.name == "prefill"]
+    assert max(B for B, _ in shapes) == rows and all(B * (common + T) <= 400 for B, T in shapes)
+
+
+def test_the_memory_that_is_free_is_the_most_that_was_found_and_is_still_there(monkeypatch):
+    engine = Engine(ARCH, CONFIG, STOPS, one_device())
+    engine.programs.fixed = True
+    found = []
+    for free in (1e6, 1e5, 0.95e6, 0.95e5, 1e6, 5e5):  # bytes; for a moment there is little
+        monkeypatch.setattr("pkv.sampling.engine._free_bytes", lambda mesh, free=free: free)
+        found.append(engine._share_of_free())
+    assert found == [0.8e6, 0.8e5, 0.8e6, 0.8e5, 0.8e6, 0.8e5]
 
 
 def test_memory_follows_the_lengths():

@@ -88,9 +88,12 @@ def invert(probabilities_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
 def _search(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Where the running sum of each row first exceeds its target, and how much of the target is left there."""
     running = jnp.cumsum(weights, axis=-1)
-    # Rounding may leave a target that nothing exceeds: then the heaviest entry stands in, which has a probability.
-    exceeds = running > target[:, None]
-    index = jnp.where(exceeds.any(axis=-1), jnp.argmax(exceeds, axis=-1), jnp.argmax(weights, axis=-1))
+    # Long sums are added in a tree, whose roundings may rise where a weight is 0: such an entry is passed over. If they
+    # leave a target that nothing exceeds, the last entry with a weight stands in.
+    weighs = weights > 0
+    exceeds = weighs & (running > target[:, None])
+    last = weights.shape[-1] - 1 - jnp.argmax(weighs[:, ::-1], axis=-1)
+    index = jnp.where(exceeds.any(axis=-1), jnp.argmax(exceeds, axis=-1), last)
     before = jnp.take_along_axis(running - weights, index[:, None], axis=-1)[:, 0]
     return index, jnp.maximum(target - before, 0.0)
 

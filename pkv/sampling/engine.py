@@ -26,11 +26,11 @@ from pkv.model import Arch, Cache, Level, Params, Stock, cast
 from pkv.sampling.arena import Arena
 from pkv.sampling.pool import NOWHERE, Held, Pool, round_up
 from pkv.sampling.programs import PAGES, PREFILL_CHUNK, ROWS, WHOLE, Programs, Table
-from pkv.sampling.schedule import Completion, Fresh, Request, Rows, Schedule, Segment
+from pkv.sampling.schedule import Completion, Fresh, Request, Rows, Schedule, Segment, check
 
 LEAST_ROWS = 4  # the batch does not shrink below this
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
-PREFILL_TOKENS = 16_384  # of a shard in one program, at most
+PREFILL_TOKENS = 16_384  # of a shard in one program, what all prompts begin with in every row, at most
 MEMINFO = Path("/proc/meminfo")
 SHARE_OF_FREE = 0.8  # of a device's free memory for keys and values, when no limit is set
 
@@ -51,9 +51,11 @@ class Usage:
 
 
 class Prefix(NamedTuple):
-    """What all prompts begin with: how many positions, their cache of one row, and the same as a level's stock."""
+    """What all prompts begin with: how many positions, what they take of a device, their cache of one row, and the same
+    as a level's stock."""
 
     length: int
+    bytes: int
     cache: Cache
     stock: Stock
 
@@ -72,7 +74,7 @@ class Engine:
         self._shards, self._places = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
         self._least, self._page_bytes = min(LEAST_ROWS, config.slots), self.programs.page_bytes()
         self._found: list[float] = []  # shares of the free memory, also by rehearsals
-        self.usage = Usage()  # of the last `sample`
+        self.usage = Usage()  # of the `sample` that began last
 
     @property
     def compilations(self) -> int:
@@ -110,23 +112,28 @@ class Engine:
         """All samples of all requests, each handed out when it ends. weights: from `load`.
 
         on_tokens(request, sample, tokens) is called with the new tokens of every row at each visit of the host.
-        Raises UserError for a request that the memory can't hold.
+        Each open call has keys and values of its own, and `usage` is the last one's. Raises UserError for an empty
+        request, and for one that the memory can't hold.
         """
-        self.usage = Usage()
+        check(requests)
+        usage = self.usage = Usage()
         page = self.programs.page
         prefix = _common_prefix([request.prompt for request in requests], page)
         own, prompts = (
             Pool(self._shards, self._places, page, from_end=at_end and self.programs.fixed) for at_end in (False, True)
         )
-        most = self._most_pages() - -(-len(prefix) // (page * self._places))
         slots, segment = self._config.slots, self._config.segment
-        schedule = Schedule(requests, slots, segment, len(prefix), own, prompts, most)
+        prefix_bytes = self.programs.prefix_bytes(len(prefix)) if len(prefix) else 0
+        prefix_pages = -(-prefix_bytes // self._page_bytes)  # so many more would fit without it
+        schedule = Schedule(requests, slots, segment, len(prefix), own, prompts, self._most_pages(), prefix_pages)
         arena = Arena(self.programs, schedule, self._put)
-        start = Prefix(len(prefix), *self.programs.prefix(weights, self._put(prefix, WHOLE))) if len(prefix) else None
+        start = None
+        if len(prefix):
+            start = Prefix(len(prefix), prefix_bytes, *self.programs.prefix(weights, self._put(prefix, WHOLE)))
         while schedule.unfinished:
             for row in schedule.evict():
                 arena.put_aside(row)
-                self.usage.evicted += 1
+                usage.evicted += 1
             fresh = schedule.admit()
             schedule.drop_prompts()
             arena.fit()
@@ -134,10 +141,12 @@ class Engine:
             self._prefill(weights, start, arena, requests, fresh)
             for row in fresh.returned:
                 arena.bring_back(row)
-            rows, segment = self._visit(weights, schedule, start, arena)
+            rows, segment = self._visit(weights, schedule, start, arena, usage)
             yield from schedule.harvest(rows, segment, self._stops, on_tokens)
 
-    def _visit(self, weights: Params, schedule: Schedule, start: Prefix | None, arena: Arena) -> tuple[Rows, Segment]:
+    def _visit(
+        self, weights: Params, schedule: Schedule, start: Prefix | None, arena: Arena, usage: Usage
+    ) -> tuple[Rows, Segment]:
         rows = schedule.arrays(self._least)
         of_prompts, of_rows = schedule.tables()
         shared = [Level(arena.prompt_stock, *self._by_shelf(of_prompts))] if schedule.prompts.size else []
@@ -145,10 +154,10 @@ class Engine:
             shared.insert(0, self._prefix_level(start, len(rows.token) // self._shards))
         table = Table(*self._by_shelf(of_rows))
         arena.own.stock, segment = self._segment(weights, tuple(shared), arena.own.stock, table, rows)
-        pages = arena.size + (0 if start is None else self._shelf_pages(start))
-        self.usage.allocated += pages * self._shards * self._places * self.programs.page
-        self.usage.live += sum(row.position + 1 for row in schedule.rows())
-        self.usage.peak_bytes = max(self.usage.peak_bytes, pages * self._page_bytes)
+        held = arena.size * self._page_bytes + (0 if start is None else start.bytes)
+        usage.allocated += held * self._shards * self._places * self.programs.page // self._page_bytes
+        usage.live += sum(row.position + 1 for row in schedule.rows())
+        usage.peak_bytes = max(usage.peak_bytes, held)
         return rows, segment
 
     def _segment(
@@ -179,7 +188,7 @@ class Engine:
         width = round_up(max(lengths), multiple)
         width = width if width <= PREFILL_CHUNK else -(-width // PREFILL_CHUNK) * PREFILL_CHUNK
         width = -(-width // self.programs.page) * self.programs.page
-        at_once = max(1, PREFILL_TOKENS // width)
+        at_once = 1 << (max(1, PREFILL_TOKENS // (before + width)).bit_length() - 1)  # as `count`, a power of two
         for first in range(0, max(map(len, by_shard)), at_once):
             parts = [part[first : first + at_once] for part in by_shard]
             count = 1 << (max(map(len, parts)) - 1).bit_length()
@@ -202,14 +211,11 @@ class Engine:
     def _prefix_level(self, start: Prefix, rows: int) -> Level:
         """What all prompts begin with, read by all rows of a shard."""
         shelves, page = self._shards * self._places, self.programs.page
-        mine = self._shelf_pages(start)
+        mine = -(-start.length // (page * self._places))  # pages of a shelf
         numbers = np.tile(np.arange(mine), shelves) * self._places + np.repeat(np.arange(shelves) % self._places, mine)
         readers = np.broadcast_to(np.arange(rows, dtype=np.int32), (len(numbers), rows))
         stop = np.full(len(numbers), start.length, np.int32)
         return Level(start.stock, *self._by_shelf((readers, (numbers * page).astype(np.int32), stop)))
-
-    def _shelf_pages(self, start: Prefix) -> int:
-        return -(-start.length // (self.programs.page * self._places))
 
     def _by_shelf(self, arrays: Sequence[np.ndarray]) -> list[jax.Array]:
         return [self._put(array, PAGES) for array in arrays]
@@ -220,13 +226,14 @@ class Engine:
         return int(limit // (self._page_bytes * (1 + self.programs.largest_share())))
 
     def _share_of_free(self) -> float:
-        """What was found the first time, as long as it is there: of one size of stock few shapes are compiled."""
+        """The most that was found before and is there now: of few sizes of stock few shapes are compiled."""
         share = SHARE_OF_FREE * _free_bytes(self._mesh)
         if not self.programs.fixed:
             return share
-        if not self._found or self._found[-1] > 1.1 * share:
-            self._found.append(share)
-        return self._found[-1]
+        found = next((found for found in sorted(self._found, reverse=True) if found <= 1.1 * share), None)
+        if found is None:
+            self._found.append(found := share)
+        return found
 
 
 def _common_prefix(prompts: Sequence[np.ndarray], page: int) -> np.ndarray:

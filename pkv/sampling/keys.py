@@ -14,8 +14,8 @@ def row_keys(seed: int, purpose: str, step: int, problem_ids: list[str], samples
 
     The engine folds in each token's position; so a rollout's draws are the same wherever and whenever it is made.
     """
-    if not problem_ids:
-        return np.zeros((0, samples, 2), np.uint32)
+    if not problem_ids or not samples:
+        return np.zeros((len(problem_ids), samples, 2), np.uint32)
     root = fold(jax.random.key(seed), purpose, step)
     keys = [[fold(root, problem, sample) for sample in range(samples)] for problem in problem_ids]
     return np.asarray(jax.random.key_data(jnp.stack([jnp.stack(row) for row in keys])))

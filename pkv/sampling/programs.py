@@ -119,17 +119,18 @@ class Programs:
 
     def page_bytes(self) -> int:
         """Bytes of one page on a device that holds it."""
-        return sum(self._array_bytes())
+        return sum(device_bytes(self.stock_shapes(1)))
+
+    def prefix_bytes(self, length: int) -> int:
+        """Bytes on a device of what `prefix` gives for so many tokens: their cache is whole on each."""
+        return sum(device_bytes(self.prefix_shapes(length)))
 
     def largest_share(self) -> float:
         """Which share of a stock exists twice while its size changes, if it does: a layer, or a stacked array."""
         if self.fixed:
             return 0.0
-        return max(self._array_bytes()) / self.page_bytes() if self.stacked else 1 / self.arch.layers
-
-    def _array_bytes(self) -> list[int]:
-        shapes = jax.tree.leaves(self.stock_shapes(1))
-        return [math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in shapes]
+        sizes = device_bytes(self.stock_shapes(1))
+        return max(sizes) / sum(sizes) if self.stacked else 1 / self.arch.layers
 
     def place(self, params: Params) -> Params:
         """Weights in the layout, dtype and key-value heads of sampling.
@@ -158,6 +159,7 @@ class Programs:
     def _prefill(self, weights: Params, prefix: Cache | None, stock: Stock, tokens_PT: Any, places: Any) -> Stock:
         """The keys and values of whole prompts, each shard its own, written into the pages `places` of `stock`.
 
+        Not spread over the axis "sequence": each of its devices computes all of a prompt, and keeps its own pages.
         prefix: what comes before tokens_PT in every row. places: int32 [shards, P · T/page]; beyond the stock's end:
         nowhere. Padding on the right is written too, where nothing looks at it.
         """
@@ -330,6 +332,11 @@ def _described(tree: Any, placing: Callable[[Any], Any]) -> Any:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
     return jax.tree.map(one, tree, placing(tree))
+
+
+def device_bytes(tree: Any) -> list[int]:
+    """What each array takes of a device."""
+    return [math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)]
 
 
 def _spread_kv_heads(arch: Arch, tensor: int) -> tuple[Arch, int]:

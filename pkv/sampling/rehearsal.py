@@ -6,7 +6,6 @@ compiled before the first rollout, the longest ones first, or for devices that a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from pkv.model import Cache, Params, Stock
 from pkv.sampling.engine import Engine
-from pkv.sampling.programs import Programs, Rows, Segment, Table
+from pkv.sampling.programs import Programs, Rows, Segment, Table, device_bytes
 from pkv.sampling.schedule import Request
 from pkv.tracking import Progress
 
@@ -44,8 +43,7 @@ class Call:
     @property
     def bytes(self) -> int:
         """What its arguments take of a device, without the weights."""
-        leaves = jax.tree.leaves(self.arguments)
-        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+        return sum(device_bytes(self.arguments))
 
     def run(self, programs: Programs, weights: Params) -> None:
         """Compile the program, and run it on rows that are all over: so its memory is had once, too."""
@@ -93,7 +91,7 @@ class _Recorder:
 
     def __init__(self, programs: Programs) -> None:
         self._real, self.page, self.fixed = programs, programs.page, programs.fixed
-        self.largest_share = programs.largest_share
+        self.largest_share, self.prefix_bytes = programs.largest_share, programs.prefix_bytes
         self.calls: dict[Any, Call] = {}
 
     def note(self, name: str, *arguments: Any, of_weights: bool = True, **keywords: int) -> None:

@@ -82,23 +82,39 @@ class Fresh(NamedTuple):
     returned: list[Row]
 
 
+def check(requests: Sequence[Request]) -> None:
+    """Raises UserError for a request that no memory would help."""
+    for number, request in enumerate(requests):
+        if len(request.prompt) < 1 or request.max_new_tokens < 1:
+            raise UserError(f"request {number}: expected a prompt of at least one token, and room for one more")
+
+
 class Schedule:
     """All samples of one call: waiting, live, or handed out.
 
-    most: pages that a device may hold, of prompts and rows together. prefix: positions that all prompts share.
+    prefix: positions that all prompts share. memory: pages that a device may hold, taken: so many of them by these
+    positions; `most` are left for prompts and rows.
     """
 
     def __init__(
-        self, requests: Sequence[Request], slots: int, segment: int, prefix: int, own: Pool, prompts: Pool, most: int
+        self,
+        requests: Sequence[Request],
+        slots: int,
+        segment: int,
+        prefix: int,
+        own: Pool,
+        prompts: Pool,
+        memory: int,
+        taken: int,
     ) -> None:
-        self.own, self.prompts, self.most = own, prompts, most
+        self.own, self.prompts, self.most = own, prompts, max(0, memory - taken)
         self.live: list[list[Row]] = [[] for _ in range(own.shards)]
         self.waiting = deque(self._row(requests, r, s) for r, one in enumerate(requests) for s in range(len(one.keys)))
         self._requests, self._segment, self._prefix, self._page = requests, segment, prefix, own.page
         self._slots = -(-slots // own.shards)  # of a shard
         self._held: dict[tuple[int, int], Held] = {}  # the prompts that are there, by request and shard
         for number, request in enumerate(requests):
-            self._check(number, request)
+            self._check(number, request, taken)
 
     @property
     def unfinished(self) -> bool:
@@ -283,14 +299,13 @@ class Schedule:
         """Rows of a shard's batch."""
         return max(round_up(max(map(len, self.live))), -(-least // self.own.shards))
 
-    def _check(self, number: int, request: Request) -> None:
-        if len(request.prompt) < 1 or request.max_new_tokens < 1:
-            raise UserError(f"request {number}: expected a prompt of at least one token, and room for one more")
+    def _check(self, number: int, request: Request, taken: int) -> None:
         own = -(-request.max_new_tokens // self._page)
         pages = -(-own // self.own.places) - (-self._prompt_pages(number) // self.own.places)
         if pages > self.most:
+            beside = f" beside what all prompts begin with, which takes {taken}" if taken else ""
             raise UserError(
                 f"a prompt of {len(request.prompt)} tokens with {request.max_new_tokens} to come takes {pages} pages "
-                f"of {self._page} tokens on a device, and its memory holds {self.most}: shorten it, raise "
+                f"of {self._page} tokens on a device, and its memory holds {self.most}{beside}: shorten it, raise "
                 "sampling.kv_memory_gb, use sampling.kv_cache int8, or spread it with mesh.tensor or mesh.sequence"
             )
