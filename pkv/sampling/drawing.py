@@ -80,7 +80,9 @@ def invert(probabilities_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     padded = jnp.pad(probabilities_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
     block_sums = padded.sum(axis=-1)
     block, rest = _search(block_sums, uniform_B * block_sums.sum(axis=-1))
-    inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
+    # A sum of one block and zeros: to take the block from a vocabulary that is spread, jax 0.12's compiler aborts.
+    chosen = jnp.arange(padded.shape[1]) == block[:, None]
+    inside = jnp.where(chosen[:, :, None], padded, 0.0).sum(axis=1)
     index, _ = _search(inside, jnp.minimum(rest, inside.sum(axis=-1)))
     return (block * BLOCK + index).astype(jnp.int32)
 
