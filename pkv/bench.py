@@ -38,10 +38,11 @@ Run = Callable[[Clock], list[int]]  # one run: seconds by phase into the clock; 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that can be done again and again; trainer: of the update in it, None where there is none."""
+    """A run that can be done again and again; trainer: of the update in it, engine: of the sampling; None without."""
 
     run: Run
     trainer: Trainer | None = None
+    engine: Engine | None = None
 
 
 MEAN_SHARE = 4  # made-up responses have on average max_new_tokens / 4 tokens, before they are cut
@@ -86,6 +87,7 @@ def bench(what: What, task: Task, runs: int) -> dict[str, Any]:
     tokens_per_s: response tokens that count, so up to and with the first end token, a second of the whole run. seconds:
     by phase, the phases of a training step. compile_s: tracing, lowering and compiling before the measured runs.
     peak_memory_gb: GiB since the process began, loading and compiling included; devices: of each that keeps count.
+    kv_ratio: memory for keys and values over the sum of the live rows' lengths, prompts counted for every row.
     update_tflops: the model's own arithmetic a second of the update, with every prompt counted as often as it has
     responses; matrix_tflops: what bare matrix products reach on all devices here. Raises UserError.
     """
@@ -102,6 +104,8 @@ def bench(what: What, task: Task, runs: int) -> dict[str, Any]:
             measured.append(_figures(lengths, clock.seconds, inside))
             if job.trainer is not None:
                 measured[-1]["update_tflops"] = job.trainer.tflops(lengths) / clock.seconds["update"]
+            if job.engine is not None:
+                measured[-1]["kv_ratio"] = job.engine.usage.ratio
             progress.advance(1, tokens_per_s=measured[-1]["tokens_per_s"])
     return {
         "bench": what,
@@ -116,6 +120,7 @@ def bench(what: What, task: Task, runs: int) -> dict[str, Any]:
             "mean": statistics.fmean(one["lengths"]["mean"] for one in measured),
             "longest": max(one["lengths"]["longest"] for one in measured),
         },
+        **({"kv_ratio": statistics.median(one["kv_ratio"] for one in measured)} if job.engine else {}),
         **(_against_matrices(measured, task) if job.trainer else {}),
         "compile_s": before.seconds,
         "compilations": before.count,
@@ -130,6 +135,7 @@ def in_words(result: Mapping[str, Any]) -> str:
     phases = ", ".join(f"{phase} {seconds:.3g}" for phase, seconds in result["seconds"].items())
     lengths, peak = result["lengths"], result["peak_memory_gb"]
     devices = f", {max(peak['devices']):.1f} GB on a device" if peak["devices"] else ""
+    memory = f", that for keys and values {result['kv_ratio']:.2f} of what lives" if "kv_ratio" in result else ""
     share = ""
     if "update_tflops" in result:
         share = f", {result['update_tflops'] / result['matrix_tflops']:.0%} of the matrix rate"
@@ -137,7 +143,7 @@ def in_words(result: Mapping[str, Any]) -> str:
         f"{result['bench']}: {result['tokens_per_s']:,.0f} tokens/s; {result['step_s']:.3g} s a run ({phases}{share}); "
         f"{result['compilations']} programs compiled in {result['compile_s']:.3g} s before the runs, "
         f"{result['compilations_in_runs']} in them; responses of {lengths['mean']:.0f} tokens, the longest "
-        f"{lengths['longest']}; peak memory {peak['host']:.1f} GB{devices}"
+        f"{lengths['longest']}; peak memory {peak['host']:.1f} GB{devices}{memory}"
     )
 
 
@@ -157,7 +163,7 @@ def sampling_run(task: Task) -> Job:
         with clock("sample"):
             return [len(done.tokens) for done in engine.sample(weights, requests)]
 
-    return Job(run)
+    return Job(run, engine=engine)
 
 
 def update_run(task: Task) -> Job:
@@ -192,7 +198,7 @@ def step_run(task: Task) -> Job:
             trainer.update(credit(task, prompts, done))
         return [len(completion.tokens) for completion in done]
 
-    return Job(run, trainer)
+    return Job(run, trainer, engine)
 
 
 BUILDERS: Mapping[str, Callable[[Task], Job]] = {"sample": sampling_run, "update": update_run, "step": step_run}

@@ -79,6 +79,7 @@ def test_each_command_writes_one_object_of_the_contract(results, model, what):
         *("bench", "model", "settings", "device", "tokens_per_s", "step_s", "seconds", "lengths"),
         *("compile_s", "compilations", "compilations_in_runs", "peak_memory_gb", "runs"),
         *(() if what == "sample" else ("update_tflops", "matrix_tflops")),
+        *(() if what == "update" else ("kv_ratio",)),
     }
     assert (result["bench"], result["model"]) == (what, model)
     assert len(result["runs"]) == RUNS and list(result["seconds"]) == PHASES[what]
@@ -90,6 +91,9 @@ def test_each_command_writes_one_object_of_the_contract(results, model, what):
         assert result[name] == statistics.median(run[name] for run in result["runs"])
     assert result["compilations"] > 0 and result["compile_s"] > 0
     assert result["compilations_in_runs"] == sum(run["compilations"] for run in result["runs"])
+    if what != "update":
+        assert result["kv_ratio"] == statistics.median(run["kv_ratio"] for run in result["runs"]) > 0
+        assert f"keys and values {result['kv_ratio']:.2f} of what lives" in err
     assert result["peak_memory_gb"]["host"] > 0 and result["peak_memory_gb"]["devices"] == []
     assert result["device"] == {"kind": "cpu", "count": 8}
     assert f"bench {what} {RUNS + 1}/{RUNS + 1}" in err and f"{what}: " in err and "peak memory" in err

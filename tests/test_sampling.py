@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +12,41 @@ import pytest
 from golden.make import CASES, make_model, save
 from tiny_sampling import ARCH, CONFIG, MESHES, PARAMS, STOPS, assert_same, one_device, requests, run
 
+from pkv.competition import Tokenizer, train_tokenizer
+from pkv.competition.watch import stop_strings
 from pkv.config import MeshConfig
 from pkv.mesh import make_mesh
-from pkv.model import forward, load_params, logits, read_arch
+from pkv.model import forward, init_params, load_params, logits, read_arch
 from pkv.model.pages import WRITING
 from pkv.records import Verdict
 from pkv.sampling import Engine, Request, row_keys
-from pkv.sampling.drawing import Nucleus, _search, draw, invert
 
 PARAMS_PLACED = Engine(ARCH, CONFIG, STOPS, one_device()).load(PARAMS)
 
 
-def logprobs_by_forward(prompt, tokens, temperature: float = 1.0):
-    whole = jnp.asarray(np.concatenate([prompt, tokens]))[None]
-    hidden, _ = forward(PARAMS, ARCH, whole[:, :-1], jnp.arange(whole.shape[1] - 1)[None])
-    table = jax.nn.log_softmax(logits(PARAMS, ARCH, hidden)[0] / temperature)
-    return np.take_along_axis(np.asarray(table), np.asarray(whole[0, 1:, None]), -1)[len(prompt) - 1 :, 0]
+@partial(jax.jit, static_argnames="dtype")
+def trainers_logits(tokens_BT: jax.Array, dtype) -> jax.Array:
+    B, T = tokens_BT.shape
+    hidden, _ = forward(PARAMS, ARCH, tokens_BT, jnp.broadcast_to(jnp.arange(T), (B, T)), dtype=dtype)
+    return logits(PARAMS, ARCH, hidden)
+
+
+def logits_by_forward(prompt, tokens, dtype=jnp.float32) -> np.ndarray:
+    """The trainer's logits where each of the tokens was drawn, [T, V]; padded on the right to one shape."""
+    whole = np.zeros((1, 64), np.int32)
+    whole[0, : len(prompt) + len(tokens)] = np.concatenate([prompt, tokens])
+    found = trainers_logits(whole, dtype)[0, len(prompt) - 1 : len(prompt) + len(tokens) - 1]
+    return np.asarray(found, np.float64)
+
+
+def log_softmax(table_TV: np.ndarray) -> np.ndarray:
+    table_TV = table_TV - table_TV.max(axis=-1, keepdims=True)
+    return table_TV - np.log(np.exp(table_TV).sum(axis=-1, keepdims=True))
+
+
+def logprobs_by_forward(prompt, tokens, temperature: float = 1.0, dtype=jnp.float32):
+    table = log_softmax(logits_by_forward(prompt, tokens, dtype) / temperature)
+    return np.take_along_axis(table, tokens[:, None], -1)[:, 0]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +86,32 @@ def test_one_and_eight_devices_say_the_same(monkeypatch, plain, mesh, stacked):
     if stacked:
         monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
     assert_same(plain, run(mesh=make_mesh(mesh)))
+
+
+def off_the_draw(asked: Request, done, dtype) -> np.ndarray:
+    """How far each token's part of the unit interval, by the trainer's forward, lies from the number drawn there."""
+    start, T = len(asked.prompt), len(done.tokens)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.wrap_key_data(asked.keys[done.sample]), jnp.arange(start, start + T)
+    )
+    drawn = np.asarray(jax.vmap(jax.random.uniform)(keys), np.float64)
+    above = np.exp(log_softmax(logits_by_forward(asked.prompt, done.tokens, dtype))).cumsum(axis=-1)
+    above = np.pad(above, ((0, 0), (1, 0)))
+    low, high = above[np.arange(T), done.tokens], above[np.arange(T), done.tokens + 1]
+    return np.maximum(0, np.maximum(low - drawn, drawn - high))
+
+
+@pytest.mark.parametrize(
+    "mesh, dtype, margin",
+    [(None, "float32", 1e-5), (None, "bfloat16", 0.03), (MESHES["all"], "bfloat16", 0.03)],
+    ids=["one device", "one device, bf16", "all, bf16"],
+)
+def test_every_token_is_what_its_key_draws_within_a_margin(mesh, dtype, margin):
+    """So rows of two meshes part only where the number drawn lies that near to the border between two tokens."""
+    asked = requests()
+    engine = Engine(ARCH, CONFIG, STOPS, make_mesh(mesh) if mesh else one_device(), dtype)
+    off = [off_the_draw(asked[c.request], c, jnp.dtype(dtype)) for c in engine.sample(engine.load(PARAMS), asked)]
+    assert np.concatenate(off).max() < margin
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
@@ -189,6 +235,32 @@ def test_a_watch_cuts_forces_and_ends(segment, mesh):
         np.testing.assert_allclose(done.policy_logprobs, exact, atol=1e-4)
 
 
+@pytest.mark.parametrize("segment", [1, 4, 32])
+def test_a_stop_string_over_the_border_of_a_segment_ends_its_row_there(tmp_path, segment):
+    train_tokenizer(["How many hives make 20 candles?"], 300, tmp_path)
+    tokenizer, arch = Tokenizer.load(tmp_path, light=True), dataclasses.replace(ARCH, vocab_size=300)
+    engine = Engine(arch, dataclasses.replace(CONFIG, segment=segment, slots=16), (), one_device())
+    weights = engine.load(init_params(arch, jax.random.key(0)))
+    asked = requests((24, 24, 24), samples=16)
+    seen = 0
+    for free in list(engine.sample(weights, asked)):
+        tokens = free.tokens.tolist()
+        before, both = tokenizer.decode(tokens[:4]), tokenizer.decode(tokens[:5])
+        string = both[len(before) - 2 :]
+        if "\ufffd" in both or len(string) < 3:
+            continue
+        ends = next(t for t in range(1, 6) if string in tokenizer.decode(tokens[:t]))
+        one = dataclasses.replace(
+            asked[free.request],
+            keys=asked[free.request].keys[free.sample : free.sample + 1],
+            watch=stop_strings(tokenizer, [string]),
+        )
+        (done,) = engine.sample(weights, [one])
+        assert done.finish == "stop" and done.tokens.tolist() == tokens[:ends]
+        seen += ends == 5
+    assert seen, "the case must show it"
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("kv_cache", ["plain", "int8"])
 def test_pages_as_tpu_writes_them_say_the_same(monkeypatch, stacked, kv_cache):
@@ -215,13 +287,47 @@ def test_logprobs_are_the_trainers(temperature):
         np.testing.assert_allclose(done.policy_logprobs, logprobs_by_forward(asked[r].prompt, done.tokens), atol=1e-4)
 
 
+def kept_by_hand(logprobs_V: np.ndarray, top_k: int, top_p: float, min_p: float) -> list[int]:
+    """Token by token, the likeliest first."""
+    likeliest = np.argsort(-logprobs_V)[: top_k or None]
+    shares = np.exp(logprobs_V[likeliest]) / np.exp(logprobs_V[likeliest]).sum()
+    kept, held = [], 0.0
+    for token, share in zip(likeliest.tolist(), shares.tolist(), strict=True):
+        if held >= top_p or share < min_p * shares[0]:
+            break
+        kept.append(token)
+        held += share
+    return kept
+
+
+@pytest.mark.parametrize(
+    "temperature, filters",
+    [
+        (0.7, {"top_k": 5}),
+        (1.0, {"top_p": 0.8}),
+        (1.3, {"min_p": 0.1}),
+        (0.7, {"top_k": 20, "top_p": 0.9, "min_p": 0.02}),
+    ],
+    ids=["top_k", "top_p", "min_p", "all"],
+)
+def test_logprobs_are_the_trainers_under_the_same_filters(temperature, filters):
+    asked, cut = requests(samples=6), 0
+    for (r, _), done in run(dataclasses.replace(CONFIG, temperature=temperature, **filters), asked).items():
+        table_TV = log_softmax(logits_by_forward(asked[r].prompt, done.tokens) / temperature)
+        for t, token in enumerate(done.tokens.tolist()):
+            kept = kept_by_hand(table_TV[t], **({"top_k": 0, "top_p": 1.0, "min_p": 0.0} | filters))
+            assert token in kept
+            whole = np.log(np.exp(table_TV[t, kept]).sum())
+            cut += whole < np.log(0.95)
+            np.testing.assert_allclose(done.logprobs[t], table_TV[t, token] - whole, atol=1e-4)
+        np.testing.assert_allclose(done.policy_logprobs, logprobs_by_forward(asked[r].prompt, done.tokens), atol=1e-4)
+    assert cut, "the case must show that something is cut off"
+
+
 def test_greedy_is_the_argmax_of_the_full_forward():
     asked = requests(samples=2)
     for (r, _), done in run(dataclasses.replace(CONFIG, temperature=0.0), asked).items():
-        whole = jnp.asarray(np.concatenate([asked[r].prompt, done.tokens]))[None]
-        hidden, _ = forward(PARAMS, ARCH, whole[:, :-1], jnp.arange(whole.shape[1] - 1)[None])
-        best = jnp.argmax(logits(PARAMS, ARCH, hidden)[0], -1)[len(asked[r].prompt) - 1 :]
-        np.testing.assert_array_equal(done.tokens, best)
+        np.testing.assert_array_equal(done.tokens, logits_by_forward(asked[r].prompt, done.tokens).argmax(-1))
 
 
 def test_in_bf16_the_logprobs_stay_near_the_trainers():
@@ -229,11 +335,7 @@ def test_in_bf16_the_logprobs_stay_near_the_trainers():
     engine = Engine(ARCH, CONFIG, STOPS, one_device(), "bfloat16")
     off = []
     for done in engine.sample(engine.load(PARAMS), requests(samples=8)):
-        whole = jnp.asarray(np.concatenate([requests()[done.request].prompt, done.tokens]))[None]
-        where = jnp.arange(whole.shape[1] - 1)[None]
-        hidden, _ = forward(PARAMS, ARCH, whole[:, :-1], where, dtype=jnp.bfloat16)
-        table = jax.nn.log_softmax(logits(PARAMS, ARCH, hidden)[0])
-        trainers = np.take_along_axis(np.asarray(table), np.asarray(whole[0, 1:, None]), -1)[-len(done.tokens) :, 0]
+        trainers = logprobs_by_forward(requests()[done.request].prompt, done.tokens, dtype=jnp.bfloat16)
         off.append(np.abs(done.policy_logprobs - trainers))
     off = np.concatenate(off)
     assert off.mean() < 0.02 and off.max() < 0.3  # nats; 32 bits: 1e-4, see above
@@ -289,57 +391,3 @@ def test_streamed_tokens_add_up_to_the_completions(plain):
     heard: dict[tuple[int, int], list[int]] = {}
     done = run(on_tokens=lambda r, s, tokens: heard.setdefault((r, s), []).extend(tokens.tolist()))
     assert heard == {key: c.tokens.tolist() for key, c in done.items()}
-
-
-def test_draws_follow_the_distribution():
-    weights = np.random.default_rng(0).random(300) ** 4
-    weights[::3] = 0
-    probabilities = weights / weights.sum()
-    N = 40_000
-    drawn = np.asarray(
-        invert(jnp.broadcast_to(jnp.asarray(probabilities, jnp.float32), (N, 300)), (jnp.arange(N) + 0.5) / N)
-    )
-    counts = np.bincount(drawn, minlength=300)
-    assert not counts[probabilities == 0].any()
-    np.testing.assert_allclose(counts / N, probabilities, atol=3 / N)
-
-
-@pytest.mark.parametrize("uniform", [0.0, np.nextafter(np.float32(1), np.float32(0))])
-def test_the_ends_of_the_unit_interval_never_draw_what_has_no_probability(uniform):
-    probabilities = jnp.zeros((1, 300)).at[0, jnp.array([7, 250])].set(0.5)
-    assert int(invert(probabilities, jnp.full(1, uniform))[0]) in (7, 250)
-
-
-def test_a_long_vocabulary_never_draws_what_has_no_probability():
-    """The running sum over 1,187 blocks is added in a tree, and rises by a rounding where a block's weight is 0."""
-    random, V = np.random.default_rng(0), 151_936
-    for uniforms in ([], [0.6928966], [0.63166094], [0.6846694, 0.8361306]):
-        kept, shares = random.choice(V, 50, replace=False), random.random(50) ** 3
-        weights = jnp.zeros(V).at[kept].set(jnp.asarray(shares / shares.sum(), jnp.float32))
-        probabilities = jax.nn.softmax(jnp.log(weights))
-        for uniform in (*uniforms, np.nextafter(np.float32(1), np.float32(0))):
-            token = int(jax.jit(invert)(probabilities[None], jnp.full(1, uniform, jnp.float32))[0])
-            assert token in kept and probabilities[token] > 0
-
-
-@pytest.mark.parametrize("weights, drawn", [([0, 2, 0, 3, 0], 3), ([5, 1, 0, 0, 0], 1), ([0, 0, 4, 0, 0], 2)])
-def test_a_target_that_no_running_sum_exceeds_draws_the_last_with_weight(weights, drawn):
-    weights = jnp.asarray([weights], jnp.float32)
-    index, rest = _search(weights, weights.sum(axis=-1))
-    assert int(index[0]) == drawn and float(rest[0]) == float(weights[0, drawn])
-
-
-def test_top_k_top_p_and_min_p_keep_what_they_say():
-    off = jnp.float32(0)
-    table = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]])).repeat(4000, 0)
-    keys = jnp.asarray(row_keys(0, "draw", 0, [f"{i}" for i in range(40)], 100).reshape(-1, 2))
-    args = (table, keys, jnp.zeros(4000, jnp.int32), jnp.float32(1))
-    by_k = draw(Nucleus(True, 3), *args, jnp.float32(1), off)
-    assert set(np.unique(by_k.tokens)) == {0, 1, 2}
-    by_p = draw(Nucleus(True, 0), *args, jnp.float32(0.7), off)
-    assert set(np.unique(by_p.tokens)) == {0, 1}, "the token that crosses 0.7 is kept"
-    np.testing.assert_allclose(by_p.logprobs, np.log(np.array([2 / 3, 1 / 3]))[np.asarray(by_p.tokens)], rtol=1e-5)
-    np.testing.assert_allclose(by_p.policy_logprobs, np.log(np.array([0.5, 0.25]))[np.asarray(by_p.tokens)], rtol=1e-5)
-    by_m = draw(Nucleus(True, 0), *args, jnp.float32(1), jnp.float32(0.25))
-    assert set(np.unique(by_m.tokens)) == {0, 1, 2}, "0.15 is more than a quarter of 0.5, 0.1 is less"
-    np.testing.assert_allclose(by_m.logprobs, np.log(np.array([50, 25, 15]) / 90)[np.asarray(by_m.tokens)], rtol=1e-5)

@@ -13,6 +13,7 @@ from tiny_sampling import ARCH, CONFIG, MESHES, PARAMS, STOPS, assert_same, one_
 from pkv.config import UserError
 from pkv.mesh import make_mesh
 from pkv.sampling import Engine, Request, WarmUp, rehearse, row_keys
+from pkv.sampling.rehearsal import Rehearsal
 from pkv.sampling.schedule import Schedule
 
 
@@ -64,7 +65,7 @@ def test_when_the_memory_ends_rows_wait_and_say_the_same(plain, mesh, fixed):
 
 
 def test_the_memory_suffices_while_pages_are_added_too(monkeypatch):
-    monkeypatch.setattr("pkv.sampling.arena.LEAST_PAGES", 8)
+    monkeypatch.setattr("pkv.sampling.arena.GROWING", (8, 0))
     limit = memory_of(60)
     engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=16, **limit), (), one_device())
     resize, seen = engine.programs.resize, []
@@ -209,6 +210,27 @@ def test_memory_follows_the_lengths():
     asked = [Request(draw.integers(10, 200, 30).astype(np.int32), k, n) for k, n in zip(keys, lengths, strict=True)]
     list(engine.sample(engine.load(PARAMS), asked))
     assert engine.usage.ratio < 1.3
+
+
+@pytest.mark.parametrize(
+    "prompts, samples, new_tokens, most",
+    [
+        (8, 8, 1024, 1.3),
+        (32, 8, 1024, 1.3),
+        (4, 16, 4096, 1.3),
+        (2, 4, 11264, 1.3),
+        (64, 1, 1024, 1.7),
+        (8, 1, 1024, 2.3),
+    ],
+)
+def test_memory_follows_the_lengths_of_long_tailed_rollouts(prompts, samples, new_tokens, most):
+    """By a rehearsal of whole rollouts in the pages that a CPU has: nothing is computed. Few rows take more."""
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=64, segment=32, page_tokens=64), (), one_device())
+    draw, keys = np.random.default_rng(0), np.zeros((samples, 2), np.uint32)
+    asked = [Request(draw.integers(10, 200, 140).astype(np.int32), keys, new_tokens) for _ in range(prompts)]
+    rehearsal = Rehearsal(engine, new_tokens / 4)
+    list(rehearsal.sample({}, asked))
+    assert rehearsal.usage.ratio < most
 
 
 def test_a_long_run_compiles_few_programs():

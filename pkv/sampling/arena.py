@@ -22,6 +22,7 @@ from pkv.sampling.programs import PAGES, WHOLE, Programs
 from pkv.sampling.schedule import Row, Schedule
 
 LEAST_PAGES = 32  # sizes of a part are multiples of this, so that few shapes are compiled
+GROWING = 36, 12  # the same where a part is as large as its stock, and a size below it for few rows
 AT_ONCE = 16  # pages that one program moves
 
 
@@ -56,13 +57,11 @@ class Arena:
         return self._schedule.prompts.at(np.asarray(held.pages, np.int32), self.prompts.size)
 
     def fit(self) -> None:
-        """Parts of the size that the next segment needs; what is hardly too large stays."""
+        """Parts of the size that the next segment needs."""
         pools, most = (self._schedule.own, self._schedule.prompts), self._schedule.most
         need_own, need_prompts = self._schedule.demands()
-        for_prompts = min(round_up(need_prompts, LEAST_PAGES, 1), most - need_own) if need_prompts else 0
-        sizes = min(round_up(need_own, LEAST_PAGES), most - for_prompts), for_prompts
-        kept = [pool.size if size <= pool.size < 1.4 * size else size for pool, size in zip(pools, sizes, strict=True)]
-        wanted = kept if sum(kept) <= most else sizes
+        for_prompts = min(self._size(need_prompts, 1), most - need_own) if need_prompts else 0
+        wanted = min(self._size(need_own, 2), most - for_prompts), for_prompts
         parts = list(zip((self.own, self.prompts), pools, wanted, self._schedule.holders(), strict=True))
         for store, pool, size, holders in parts:
             if size < pool.size:
@@ -73,6 +72,10 @@ class Arena:
             if size > pool.size:
                 self._resize(store, size)
                 pool.resize(size)
+
+    def _size(self, need: int, steps: int) -> int:
+        least, few = (LEAST_PAGES, 0) if self._programs.fixed else GROWING
+        return few if need <= few else round_up(need, least, steps)
 
     def put_aside(self, row: Row) -> None:
         """Keep a row's pages in the host's memory, and free them."""

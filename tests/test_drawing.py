@@ -1,0 +1,65 @@
+"""One token from its logits: by its distribution, never what has no probability, and of what the filters keep."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pkv.sampling import row_keys
+from pkv.sampling.drawing import Nucleus, _search, draw, invert
+
+
+def test_draws_follow_the_distribution():
+    weights = np.random.default_rng(0).random(300) ** 4
+    weights[::3] = 0
+    probabilities = weights / weights.sum()
+    N = 40_000
+    drawn = np.asarray(
+        invert(jnp.broadcast_to(jnp.asarray(probabilities, jnp.float32), (N, 300)), (jnp.arange(N) + 0.5) / N)
+    )
+    counts = np.bincount(drawn, minlength=300)
+    assert not counts[probabilities == 0].any()
+    np.testing.assert_allclose(counts / N, probabilities, atol=3 / N)
+
+
+@pytest.mark.parametrize("uniform", [0.0, np.nextafter(np.float32(1), np.float32(0))])
+def test_the_ends_of_the_unit_interval_never_draw_what_has_no_probability(uniform):
+    probabilities = jnp.zeros((1, 300)).at[0, jnp.array([7, 250])].set(0.5)
+    assert int(invert(probabilities, jnp.full(1, uniform))[0]) in (7, 250)
+
+
+def test_a_long_vocabulary_never_draws_what_has_no_probability():
+    """The running sum over 1,187 blocks is added in a tree, and rises by a rounding where a block's weight is 0."""
+    random, V = np.random.default_rng(0), 151_936
+    for uniforms in ([], [0.6928966], [0.63166094], [0.6846694, 0.8361306]):
+        kept, shares = random.choice(V, 50, replace=False), random.random(50) ** 3
+        weights = jnp.zeros(V).at[kept].set(jnp.asarray(shares / shares.sum(), jnp.float32))
+        probabilities = jax.nn.softmax(jnp.log(weights))
+        for uniform in (*uniforms, np.nextafter(np.float32(1), np.float32(0))):
+            token = int(jax.jit(invert)(probabilities[None], jnp.full(1, uniform, jnp.float32))[0])
+            assert token in kept and probabilities[token] > 0
+
+
+@pytest.mark.parametrize("weights, drawn", [([0, 2, 0, 3, 0], 3), ([5, 1, 0, 0, 0], 1), ([0, 0, 4, 0, 0], 2)])
+def test_a_target_that_no_running_sum_exceeds_draws_the_last_with_weight(weights, drawn):
+    weights = jnp.asarray([weights], jnp.float32)
+    index, rest = _search(weights, weights.sum(axis=-1))
+    assert int(index[0]) == drawn and float(rest[0]) == float(weights[0, drawn])
+
+
+def test_top_k_top_p_and_min_p_keep_what_they_say():
+    off = jnp.float32(0)
+    table = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]])).repeat(4000, 0)
+    keys = jnp.asarray(row_keys(0, "draw", 0, [f"{i}" for i in range(40)], 100).reshape(-1, 2))
+    args = (table, keys, jnp.zeros(4000, jnp.int32), jnp.float32(1))
+    by_k = draw(Nucleus(True, 3), *args, jnp.float32(1), off)
+    assert set(np.unique(by_k.tokens)) == {0, 1, 2}
+    by_p = draw(Nucleus(True, 0), *args, jnp.float32(0.7), off)
+    assert set(np.unique(by_p.tokens)) == {0, 1}, "the token that crosses 0.7 is kept"
+    np.testing.assert_allclose(by_p.logprobs, np.log(np.array([2 / 3, 1 / 3]))[np.asarray(by_p.tokens)], rtol=1e-5)
+    np.testing.assert_allclose(by_p.policy_logprobs, np.log(np.array([0.5, 0.25]))[np.asarray(by_p.tokens)], rtol=1e-5)
+    by_m = draw(Nucleus(True, 0), *args, jnp.float32(1), jnp.float32(0.25))
+    assert set(np.unique(by_m.tokens)) == {0, 1, 2}, "0.15 is more than a quarter of 0.5, 0.1 is less"
+    np.testing.assert_allclose(by_m.logprobs, np.log(np.array([50, 25, 15]) / 90)[np.asarray(by_m.tokens)], rtol=1e-5)
