@@ -68,7 +68,7 @@ def test_a_run_takes_those_of_its_rows_and_keeps_them(models, tmp_path, rows, lo
         "prompt": {"system": "brief"},
         "evaluate": {"problems": 1},
         "grpo": {"row_tokens": rows},
-        "rounds": [{"name": "only", "steps": 1, "max_new_tokens": 8}],
+        "rounds": [{"name": "only", "steps": 1, "max_new_tokens": 8, "weights": {"correctness": 1.0}}],
     }
     setup = build(parse_config(raw))
     parts = setup.engine, setup.heldout_engine, setup.learner
