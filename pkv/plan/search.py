@@ -40,7 +40,7 @@ def search(work: Work, wanted: Slice, say: Say, before: tuple[str, ...] = ()) ->
 
 def nearest(work: Work, wanted: Slice, failed: Plan, say: Say) -> tuple[Plan, tuple[str, ...]] | None:
     """What to change so that it fits, found by trying: one setting more at a time, those that cost least first, then
-    other meshes without them, and with all of them."""
+    other meshes with all of them; where nothing is compiled, which takes minutes, without them first."""
     asked, flags = work, ()
     for _ in range(MOST_CHANGES):
         change = _relief(work, failed)
@@ -53,7 +53,8 @@ def nearest(work: Work, wanted: Slice, failed: Plan, say: Say) -> tuple[Plan, tu
         if plan.fits:
             return plan, flags
         failed = plan
-    return search(asked, wanted, say) or (search(work, wanted, say, flags) if flags else None)
+    found = None if wanted.compiles and flags else search(asked, wanted, say)
+    return found or (search(work, wanted, say, flags) if flags else None)
 
 
 def candidates(work: Work, wanted: Slice) -> Iterator[Change]:

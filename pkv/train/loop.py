@@ -35,10 +35,10 @@ def run_stages(setup: Setup, folder: Path, fresh: bool) -> Run:
     """All that is left of a run's stages."""
     config = setup.config
     run, state = open_training(setup, folder, fresh)
-    seen_by = None  # how the last evaluation measured: a stage that does otherwise is measured when it starts
+    seen_at = None  # the limits of the last evaluation: a stage with others is measured when it starts
     with run, stop_requests() as asked_to_stop:
         for stage in stages(config):
-            last, seen_by = seen_by, stage.measure
+            last, seen_at = seen_at, stage.limits
             if run.step >= stage.stop:
                 continue
             if stage.round is not None and run.step == stage.first:
@@ -48,7 +48,7 @@ def run_stages(setup: Setup, folder: Path, fresh: bool) -> Run:
                 progress_of(stage.stop - stage.first, stage.name, initial=run.step - stage.first) as progress,
             ):
                 setup.warm_up(state, stage, run.step)
-                if stage.round is not None and run.step == stage.first and last != stage.measure:
+                if stage.round is not None and run.step == stage.first and last != stage.limits:
                     measure(setup, run, state, stage, scoring, before(stage.name))
                 for step in range(run.step, stage.stop):
                     if run.step == step and any(hosts.gather(asked_to_stop())):  # saved: nothing is lost

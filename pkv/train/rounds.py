@@ -42,9 +42,9 @@ class Stage:
         return grows[(step - self.first) * len(grows) // (self.stop - self.first)]
 
     @property
-    def measure(self) -> tuple[Any, ...]:
-        """What bounds a response and what its rewards count: two stages with the same are measured alike."""
-        return self.max_new_tokens, self.fighter_tokens, self.length_optimum, dict(self.weights)
+    def limits(self) -> tuple[int, int]:
+        """What bounds a response: of two stages with the same limits the end of one is the start of the other."""
+        return self.max_new_tokens, self.fighter_tokens
 
     @property
     def required_round(self) -> RoundConfig:
