@@ -650,8 +650,9 @@ def test_positive_advantages_make_their_tokens_likelier():
     assert min(rises[:2]) > 0 > max(rises[2:])
 
 
-def test_weight_decay_leaves_norms_and_biases_alone():
-    trainer = Learner(ARCH, ModelConfig(), OptimizerConfig(weight_decay=0.5), one_device())
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weight_decay_leaves_norms_and_biases_alone_and_nothing_else(name):
+    trainer = Learner(ARCH, ModelConfig(), OptimizerConfig(name=name, weight_decay=0.5), one_device())
     params = init_params(ARCH, jax.random.key(0))
     state = trainer.init(jax.tree.map(jnp.ones_like, params))
     still = [Sequence(s.prompt, s.response, np.zeros_like(s.advantages), s.logprobs) for s in sequences()]

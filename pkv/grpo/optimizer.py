@@ -33,14 +33,12 @@ def make_optimizer(config: OptimizerConfig, arch: Arch) -> optax.GradientTransfo
         muon(
             learning_rate=1.0,
             beta=config.momentum,
-            weight_decay=config.weight_decay,
-            adam_weight_decay=config.weight_decay,
-            weight_decay_mask=_decayed,
             adam_b1=config.b1,
             adam_b2=config.b2,
             consistent_rms=0.2,
             muon_weight_dimension_numbers=jax.tree.map(_sides, param_axes(arch), is_leaf=_is_axes),
         ),
+        optax.add_decayed_weights(-config.weight_decay, mask=_decayed),  # optax masks muon's own weights only
     )
 
 
