@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pkv.model import Arch, forward, init_params, logits
+from pkv.model import Arch, forward, init_params, logits, unstack_layers
 from pkv.model.arithmetic import crossover, forward_flops, peak_flops, update_flops
-from pkv.model.weights import unstack_layers
 
 ARCH = Arch(vocab_size=50, hidden=16, layers=2, heads=4, kv_heads=2, head_size=8, ffn=32)
 # Of a layer: queries and outputs 16 x 32 each, keys and values 16 x 16 each, three feed-forward matrices 16 x 32.

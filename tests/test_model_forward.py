@@ -17,6 +17,7 @@ from pkv.model import (
     forward,
     init_cache,
     init_params,
+    lay_by_output,
     logits,
     param_axes,
     param_shapes,
@@ -24,9 +25,11 @@ from pkv.model import (
     resize_pages,
     stock_axes,
     take_pages,
+    tied_scores,
     unstack_layers,
 )
 from pkv.model.attention import CHUNK, attend
+from pkv.model.linear import ByOutput
 from pkv.model.rope import Yarn
 
 SMALL = {"vocab_size": 61, "hidden": 32, "layers": 3, "heads": 4, "kv_heads": 2, "head_size": 8, "ffn": 48}
@@ -106,23 +109,35 @@ def test_prefill_and_decode_equal_the_full_forward(arch, params, tokens, stacked
         same(hidden[:, 0], full[jnp.arange(B), position])
 
 
+def test_weights_that_lie_by_output_say_the_same(arch, params, tokens):
+    def said(weights):
+        hidden, _ = forward(weights, arch, tokens, along(tokens))
+        return logits(weights, arch, hidden)
+
+    scores = tied_scores(params["embedding"]) if arch.tied_embeddings else {}
+    laid = {**lay_by_output(unstack_layers(params, arch)), **scores}
+    same(said(laid), said(params))
+    assert isinstance(laid["unembedding"], ByOutput) and isinstance(laid["layers"][0]["attention"]["o"], ByOutput)
+
+
 @pytest.mark.parametrize("one_stock", [True, False])
-@pytest.mark.parametrize("stacked", [True, False])
-def test_decode_on_pages_equals_the_full_forward(arch, params, tokens, stacked, one_stock):
-    """Rows read prompts' pages and their own, in no order, of two stocks or of one from both of its ends; pages that
-    nobody reads hold what must not matter."""
+@pytest.mark.parametrize("stacked, banks", [(True, 1), (False, 1), (False, 2)])
+def test_decode_on_pages_equals_the_full_forward(arch, params, tokens, stacked, banks, one_stock):
+    """Rows read prompts' pages and their own, in no order, of two stocks or of one from both of its ends, heads in one
+    bank or in two; pages that nobody reads hold what must not matter."""
     full, _ = forward(params, arch, tokens, along(tokens))
     weights = params if stacked else unstack_layers(params, arch)
     lengths, size = np.array([3, 7, 5]), 4
     prompt = jnp.where(jnp.arange(8) < lengths[:, None], tokens[:, :8], 60)
     _, cache = forward(weights, arch, prompt, along(prompt), cache=init_cache(arch, B, 8, stacked=stacked))
     order = np.array([5, 0, 3, 1, 4, 2])
-    shared = take_pages(cut_into_pages(cache, size), jnp.asarray(order))
+    shared = take_pages(cut_into_pages(cache, size, banks=banks), jnp.asarray(order))
     nobody = np.array([B, B, B])
     readers = np.stack([nobody[:2], *np.stack([np.arange(B), nobody], 1).repeat(2, 0)[order]])[1:]
     start = np.tile([0, size], B)[order]
     level = Level(shared, jnp.asarray(readers), jnp.asarray(start), jnp.asarray(lengths.repeat(2)[order]))
-    own = jax.tree.map(lambda x: x + 50.0, cut_into_pages(init_cache(arch, B + 1, 8, stacked=stacked), size))
+    empty = cut_into_pages(init_cache(arch, B + 1, 8, stacked=stacked), size, banks=banks)
+    own = jax.tree.map(lambda x: x + 50.0, empty)
     if one_stock:
         level = level._replace(stock=None)
         axis = 1 if stacked else 0
@@ -344,7 +359,7 @@ def test_pages_taken_and_put_are_those_pages(arch, stacked):
     cache = init_cache(arch, 2, 6, stacked=stacked)
     cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), cache)
     stock, axis = cut_into_pages(cache, 3), 1 if stacked else 0
-    layer, kept = (stock, cache) if stacked else (stock[0], cache[0])
+    layer, kept = (stock, cache) if stacked else (stock[0][0], cache[0])
     lead = (slice(None),) * axis
     for page, (row, at) in enumerate([(0, 0), (0, 3), (1, 0), (1, 3)]):
         np.testing.assert_array_equal(layer["k"][(*lead, page)], kept["k"][(*lead, row)][..., at : at + 3])

@@ -24,7 +24,8 @@ from pkv.model.pages import (
     take_pages,
 )
 from pkv.model.peft import save_adapter
-from pkv.model.weights import Params, init_params, param_axes, param_shapes, unstack_layers
+from pkv.model.unstacked import lay_by_output, tied_scores, unstack_layers
+from pkv.model.weights import Params, init_params, param_axes, param_shapes
 
 __all__ = [
     "BLOCK",
@@ -46,6 +47,7 @@ __all__ = [
     "init_params",
     "init_stock",
     "join",
+    "lay_by_output",
     "load_params",
     "logits",
     "param_axes",
@@ -61,6 +63,7 @@ __all__ = [
     "stock_pages",
     "stretched",
     "take_pages",
+    "tied_scores",
     "unstack_layers",
     "weight_axes",
 ]

@@ -18,7 +18,7 @@ from pkv.model.arch import Arch
 from pkv.model.attention import attend
 from pkv.model.cache import Cache
 from pkv.model.kernels import MIXED, Kernel
-from pkv.model.linear import cast, dense
+from pkv.model.linear import ByOutput, cast, dense
 from pkv.model.pages import Paged, Stock, meet_pages
 from pkv.model.rope import Scaling, turns
 from pkv.model.weights import Params
@@ -145,7 +145,9 @@ def head(params: Params, arch: Arch) -> Params:
 
 def logits(params: Params, arch: Arch, hidden: jax.Array) -> jax.Array:
     """The scores of the next token, float32 [..., V], from hidden states [..., D] after the final norm."""
-    if arch.tied_embeddings:
+    if isinstance(params.get("unembedding"), ByOutput):  # of tied embeddings too
+        scores = params["unembedding"].times(hidden, jnp.float32)
+    elif arch.tied_embeddings:
         table_VD = params["embedding"].astype(hidden.dtype)
         scores = jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
     else:

@@ -1,7 +1,7 @@
 """A linear layer and what its weight may be: an array, a frozen array in few bits, or either with a low-rank adapter.
 
 `Quantised` and `Adapted` are pytrees, and each stands for one array: `w[layer]` and `w.astype(dtype)` do what they do
-on an array. The first axis of a stacked one is L, of every array inside.
+on an array. The first axis of a stacked one is L, of every array inside. `ByOutput` is what sampling makes of an array.
 """
 
 from __future__ import annotations
@@ -81,6 +81,31 @@ class Adapted:
         return (self.base.astype(jnp.float32) + self.scale * product(self.a, self.b)).astype(dtype)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["out"])
+@dataclass(frozen=True, eq=False)
+class ByOutput:
+    """An array [*in, *out] that lies output by output, for products with few tokens on a CPU.
+
+    rows: [out, in], the axes of each in one. out: their sizes. XLA's CPU compiler packs a product's second array anew
+    each time. Here that is the tokens: 24 times 512 by 2,048 and back took 16.8 ms for 21.5, 4 times 9.9 for 13.1.
+    """
+
+    rows: Any
+    out: tuple[int, ...]
+
+    @classmethod
+    def of(cls, w: jax.Array, inputs: int = 1) -> ByOutput:
+        """w: [*in, *out], where `in` is the first `inputs` axes."""
+        return cls(w.reshape(math.prod(w.shape[:inputs]), -1).T, w.shape[inputs:])
+
+    def times(self, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """x [..., in] times the array, in `dtype`: [..., *out]."""
+        flat = x.reshape(-1, x.shape[-1])
+        product = jnp.einsum("oi,mi->om", self.rows.astype(x.dtype), flat, preferred_element_type=dtype)
+        # Without the barrier XLA turns the product round, so that the tokens come first and the weights are packed.
+        return jax.lax.optimization_barrier(product).T.reshape(*x.shape[:-1], *self.out)
+
+
 def dense(x: jax.Array, w: Any, inputs: int = 1) -> jax.Array:
     """x [B, T, *in] times w [*in, *out], where `in` is the first `inputs` axes of w: [B, T, *out].
 
@@ -91,6 +116,8 @@ def dense(x: jax.Array, w: Any, inputs: int = 1) -> jax.Array:
         return dense(x, w.base, inputs) + dense(w.scale * dense(x, w.a, inputs), w.b)
     if isinstance(w, Quantised):
         return _dense_quantised(x, w, inputs)
+    if isinstance(w, ByOutput):
+        return w.times(x.reshape(*x.shape[:2], -1))
     size = math.prod(w.shape[:inputs])
     return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*x.shape[:2], *w.shape[inputs:])
 

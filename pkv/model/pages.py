@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from pkv.mesh import merging_axis
 from pkv.model.arch import Arch
 
-# {"k": [L, P, K, H, S], "v": [L, P, K, S, H]}, in 8 bits with "k_scale" and "v_scale", where H is 1; or a tuple of L
-# such dicts without the axis L. S: positions a page. In these orders neither product of attention sums over the last
-# axis; else XLA's compiler for TPU copies a layer's pages out of the stack before it reads them.
+# {"k": [L, P, K, H, S], "v": [L, P, K, S, H]}, in 8 bits with "k_scale" and "v_scale", where H is 1; or L times a tuple
+# of banks, such dicts without the axis L that share the heads K. S: positions a page. In these orders neither product
+# of attention sums over the last axis; else XLA's compiler for TPU copies a layer's pages out of the stack before it
+# reads them. On a CPU one thread computes a product of many small ones: two banks are read by two.
 Stock = Any
 LEAST = jnp.finfo(jnp.float32).min
 ORDERS = {"k": "KHS", "v": "KSH"}  # of the last three axes
@@ -55,10 +56,11 @@ def init_stock(
     dtype: Any = jnp.float32,
     *,
     stacked: bool = True,
+    banks: int = 1,
     eight_bit: bool = False,
 ) -> Stock:
-    """Empty pages of `size` positions; `stacked` must match the layers of the weights."""
-    sizes = {"S": size, "K": arch.kv_heads, "H": arch.head_size}
+    """Empty pages of `size` positions; `stacked` must match the layers of the weights, and `banks` divide the heads."""
+    sizes = {"S": size, "K": arch.kv_heads // (1 if stacked else banks), "H": arch.head_size}
     kinds = dict.fromkeys(ORDERS, (sizes, jnp.int8 if eight_bit else dtype))
     if eight_bit:
         kinds |= {f"{name}_scale": (sizes | {"H": 1}, jnp.float32) for name in kinds}
@@ -67,7 +69,7 @@ def init_stock(
     def empty() -> dict[str, jax.Array]:
         return {n: jnp.zeros((*lead, *(each[axis] for axis in _order(n))), kind) for n, (each, kind) in kinds.items()}
 
-    return empty() if stacked else tuple(empty() for _ in range(arch.layers))
+    return empty() if stacked else tuple(tuple(empty() for _ in range(banks)) for _ in range(arch.layers))
 
 
 def _order(name: str) -> str:
@@ -116,8 +118,11 @@ def resize_pages(stock: Stock, pages: int) -> Stock:
     return jax.tree.map(resize, stock)
 
 
-def cut_into_pages(cache: Any, size: int, *, eight_bit: bool = False) -> Stock:
-    """The rows of a cache (see `cache`), whose length `size` divides, as pages: row after row, [..., B·S/size, ...]."""
+def cut_into_pages(cache: Any, size: int, *, banks: int = 1, eight_bit: bool = False) -> Stock:
+    """The rows of a cache (see `cache`), whose length `size` divides, as pages: row after row, [..., B·S/size, ...].
+
+    banks: in which each layer's heads lie, where layers are not stacked.
+    """
 
     def cut(name: str, array: jax.Array) -> jax.Array:  # [..., B, K, H, S] or [..., B, K, S, H]
         axis = array.ndim - 3 + ORDERS[name].index("S")
@@ -125,11 +130,17 @@ def cut_into_pages(cache: Any, size: int, *, eight_bit: bool = False) -> Stock:
         pages = jnp.moveaxis(array.reshape(*before, length // size, size, *after), axis, -4)  # behind the rows
         return pages.reshape(*pages.shape[:-5], -1, *pages.shape[-3:])
 
-    def layer(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        pages = {name: cut(name, array) for name, array in arrays.items()}
-        return quantised(pages) if eight_bit else pages
+    def pages(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        found = {name: cut(name, array) for name, array in arrays.items()}
+        return quantised(found) if eight_bit else found
 
-    return jax.tree.map(layer, cache, is_leaf=lambda node: isinstance(node, dict))
+    return pages(cache) if isinstance(cache, dict) else tuple(_in_banks(pages(layer), banks) for layer in cache)
+
+
+def _in_banks(pages: dict[str, jax.Array], banks: int) -> tuple[dict[str, jax.Array], ...]:
+    """A layer's pages with each bank's heads by themselves."""
+    parts = {name: jnp.split(array, banks, axis=1) for name, array in pages.items()}
+    return tuple({name: part[number] for name, part in parts.items()} for number in range(banks))
 
 
 def quantised(pages: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -164,38 +175,50 @@ def meet_pages(
     B, _, N, H = q_BTNH.shape
     q_BKGH = q_BTNH[:, 0].reshape(B, k_BTKH.shape[2], -1, H)
     window = None if local is False else window
-    parts = []
+    read = []  # by level: its banks, and which slots its readers see
     for number, level in enumerate(paged.levels, 1):
         stock = own if level.stock is None or number == len(paged.levels) else level.stock
         P = len(level.readers)
-        pages = _of_layer(stock, layer, stock_pages(stock) - P if level.stock is None else 0, P)
-        seen_PRS = _seen(level, pages, positions_BT[:, 0], window, local)
-        parts.append(_partial(q_BKGH, pages, level.readers, seen_PRS, scale=scale, cap=cap))
-    mixed_BKGH = _merge(parts, [level.readers for level in paged.levels], B)
-    return mixed_BKGH.reshape(B, 1, N, H).astype(q_BTNH.dtype), own
+        banks = _of_layer(stock, layer, stock_pages(stock) - P if level.stock is None else 0, P)
+        read.append((banks, _seen(level, banks[0], positions_BT[:, 0], window, local)))
+    readers = [level.readers for level in paged.levels]
+    mixed = []
+    for number, q in enumerate(jnp.split(q_BKGH, len(read[-1][0]), axis=1)):
+        parts = [
+            _partial(q, banks[number], readers_PR, seen_PRS, scale=scale, cap=cap)
+            for (banks, seen_PRS), readers_PR in zip(read, readers, strict=True)
+        ]
+        mixed.append(_merge(parts, readers, B))
+    return jnp.concatenate(mixed, axis=1).reshape(B, 1, N, H).astype(q_BTNH.dtype), own
 
 
-def _of_layer(stock: Stock, layer: Any, first: int, pages: int) -> dict[str, jax.Array]:
-    """A layer's pages from `first` on, so many; read in one slice, which XLA fuses with what reads them."""
+def _of_layer(stock: Stock, layer: Any, first: int, pages: int) -> tuple[dict[str, jax.Array], ...]:
+    """The banks of a layer's pages from `first` on, so many; one slice, which XLA fuses with what reads them."""
     if isinstance(stock, dict):
         place = lambda a: ((layer, first, 0, 0, 0), (1, pages, *a.shape[2:]))  # noqa: E731
-        return {name: jax.lax.dynamic_slice(array, *place(array))[0] for name, array in stock.items()}
-    return {name: jax.lax.slice_in_dim(array, first, first + pages) for name, array in stock[layer].items()}
+        return ({name: jax.lax.dynamic_slice(array, *place(array))[0] for name, array in stock.items()},)
+    return jax.tree.map(lambda array: jax.lax.slice_in_dim(array, first, first + pages), stock[layer])
 
 
 def _write(stock: Stock, layer: Any, page_B: jax.Array, slot_B: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array) -> Stock:
     """In place when donated; no two rows write into the same page."""
-    kinds = stock if isinstance(stock, dict) else stock[layer]
-    lead = (layer,) if isinstance(stock, dict) else ()
+    stacked = isinstance(stock, dict)
+    banks = (stock,) if stacked else stock[layer]
     fresh = {"k": k_BKH[..., None], "v": v_BKH[:, :, None]}  # as pages of one position
-    fresh = quantised(fresh) if len(kinds) > len(fresh) else fresh
+    fresh = quantised(fresh) if len(banks[0]) > len(fresh) else fresh
+    put = partial(_put, lead=(layer,) if stacked else (), page_B=page_B, slot_B=slot_B)
+    written = tuple(map(put, banks, _in_banks(fresh, len(banks))))
+    return written[0] if stacked else tuple(written if number == layer else one for number, one in enumerate(stock))
+
+
+def _put(
+    bank: dict[str, jax.Array], fresh: dict[str, jax.Array], *, lead: tuple[Any, ...], page_B: Any, slot_B: Any
+) -> dict[str, jax.Array]:
     written = {}
-    for name, array in kinds.items():
-        put = {way: partial(how, lead=lead, axis=_order(name).index("S")) for way, how in WRITING.items()}
-        written[name] = jax.lax.platform_dependent(array, fresh[name].astype(array.dtype), page_B, slot_B, **put)
-    if isinstance(stock, dict):
-        return written
-    return tuple(written if number == layer else one for number, one in enumerate(stock))
+    for name, array in bank.items():
+        ways = {way: partial(how, lead=lead, axis=_order(name).index("S")) for way, how in WRITING.items()}
+        written[name] = jax.lax.platform_dependent(array, fresh[name].astype(array.dtype), page_B, slot_B, **ways)
+    return written
 
 
 def _put_positions(

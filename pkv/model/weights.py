@@ -6,7 +6,6 @@ computation is in `decoder.py` and works on those dicts.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -136,12 +135,3 @@ def _describe(arch: Arch) -> tuple[dict[str, Any], dict[str, Any]]:
     state = nnx.state(nnx.eval_shape(lambda: Decoder(arch, jax.random.key(0))))
     axes = nnx.to_pure_dict(state, extract_fn=lambda weight: weight.get_metadata()["axes"])
     return axes, nnx.to_pure_dict(state)
-
-
-def unstack_layers(params: Params, arch: Arch) -> Params:
-    """The same weights with "layers" as a tuple of L per-layer trees, which `forward` unrolls.
-
-    Small models decode faster this way, because a scan slices every stacked weight in every step.
-    """
-    layers = tuple(jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(arch.layers))
-    return {**params, "layers": layers}

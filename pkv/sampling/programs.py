@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,11 +29,13 @@ from pkv.model import (
     forward,
     init_cache,
     init_stock,
+    lay_by_output,
     logits,
     put_pages,
     resize_pages,
     stock_axes,
     take_pages,
+    tied_scores,
     unstack_layers,
 )
 from pkv.sampling.drawing import Drawing, Greedy, Nucleus, draw
@@ -94,6 +97,7 @@ class Programs:
         self.page = config.page_tokens or (64 if mesh.devices.flat[0].platform == "cpu" else 128)
         self._mesh, self._dtype = mesh, jnp.dtype(dtype)
         self._eight_bit = config.kv_cache == "int8"
+        self._banks = 1 if self.fixed else _banks(self.arch.kv_heads, mesh)
         self._steps = config.segment
         self._stops = jnp.asarray(list(stop_ids), jnp.int32)
         self._drawing: Drawing = Greedy()
@@ -102,7 +106,7 @@ class Programs:
         self._scalars = (jnp.float32(config.temperature or 1.0), jnp.float32(config.top_p), jnp.float32(config.min_p))
         # Partials, as jit counts the programs of a function together, whoever compiled them.
         self.lay = Lay(self.arch, self.repeats, self._dtype, whole)
-        self.unstack = jax.jit(partial(unstack_layers, arch=self.arch))
+        self.unstack = jax.jit(self._unstack)
         self.prefix = jax.jit(self._prefix)
         self.prefill = jax.jit(self._prefill, donate_argnames="stock")
         self.decode = jax.jit(self._decode, donate_argnames="own")
@@ -141,7 +145,15 @@ class Programs:
         arrays, structure = jax.tree.flatten(params)
         laid = [self.lay(array, how) for array, how in zip(arrays, self.lay.ways(params), strict=True)]
         placed = jax.tree.unflatten(structure, laid)
-        return placed if self.stacked else self.unstack(placed)
+        if self.stacked:
+            return placed
+        embedding = placed.pop("embedding")  # which a program would copy
+        scores = tied_scores(embedding) if self.arch.tied_embeddings and not self.fixed else {}
+        return {**self.unstack(placed), "embedding": embedding, **scores}
+
+    def _unstack(self, params: Params) -> Params:
+        apart = unstack_layers(params, self.arch)
+        return apart if self.fixed else lay_by_output(apart)
 
     def _prefix(self, weights: Params, tokens_C: jax.Array) -> tuple[Cache, Stock]:
         """The keys and values of what all prompts begin with: as a cache of one row, and as a level's stock."""
@@ -285,7 +297,8 @@ class Programs:
         return math.prod(self._mesh.shape[name] for name in axes)
 
     def _stock(self, pages: int) -> Stock:
-        return init_stock(self.arch, pages, self.page, self._dtype, stacked=self.stacked, eight_bit=self._eight_bit)
+        kind = {"stacked": self.stacked, "banks": self._banks, "eight_bit": self._eight_bit}
+        return init_stock(self.arch, pages, self.page, self._dtype, **kind)
 
     def _cache(self, rows: int, length: int) -> Cache:
         return init_cache(self.arch, rows, length, self._dtype, stacked=self.stacked)
@@ -296,7 +309,7 @@ class Programs:
         return jax.tree.map(lambda a: NamedSharding(self._mesh, PartitionSpec(*(None,) * (a.ndim - 3), heads)), cache)
 
     def _cut(self, cache: Cache) -> Stock:
-        return cut_into_pages(cache, self.page, eight_bit=self._eight_bit)
+        return cut_into_pages(cache, self.page, banks=self._banks, eight_bit=self._eight_bit)
 
     def _placing(self, stock: Stock) -> Any:
         return shardings(stock_axes(stock), stock, self._mesh, SAMPLING_RULES)
@@ -345,6 +358,13 @@ def _spread_kv_heads(arch: Arch, tensor: int) -> tuple[Arch, int]:
     if repeats == 1 or arch.heads % (arch.kv_heads * repeats):
         return arch, 1
     return dataclasses.replace(arch, kv_heads=arch.kv_heads * repeats), repeats
+
+
+def _banks(kv_heads: int, mesh: Mesh) -> int:
+    """Parts of a device's key-value heads that a CPU's cores read beside each other: see `model.pages.Stock`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    heads, rest = divmod(kv_heads, mesh.shape["tensor"])
+    return 1 if rest else math.gcd(heads, max(1, cores // mesh.size))
 
 
 def _put_first(array: jax.Array, row: jax.Array) -> jax.Array:
