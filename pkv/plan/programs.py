@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from pkv.config import Config, SamplingConfig, UserError
 from pkv.grpo import Learner
@@ -233,14 +233,12 @@ def _loaded(engine: Engine, params: Params) -> Params:
     programs = engine.programs
     if engine.lies_right(params):
         return params
-    shapes = jax.eval_shape(programs.place, params)
+    places = [how.place for how in programs.lay.ways(params)]
+    laid = _placed(programs.lay.shapes(params), jax.tree.unflatten(jax.tree.structure(params), places))
     if programs.stacked:
-        places = [how.place for how in programs.lay.ways(params)]
-        return _placed(shapes, jax.tree.unflatten(jax.tree.structure(params), places))
-    placing = programs.lay.placing(params)
-    inner = lambda place: NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))  # noqa: E731
-    layer = jax.tree.map(inner, placing["layers"])
-    return _placed(shapes, {**placing, "layers": (layer,) * programs.arch.layers})
+        return laid
+    embedding, lowered = laid.pop("embedding"), programs.unstack.lower(laid)
+    return programs.joined(_placed(lowered.out_info, lowered.compile().output_shardings), embedding)
 
 
 def _placed(shapes: Any, places: Any) -> Any:

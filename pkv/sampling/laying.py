@@ -47,18 +47,20 @@ class Lay:
 
     def placing(self, params: Params) -> Any:
         """Where the arrays lie."""
-        return shardings(weight_axes(params, self._arch), self._shapes(params), self._mesh, SAMPLING_RULES)
+        return shardings(weight_axes(params, self._arch), self.shapes(params), self._mesh, SAMPLING_RULES)
 
     def ways(self, params: Params) -> list[Laying]:
         """What becomes of every array; shapes and dtypes suffice."""
         axes = jax.tree.leaves(weight_axes(params, self._arch), is_leaf=_is_axes)
-        both = zip(jax.tree.leaves(self._shapes(params)), jax.tree.leaves(self.placing(params)), strict=True)
+        both = zip(jax.tree.leaves(self.shapes(params)), jax.tree.leaves(self.placing(params)), strict=True)
         return [
             Laying(laid.dtype, _in_memory(laid.shape, place), _heads(names), self._repeats)
             for names, (laid, place) in zip(axes, both, strict=True)
         ]
 
-    def _shapes(self, params: Params) -> Any:
+    def shapes(self, params: Params) -> Any:
+        """Shapes and dtypes of the arrays as they are laid."""
+
         def repeated(names: tuple[str, ...], array: jax.Array) -> jax.Array:
             return _repeated(array, _heads(names), self._repeats)
 

@@ -148,8 +148,12 @@ class Programs:
         if self.stacked:
             return placed
         embedding = placed.pop("embedding")  # which a program would copy
+        return self.joined(self.unstack(placed), embedding)
+
+    def joined(self, apart: Params, embedding: Any) -> Params:
+        """What `unstack` gave, with the embeddings again."""
         scores = tied_scores(embedding) if self.arch.tied_embeddings and not self.fixed else {}
-        return {**self.unstack(placed), "embedding": embedding, **scores}
+        return {**apart, "embedding": embedding, **scores}
 
     def _unstack(self, params: Params) -> Params:
         apart = unstack_layers(params, self.arch)
