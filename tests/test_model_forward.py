@@ -120,6 +120,13 @@ def test_weights_that_lie_by_output_say_the_same(arch, params, tokens):
     assert isinstance(laid["unembedding"], ByOutput) and isinstance(laid["layers"][0]["attention"]["o"], ByOutput)
 
 
+def test_a_product_by_output_keeps_the_weights_first():
+    """As the second array they would be packed anew in every step."""
+    w, x = ByOutput.of(jnp.ones((32, 48))), jnp.ones((3, 1, 32))
+    text = jax.jit(ByOutput.times).lower(w, x).compile().as_text()
+    assert re.search(r"f32\[48,3\]\S* dot\(", text) and not re.search(r"f32\[3,48\]\S* dot\(", text)
+
+
 @pytest.mark.parametrize("one_stock", [True, False])
 @pytest.mark.parametrize("stacked, banks", [(True, 1), (False, 1), (False, 2)])
 def test_decode_on_pages_equals_the_full_forward(arch, params, tokens, stacked, banks, one_stock):

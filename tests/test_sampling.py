@@ -114,6 +114,16 @@ def test_every_token_is_what_its_key_draws_within_a_margin(mesh, dtype, margin):
     assert np.concatenate(off).max() < margin
 
 
+@pytest.mark.parametrize(
+    ("cores", "devices", "heads", "banks"), [(4, 1, 2, 2), (2, 1, 6, 2), (1, 1, 2, 1), (8, 8, 2, 1)]
+)
+def test_heads_lie_in_as_many_banks_as_the_cores_of_a_device(monkeypatch, cores, devices, heads, banks):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores), raising=False)
+    arch, mesh = dataclasses.replace(ARCH, heads=12, kv_heads=heads), make_mesh(MeshConfig(), jax.devices()[:devices])
+    layer = Engine(arch, CONFIG, STOPS, mesh).programs.stock_shapes(1)[0]
+    assert [bank["k"].shape[1] for bank in layer] == [heads // banks] * banks
+
+
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_every_device_holds_its_own_pages_and_heads(monkeypatch, plain, mesh):
     engine = Engine(ARCH, CONFIG, STOPS, make_mesh(mesh))
