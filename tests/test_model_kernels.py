@@ -15,7 +15,7 @@ from pkv.config import MeshConfig, UserError
 from pkv.mesh import make_mesh
 from pkv.model import Arch, choose_kernel, forward, init_params, logits
 from pkv.model.attention import attend
-from pkv.model.kernels import splash
+from pkv.model.kernels import cudnn, places_of, splash
 
 B, T, N, K, H = 2, 200, 4, 2, 16
 SEGMENTS = jnp.asarray(np.tile(np.repeat([1, 2, 0], [80, 100, 20]), (B, 1)))
@@ -61,14 +61,37 @@ def test_splash_says_what_xla_says_with_its_gradient(interpreted, arrays, kind):
         np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
 
 
+def cudnn_in_words(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, sliding_window_length, mask_type):
+    """cuDNN's packed attention as JAX documents it: by row the first token and the length of each segment."""
+    assert mask_type == cudnn.MaskType.PADDING_CAUSAL and kv_seqlen is q_seqlen and kv_offsets is q_offsets
+    at, (B, M) = np.arange(q.shape[1]), q_seqlen.shape
+    assert q_offsets.shape == (B, M + 1) and (np.asarray(q_offsets)[:, M] == -1).all()
+    first, length = q_offsets[:, :M, None], q_seqlen[..., None]
+    inside = (first >= 0) & (at >= first) & (at < first + length)  # [B, M, T]
+    np.testing.assert_array_equal(inside.sum(axis=1), 1)  # cuDNN leaves what is in no segment as it was in memory
+    mask = jnp.einsum("bmt,bms->bts", inside.astype(jnp.float32), inside.astype(jnp.float32)) > 0
+    window = None if sliding_window_length is None else (sliding_window_length - 1, 0)
+    kind = {"mask": mask[:, None], "is_causal": True, "scale": scale, "local_window_size": window}
+    return jax.nn.dot_product_attention(q, k, v, **kind)
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "cudnn_masked"])
 @pytest.mark.parametrize("kind", [{}, {"segments_BT": SEGMENTS}, {"segments_BT": SEGMENTS, "window": 30}])
-def test_cudnn_is_asked_for_what_xla_says(monkeypatch, arrays, kind):
-    """No GPU here: the same call to JAX, answered by its XLA implementation."""
+def test_cudnn_is_asked_for_what_xla_says(monkeypatch, arrays, kernel, kind):
+    """No GPU here: the same calls, answered by XLA."""
     asked = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **kw: asked(*a, **kw | {"implementation": "xla"}))
-    got, expected = (value_and_gradient(arrays, kernel, **kind) for kernel in ("cudnn", "xla"))
+    monkeypatch.setattr(cudnn, "dot_product_attention", cudnn_in_words)
+    got, expected = (value_and_gradient(arrays, one, **kind) for one in (kernel, "xla"))
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
+
+
+def test_cudnn_is_told_where_segments_begin():
+    segments = jnp.array([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3]])
+    starts, lengths = places_of(segments)
+    np.testing.assert_array_equal(starts, [[0, 2, 5, -1, -1, -1], [0, -1, -1, -1, -1, -1]])
+    np.testing.assert_array_equal(lengths, [[2, 3, 1, -1, -1, -1], [6, -1, -1, -1, -1, -1]])
 
 
 @pytest.mark.slow

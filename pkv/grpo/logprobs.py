@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from pkv.mesh import over_tokens, vocabulary_axis
 from pkv.model import Arch, Params, head, logits, param_axes
 
-MOST_LOGITS = 2**24  # that exist at the same time on a device
+MOST_LOGITS, MOST_LOGITS_ON_GPU = 2**24, 2**26  # that exist at the same time on a device
 LANES = 128  # so many columns of the table are the least part, and each part is a multiple of them
 
 Pair = tuple[jax.Array, jax.Array]
@@ -85,14 +85,21 @@ def _backward(arch: Arch, axis: str | None, kept: tuple[Any, ...], gradients: Pa
     def part(sums: tuple[jax.Array, Params], number: jax.Array) -> tuple[tuple[jax.Array, Params], None]:
         of_hidden_SD, of_params = sums
         taken, ids_V, fresh_V = _taken(arch, params, number, len(hidden_SD))
-        scores_SV, pull = jax.vjp(lambda taken, hidden: logits(taken, arch, hidden), taken, hidden_SD)
+        scores_SV = logits(taken, arch, hidden_SD)
         logs_SV = scores_SV - normaliser_S[:, None]
         shares_SV = jnp.exp(logs_SV)
         through_SV = of_logprob_S1 * ((ids_V == targets_S[:, None]) - shares_SV)
         through_SV -= of_entropy_S1 * shares_SV * (logs_SV + entropy_S[:, None])
-        of_taken, more_SD = pull(jnp.where(fresh_V, through_SV, 0))
+        if arch.logit_cap is not None:
+            through_SV *= 1 - (scores_SV / arch.logit_cap) ** 2
+        # In the dtype of compute, as all products are: of 32-bit numbers GPUs make slow ones.
+        through_SV = jnp.where(fresh_V, through_SV, 0).astype(hidden_SD.dtype)
+        product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        table = "VD" if arch.tied_embeddings else "DV"
+        more_SD = product(f"SV,{table}->SD", through_SV, jax.tree.leaves(taken)[0].astype(hidden_SD.dtype))
+        of_taken = product(f"SV,SD->{table}", through_SV, hidden_SD)
         add = partial(_added, arch, ids_V[0])
-        return (of_hidden_SD + more_SD, jax.tree.map(add, of_params, of_taken)), None
+        return (of_hidden_SD + more_SD, jax.tree.map(lambda whole: add(whole, of_taken), of_params)), None
 
     zeros = jnp.zeros_like(hidden_SD, jnp.float32), jax.tree.map(jnp.zeros_like, params)
     parts = jnp.arange(_count(arch, params, len(hidden_SD)))
@@ -114,7 +121,8 @@ def _columns(arch: Arch, params: Params) -> int:
 
 
 def _size(arch: Arch, params: Params, tokens: int) -> int:
-    return min(_columns(arch, params), max(LANES, MOST_LOGITS // tokens // LANES * LANES))
+    most = MOST_LOGITS_ON_GPU if jax.default_backend() == "gpu" else MOST_LOGITS
+    return min(_columns(arch, params), max(LANES, most // tokens // LANES * LANES))
 
 
 def _count(arch: Arch, params: Params, tokens: int) -> int:
@@ -137,4 +145,4 @@ def _added(arch: Arch, first: jax.Array, table: jax.Array, part: jax.Array) -> j
     """The table's gradient with that of a part in it."""
     axis = _axis(arch)
     part = part + jax.lax.dynamic_slice_in_dim(table, first, part.shape[axis], axis)
-    return jax.lax.dynamic_update_slice_in_dim(table, part, first, axis)
+    return jax.lax.dynamic_update_slice_in_dim(table, part.astype(table.dtype), first, axis)

@@ -77,7 +77,7 @@ class Layout:
     rows_multiple, time_multiple: what a micro-batch's rows and their length must be multiples of.
     crossover: the row length at which attention is as much work as all matrices (`pkv.model.arithmetic`).
     normalise, budget: see `PolicyLoss.normalise`; the budget is max_new_tokens, read by "constant" only.
-    hosts: which share a micro-batch's rows evenly.
+    hosts: which share a micro-batch's rows evenly. most_trees: that one row holds; 0: any number.
     """
 
     row_tokens: int
@@ -89,6 +89,7 @@ class Layout:
     normalise: Normalise = "tokens"
     budget: int = 1
     hosts: int = 1
+    most_trees: int = 0
 
     def rounded(self, tokens: int) -> int:
         """The next eighth of `row_tokens`, in whole multiples."""
@@ -195,13 +196,15 @@ def _micro_batches(trees: List[Tree], longest: int, layout: Layout) -> list[Micr
     left: list[Tree] = []
     shorter = 0
     for length in lengths:
-        rows = _first_fit([*left, *(tree for tree in trees if shorter < tree.size <= length)], length)
+        rows = _first_fit(
+            [*left, *(tree for tree in trees if shorter < tree.size <= length)], length, layout.most_trees
+        )
         shorter, whole = length, layout.rows(length)
         full = len(rows) // whole * whole
         found += [_micro(rows[at : at + whole], length, layout) for at in range(0, full, whole)]
         left = [tree for row in rows[full:] for tree in row]
     if left or not found:
-        found.append(_micro(_first_fit(left, longest), longest, layout))
+        found.append(_micro(_first_fit(left, longest, layout.most_trees), longest, layout))
     return found
 
 
@@ -214,8 +217,8 @@ def _micro(rows: list[list[Tree]], length: int, layout: Layout) -> Micro:
     return Micro(rows, count, min(length, layout.rounded(used)))
 
 
-def _first_fit(trees: List[Tree], length: int) -> list[list[Tree]]:
-    """First-fit-decreasing, the fullest rows first."""
+def _first_fit(trees: List[Tree], length: int, most: int = 0) -> list[list[Tree]]:
+    """First-fit-decreasing, the fullest rows first; `most` trees in a row, if that isn't 0."""
     rows: list[list[Tree]] = []
     room: list[int] = []
     for tree in sorted(trees, key=lambda t: -t.size):
@@ -224,7 +227,7 @@ def _first_fit(trees: List[Tree], length: int) -> list[list[Tree]]:
             rows.append([])
             room.append(length)
         rows[at].append(tree)
-        room[at] -= tree.size
+        room[at] = 0 if len(rows[at]) == most else room[at] - tree.size
     return [rows[at] for at in sorted(range(len(rows)), key=room.__getitem__)]
 
 

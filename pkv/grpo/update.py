@@ -19,7 +19,7 @@ from pkv.grpo.optimizer import make_optimizer
 from pkv.grpo.packing import Layout, empty
 from pkv.hosts import gather
 from pkv.mesh import BATCH_AXES, HEAD_AXES, TIME_AXIS, TRAINING_RULES, batch_sharding, replicated, shardings
-from pkv.model import Arch, Kernel, Params, choose_kernel, forward, join, split, weight_axes
+from pkv.model import MOST_SEGMENTS, Arch, Kernel, Params, choose_kernel, forward, join, split, weight_axes
 from pkv.model.arithmetic import crossover
 from pkv.records import Batch
 
@@ -83,6 +83,7 @@ class Learner:
             normalise=config.loss.normalise if budget else "tokens",
             budget=budget or 1,
             hosts=jax.process_count(),
+            most_trees=MOST_SEGMENTS - 1 if self._kernel == "cudnn" else 0,  # the row's padding is one too
         )
 
     def init(self, params: Params) -> TrainState:

@@ -59,7 +59,8 @@ def attend(
         if kernel == "splash":
             kind = {"window": window, "local": local, "cap": cap}
             return attend_splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, **kind)
-        return attend_cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, window=window)
+        masked = kernel == "cudnn_masked"
+        return attend_cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, window=window, masked=masked)
 
     branches_BT, places_BT = (None, jnp.arange(T)[None]) if tree is None else tree
     size = max(CHUNK, -(-T // MOST_CHUNKS))

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as cudnn  # what jax.nn calls, which hides where segments begin
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh
@@ -18,34 +19,36 @@ from pkv.config import UserError
 from pkv.mesh import over_shards
 from pkv.model.arch import Arch
 
-Kernel = Literal["xla", "splash", "cudnn"]
+Kernel = Literal["xla", "splash", "cudnn", "cudnn_masked"]  # masked: of packed rows, before Hopper
 
 LANES = 128  # a TPU's vectors: heads and rows are padded to multiples of this
 BLOCK = 512  # queries and keys that meet in a TPU core's own memory at the same time, at most
 CUDNN_HEAD = 128  # cuDNN's largest head, which must be a multiple of 8 too
+MOST_SEGMENTS = 64  # of a row for cuDNN, padding among them
 
 
-def choose_kernel(wanted: Literal["auto"] | Kernel, mesh: Mesh, arch: Arch, dtype: Any) -> Kernel:
-    """The kernel for rows on a mesh; "auto" is splash on TPU and XLA elsewhere. Raises UserError for one that can't be.
-
-    cuDNN is taken only by name: its calls have been lowered for CUDA, but never run.
-    """
-    platform = mesh.devices.flat[0].platform
+def choose_kernel(wanted: Literal["auto", "xla", "splash", "cudnn"], mesh: Mesh, arch: Arch, dtype: Any) -> Kernel:
+    """The kernel for rows on a mesh; "auto" is splash on TPU, cuDNN on a GPU that has it and for a model that it knows,
+    and else XLA. Raises UserError for one that can't be."""
+    device = mesh.devices.flat[0]
+    platform = device.platform
+    capability = float(device.compute_capability) if platform == "gpu" else 0.0
+    lacks = {
+        "dtype bfloat16": jnp.dtype(dtype) == jnp.bfloat16,
+        f"heads of at most {CUDNN_HEAD}, in eighths": arch.head_size <= CUDNN_HEAD and arch.head_size % 8 == 0,
+        "scores without a cap": arch.attention_cap is None,
+        "layers of one kind": len(set(arch.local_layers)) < 2,
+        "a GPU of compute capability 8 or more": capability >= 8,
+    }
+    missing = [need for need, there in lacks.items() if not there]
     if wanted == "auto":
-        return "splash" if platform == "tpu" else "xla"
+        wanted = "splash" if platform == "tpu" else "cudnn" if platform == "gpu" and not missing else "xla"
     needed = {"xla": platform, "splash": "tpu", "cudnn": "gpu"}[wanted]
-    if platform not in (needed, {"gpu": "cuda"}.get(needed)):
+    if platform != needed:
         raise UserError(f"model.attention: {wanted} runs on {needed} only, and this is {platform}; use auto")
-    if wanted == "cudnn":
-        lacks = {
-            "dtype bfloat16": jnp.dtype(dtype) == jnp.bfloat16,
-            f"heads of at most {CUDNN_HEAD}, in eighths": arch.head_size <= CUDNN_HEAD and arch.head_size % 8 == 0,
-            "scores without a cap": arch.attention_cap is None,
-            "layers of one kind": len(set(arch.local_layers)) < 2,
-        }
-        if missing := [need for need, there in lacks.items() if not there]:
-            raise UserError(f"model.attention: cudnn needs {missing[0]}; use auto")
-    return wanted
+    if wanted == "cudnn" and missing:
+        raise UserError(f"model.attention: cudnn needs {missing[0]}; use auto")
+    return "cudnn_masked" if wanted == "cudnn" and capability < 9 else wanted
 
 
 def attend_splash(
@@ -122,19 +125,60 @@ def attend_cudnn(
     *,
     scale: float,
     window: int | None,
+    masked: bool,
 ) -> jax.Array:
-    """`attend` for rows by cuDNN's fused attention, [B, T, N, H].
+    """`attend` for rows by cuDNN's fused attention, [B, T, N, H]; each device has its own heads.
 
-    It knows no segments: packed rows give it a mask, [B, 1, T, T], which it reads instead of working it out.
+    A row's segments lie one behind the other, MOST_SEGMENTS of them at most, padding among them: cuDNN is told where
+    each begins, and computes nothing between two. masked: it is given a mask of T² instead, as before Hopper it must.
     """
-    mask = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    heads = ("rows", "time", "row_heads", "head")
+    own = partial(_cudnn_masked if masked else _cudnn, scale=scale, window=window)
+    segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32) if segments_BT is None else segments_BT
+    return over_shards(own, (heads, heads, heads, ("rows", "time")))(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array, *, scale: float, window: int | None
+) -> jax.Array:
+    starts_BM, lengths_BM = places_of(segments_BT)
+    starts = jnp.pad(starts_BM, ((0, 0), (0, 1)), constant_values=-1)
+    return cudnn.dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=lengths_BM,
+        kv_seqlen=lengths_BM,
+        q_offsets=starts,
+        kv_offsets=starts,
+        scale=scale,
+        sliding_window_length=window,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    )
+
+
+def _cudnn_masked(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array, *, scale: float, window: int | None
+) -> jax.Array:
     return jax.nn.dot_product_attention(
-        q_BTNH,
-        k_BTKH,
-        v_BTKH,
-        mask=mask,
+        q,
+        k,
+        v,
+        mask=(segments_BT[:, :, None] == segments_BT[:, None, :])[:, None],
         scale=scale,
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
+
+
+def places_of(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where each of a row's segments begins, and its length, int32 [B, M] both; -1 where there is none."""
+    B, T = segments_BT.shape
+    M = min(MOST_SEGMENTS, T)
+    begins_BT = jnp.concatenate([jnp.ones((B, 1), bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1)
+    first = jax.vmap(partial(jnp.nonzero, size=M, fill_value=T))
+    starts_BM = first(begins_BT)[0].astype(jnp.int32)
+    lengths_BM = jnp.diff(starts_BM, axis=1, append=jnp.full((B, 1), T, jnp.int32))
+    there_BM = starts_BM < T
+    return jnp.where(there_BM, starts_BM, -1), jnp.where(there_BM, lengths_BM, -1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -173,23 +173,18 @@ def meet_pages(
     """
     own = _write(own, layer, paged.page, paged.slot, k_BTKH[:, 0], v_BTKH[:, 0])
     B, _, N, H = q_BTNH.shape
-    q_BKGH = q_BTNH[:, 0].reshape(B, k_BTKH.shape[2], -1, H)
+    q_BKGH = (q_BTNH[:, 0] * scale).reshape(B, k_BTKH.shape[2], -1, H)
     window = None if local is False else window
-    read = []  # by level: its banks, and which slots its readers see
+    met = []  # by level: what each of its banks is to the readers
     for number, level in enumerate(paged.levels, 1):
         stock = own if level.stock is None or number == len(paged.levels) else level.stock
         P = len(level.readers)
         banks = _of_layer(stock, layer, stock_pages(stock) - P if level.stock is None else 0, P)
-        read.append((banks, _seen(level, banks[0], positions_BT[:, 0], window, local)))
-    readers = [level.readers for level in paged.levels]
-    mixed = []
-    for number, q in enumerate(jnp.split(q_BKGH, len(read[-1][0]), axis=1)):
-        parts = [
-            _partial(q, banks[number], readers_PR, seen_PRS, scale=scale, cap=cap)
-            for (banks, seen_PRS), readers_PR in zip(read, readers, strict=True)
-        ]
-        mixed.append(_merge(parts, readers, B))
-    return jnp.concatenate(mixed, axis=1).reshape(B, 1, N, H).astype(q_BTNH.dtype), own
+        seen_PRS = _seen(level, banks[0], positions_BT[:, 0], B, window, local)
+        met.append([Met(pages, level.readers, seen_PRS) for pages in banks])
+    by_bank = zip(jnp.split(q_BKGH, len(met[-1]), axis=1), zip(*met, strict=True), strict=True)
+    mixed = jnp.concatenate([_attend(q, levels, cap) for q, levels in by_bank], axis=1)
+    return mixed.reshape(B, 1, N, H).astype(q_BTNH.dtype), own
 
 
 def _of_layer(stock: Stock, layer: Any, first: int, pages: int) -> tuple[dict[str, jax.Array], ...]:
@@ -242,58 +237,79 @@ def _put_whole_pages(
 WRITING = {"tpu": _put_whole_pages, "default": _put_positions}
 
 
+class Met(NamedTuple):
+    """A level's pages, or a bank of them, as its readers meet them."""
+
+    pages: dict[str, jax.Array]
+    readers: jax.Array  # int32 [P, R]
+    seen: jax.Array  # bool [P, R, S], which slots of a page a reader sees
+
+
 def _seen(
-    level: Level, pages: dict[str, jax.Array], positions_B: jax.Array, window: int | None, local: bool | jax.Array
+    level: Level,
+    pages: dict[str, jax.Array],
+    positions_B: jax.Array,
+    rows: int,
+    window: int | None,
+    local: bool | jax.Array,
 ) -> jax.Array:
     """bool [P, R, S]: which slots of a page its readers see."""
     size = pages["k"].shape[_order("k").index("S") - 3]
     at_PS = level.first[:, None] + jnp.arange(size)
     back_PRS = positions_B.at[level.readers].get(mode="clip")[:, :, None] - at_PS[:, None]
-    seen_PRS = (back_PRS >= 0) & (at_PS < level.stop[:, None])[:, None]
+    seen_PRS = (back_PRS >= 0) & (at_PS < level.stop[:, None])[:, None] & (level.readers < rows)[:, :, None]
     if window is not None:
         seen_PRS &= (back_PRS < window) | jnp.logical_not(local)
     return seen_PRS
 
 
-class Part(NamedTuple):
-    """What each reader has of each page, float32: the greatest score, and sums of the shares and of what they mix."""
+def _attend(q_BKGH: jax.Array, levels: Sequence[Met], cap: float | None) -> jax.Array:
+    """The softmax over all that a row reads, float32 [B, K, G, H].
 
-    most: jax.Array  # [P, R, K, G]
-    whole: jax.Array  # [P, R, K, G]
-    mixed: jax.Array  # [P, R, K, G, H]
+    Scores are held against the greatest of their row, whichever page has it: what pages mix then only adds up.
+    """
+    B, axis, dtype = len(q_BKGH), merging_axis(), q_BKGH.dtype
+    scores = [_scores(q_BKGH, met, cap) for met in levels]
+    most = [_by_row("max", one.max(axis=-1), met.readers, B) for one, met in zip(scores, levels, strict=True)]
+    most_BKG = jax.tree.reduce(jnp.maximum, most)
+    if axis is not None:
+        most_BKG = jax.lax.pmax(most_BKG, axis)
+    whole, mixed = [], []
+    for scores_PKRGS, met in zip(scores, levels, strict=True):
+        most_PKRG = most_BKG.at[met.readers].get(mode="clip").swapaxes(1, 2)
+        shares_PKRGS = jnp.exp(scores_PKRGS - most_PKRG[..., None])
+        whole.append(_by_row("sum", shares_PKRGS.sum(axis=-1), met.readers, B))
+        mixed.append(_by_row("sum", _mix(shares_PKRGS, met.pages, dtype), met.readers, B))
+    whole_BKG, mixed_BKGH = jax.tree.reduce(jnp.add, whole), jax.tree.reduce(jnp.add, mixed)
+    if axis is not None:
+        whole_BKG, mixed_BKGH = jax.lax.psum((whole_BKG, mixed_BKGH), axis)
+    return mixed_BKGH / jnp.maximum(whole_BKG, jnp.finfo(jnp.float32).tiny)[..., None]
 
 
-def _partial(
-    q_BKGH: jax.Array,
-    pages: dict[str, jax.Array],
-    readers_PR: jax.Array,
-    seen_PRS: jax.Array,
-    *,
-    scale: float,
-    cap: float | None,
-) -> Part:
-    P, R = readers_PR.shape
+def _scores(q_BKGH: jax.Array, met: Met, cap: float | None) -> jax.Array:
+    """float32 [P, K, R, G, S], LEAST where a reader sees nothing."""
+    P, R = met.readers.shape
     _, K, G, H = q_BKGH.shape
-    S = seen_PRS.shape[-1]
-    q_PRKGH = (q_BKGH * scale).at[readers_PR].get(mode="clip")
+    q_PRKGH = q_BKGH.at[met.readers].get(mode="clip")
     q_PKQH = q_PRKGH.swapaxes(1, 2).reshape(P, K, R * G, H)
-    score, mix = partial(_score, few=R * G <= FEW_QUERIES), partial(_mix, few=R * G <= FEW_QUERIES)
-    scores_PKQS = score(q_PKQH, pages["k"])
-    if "k_scale" in pages:
-        scores_PKQS = scores_PKQS * pages["k_scale"]
+    scores_PKQS = _score_product(q_PKQH, met.pages["k"], few=R * G <= FEW_QUERIES)
+    if "k_scale" in met.pages:
+        scores_PKQS = scores_PKQS * met.pages["k_scale"]
     if cap is not None:
         scores_PKQS = cap * jnp.tanh(scores_PKQS / cap)
-    scores_PKRGS = jnp.where(seen_PRS[:, None, :, None], scores_PKQS.reshape(P, K, R, G, S), LEAST)
-    most_PKRG = scores_PKRGS.max(axis=-1)
-    shares_PKQS = jnp.exp(scores_PKRGS - most_PKRG[..., None]).reshape(P, K, R * G, S)
-    whole_PKRG = shares_PKQS.sum(axis=-1).reshape(P, K, R, G)
+    return jnp.where(met.seen[:, None, :, None], scores_PKQS.reshape(P, K, R, G, -1), LEAST)
+
+
+def _mix(shares_PKRGS: jax.Array, pages: dict[str, jax.Array], dtype: Any) -> jax.Array:
+    """float32 [P, K, R, G, H]."""
+    P, K, R, G, S = shares_PKRGS.shape
+    shares_PKQS = shares_PKRGS.reshape(P, K, R * G, S)
     if "v_scale" in pages:
         shares_PKQS = shares_PKQS * pages["v_scale"].swapaxes(-1, -2)
-    mixed_PKRGH = mix(shares_PKQS, pages["v"], q_BKGH.dtype).reshape(P, K, R, G, H)
-    return Part(*(array.swapaxes(1, 2) for array in (most_PKRG, whole_PKRG, mixed_PKRGH)))
+    return _mix_product(shares_PKQS, pages["v"], dtype, few=R * G <= FEW_QUERIES).reshape(P, K, R, G, -1)
 
 
-def _score(q_PKQH: jax.Array, k_PKHS: jax.Array, *, few: bool) -> jax.Array:
+def _score_product(q_PKQH: jax.Array, k_PKHS: jax.Array, *, few: bool) -> jax.Array:
     def product(q: jax.Array, k: jax.Array) -> jax.Array:
         return jnp.matmul(q, k.astype(q.dtype), preferred_element_type=jnp.float32)
 
@@ -303,7 +319,7 @@ def _score(q_PKQH: jax.Array, k_PKHS: jax.Array, *, few: bool) -> jax.Array:
     return jax.lax.platform_dependent(q_PKQH, k_PKHS, cpu=loops if few else product, default=product)
 
 
-def _mix(shares_PKQS: jax.Array, v_PKSH: jax.Array, dtype: Any, *, few: bool) -> jax.Array:
+def _mix_product(shares_PKQS: jax.Array, v_PKSH: jax.Array, dtype: Any, *, few: bool) -> jax.Array:
     def product(shares: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.matmul(shares.astype(dtype), v.astype(dtype), preferred_element_type=jnp.float32)
 
@@ -313,22 +329,26 @@ def _mix(shares_PKQS: jax.Array, v_PKSH: jax.Array, dtype: Any, *, few: bool) ->
     return jax.lax.platform_dependent(shares_PKQS, v_PKSH, cpu=loops if few else product, default=product)
 
 
-def _merge(parts: Sequence[Part], readers: Sequence[jax.Array], rows: int) -> jax.Array:
-    """The pages' parts by row: the softmax over all that a row reads, float32 [B, K, G, H]."""
-    flat = [jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), part) for part in parts]
-    ids = [part.reshape(-1) for part in readers]
+def _by_row(kind: Literal["max", "sum"], parts: jax.Array, readers_PR: jax.Array, rows: int) -> jax.Array:
+    """Each row's greatest part, LEAST where it has none, or the sum of its parts. parts: float32 [P, K, R, G, ...].
 
-    def every(kind: Any, arrays: list[jax.Array]) -> jax.Array:
-        found = [kind(array, at, rows) for array, at in zip(arrays, ids, strict=True)]
-        return jax.tree.reduce(jnp.maximum if kind is jax.ops.segment_max else jnp.add, found)
+    On a CPU one part after the other goes where it belongs. Accelerators do that badly, and compare every part's reader
+    with every row instead: as a mask, or as a product with ones and zeros.
+    """
 
-    axis = merging_axis()
-    most_BKG = jnp.maximum(every(jax.ops.segment_max, [part.most for part in flat]), LEAST)
-    if axis is not None:
-        most_BKG = jax.lax.pmax(most_BKG, axis)
-    weights = [jnp.exp(part.most - most_BKG.at[at].get(mode="clip")) for part, at in zip(flat, ids, strict=True)]
-    whole_BKG = every(jax.ops.segment_sum, [part.whole * w for part, w in zip(flat, weights, strict=True)])
-    mixed_BKGH = every(jax.ops.segment_sum, [part.mixed * w[..., None] for part, w in zip(flat, weights, strict=True)])
-    if axis is not None:
-        whole_BKG, mixed_BKGH = jax.lax.psum((whole_BKG, mixed_BKGH), axis)
-    return mixed_BKGH / jnp.maximum(whole_BKG, jnp.finfo(jnp.float32).tiny)[..., None]
+    def scattered(parts: jax.Array, readers_PR: jax.Array) -> jax.Array:
+        flat = parts.swapaxes(1, 2).reshape(-1, parts.shape[1], *parts.shape[3:])
+        if kind == "max":
+            return jnp.maximum(jax.ops.segment_max(flat, readers_PR.reshape(-1), rows), LEAST)
+        return jax.ops.segment_sum(flat, readers_PR.reshape(-1), rows)
+
+    def compared(parts: jax.Array, readers_PR: jax.Array) -> jax.Array:
+        reads_BPR = jnp.arange(rows)[:, None, None] == readers_PR
+        if parts.ndim > 4:
+            return jnp.einsum("bpr,pkrgh->bkgh", reads_BPR.astype(parts.dtype), parts)
+        reads_BP1R1 = reads_BPR[:, :, None, :, None]
+        if kind == "max":
+            return jnp.where(reads_BP1R1, parts, LEAST).max(axis=(1, 3))
+        return jnp.where(reads_BP1R1, parts, 0).sum(axis=(1, 3))
+
+    return jax.lax.platform_dependent(parts, readers_PR, cpu=scattered, default=compared)

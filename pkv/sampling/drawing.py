@@ -53,38 +53,43 @@ def draw(
 
     A draw needs one uniform number a row (inverse of the distribution function), not one for each vocabulary entry.
     """
-    policy_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))
+    scores_BV = logits_BV.astype(jnp.float32)
+    scores_BV -= scores_BV.max(axis=-1, keepdims=True)
+    whole_B = jnp.exp(scores_BV).sum(axis=-1)
     if isinstance(drawing, Greedy):
-        tokens = _unless_forced(jnp.argmax(policy_BV, axis=-1).astype(jnp.int32), forced_B)
-        return Drawn(tokens, jnp.zeros(tokens.shape, jnp.float32), _pick(policy_BV, tokens))
-    tempered_BV = policy_BV / temperature
+        tokens = _unless_forced(jnp.argmax(scores_BV, axis=-1).astype(jnp.int32), forced_B)
+        return Drawn(tokens, jnp.zeros(tokens.shape, jnp.float32), _pick(scores_BV, tokens) - jnp.log(whole_B))
+    tempered_BV = scores_BV / temperature
     if drawing.filtered:
         tempered_BV = _truncate(tempered_BV, drawing.top_k, top_p, min_p)
-    sampled_BV = jax.nn.log_softmax(tempered_BV)
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), positions_B)
     uniform_B = jax.vmap(jax.random.uniform)(keys)
-    tokens = _unless_forced(invert(jnp.exp(sampled_BV), uniform_B), forced_B)
-    return Drawn(tokens, _pick(sampled_BV, tokens), _pick(policy_BV, tokens))
+    tokens, sampled_B = invert(jnp.exp(tempered_BV), uniform_B)
+    tokens = _unless_forced(tokens, forced_B)
+    logprobs_B = _pick(tempered_BV, tokens) - jnp.log(sampled_B)
+    return Drawn(tokens, logprobs_B, _pick(scores_BV, tokens) - jnp.log(whole_B))
 
 
 def _unless_forced(tokens_B: jax.Array, forced_B: jax.Array | None) -> jax.Array:
     return tokens_B if forced_B is None else jnp.where(forced_B < 0, tokens_B, forced_B)
 
 
-def invert(probabilities_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
-    """Where the cumulative distribution passes `uniform_B` (in [0, 1)), int32 [B]; never at an index of probability 0.
+def invert(weights_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where the running sum of the weights passes the share `uniform_B` (in [0, 1)) of their whole, int32 [B], never at
+    an index that weighs nothing; and that whole, float32 [B].
 
     Two levels, so that the running sums are short: first over blocks of the vocabulary, then inside one block.
     """
-    B, V = probabilities_BV.shape
-    padded = jnp.pad(probabilities_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
+    B, V = weights_BV.shape
+    padded = jnp.pad(weights_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
     block_sums = padded.sum(axis=-1)
-    block, rest = _search(block_sums, uniform_B * block_sums.sum(axis=-1))
+    whole_B = block_sums.sum(axis=-1)
+    block, rest = _search(block_sums, uniform_B * whole_B)
     # A sum of one block and zeros: to take the block from a vocabulary that is spread, jax 0.12's compiler aborts.
     chosen = jnp.arange(padded.shape[1]) == block[:, None]
     inside = jnp.where(chosen[:, :, None], padded, 0.0).sum(axis=1)
     index, _ = _search(inside, jnp.minimum(rest, inside.sum(axis=-1)))
-    return (block * BLOCK + index).astype(jnp.int32)
+    return (block * BLOCK + index).astype(jnp.int32), whole_B
 
 
 def _search(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -100,15 +105,15 @@ def _search(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array
     return index, jnp.maximum(target - before, 0.0)
 
 
-def _truncate(logprobs_BV: jax.Array, top_k: int, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
-    ordered = jnp.sort(logprobs_BV, axis=-1, descending=True)
+def _truncate(scores_BV: jax.Array, top_k: int, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+    ordered = jnp.sort(scores_BV, axis=-1, descending=True)
     if top_k:
         ordered = jnp.where(jnp.arange(ordered.shape[-1]) < top_k, ordered, -jnp.inf)
     shares = jax.nn.softmax(ordered, axis=-1)
     kept = jnp.cumsum(shares, axis=-1) - shares < top_p  # the token that crosses top_p is kept
     least = jnp.min(jnp.where(kept & jnp.isfinite(ordered), ordered, jnp.inf), axis=-1, keepdims=True)
     least = jnp.maximum(least, ordered[:, :1] + jnp.log(min_p))
-    return jnp.where(logprobs_BV >= least, logprobs_BV, -jnp.inf)
+    return jnp.where(scores_BV >= least, scores_BV, -jnp.inf)
 
 
 def _pick(table_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:

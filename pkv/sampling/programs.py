@@ -41,7 +41,9 @@ from pkv.model import (
 from pkv.sampling.drawing import Drawing, Greedy, Nucleus, draw
 from pkv.sampling.laying import Lay
 
-UNROLL = 8  # models of at most so many layers run with their layers unrolled: no slicing of stacked weights and pages
+# Models of at most so many layers run with their layers unrolled: no slicing of stacked weights and pages. On a GPU
+# that is every model: XLA copies what a scan slices for its products, so that each weight crosses memory three times.
+UNROLL, UNROLL_ON_GPU = 8, 128
 STEPS_BETWEEN = 8  # two looks at whether any shard has a row left
 PREFILL_CHUNK = 512  # prompt tokens of a row that meet their keys at the same time, at most
 
@@ -92,12 +94,14 @@ class Programs:
         self, arch: Arch, config: SamplingConfig, stop_ids: Sequence[int], mesh: Mesh, dtype: Any, whole: Mesh
     ) -> None:
         self.arch, self.repeats = _spread_kv_heads(arch, mesh.shape["tensor"])
-        self.stacked = arch.layers > UNROLL
-        self.fixed = mesh.devices.flat[0].platform != "cpu"  # a stock keeps its size; a CPU's memory is the host's
-        self.page = config.page_tokens or (64 if mesh.devices.flat[0].platform == "cpu" else 128)
+        platform = mesh.devices.flat[0].platform
+        self.stacked = arch.layers > (UNROLL if platform in ("cpu", "tpu") else UNROLL_ON_GPU)
+        self.fixed = platform == "tpu"  # a stock keeps its size; elsewhere XLA copies what is read of a larger one
+        self.by_output = platform == "cpu" and not self.stacked
+        self.page = config.page_tokens or (64 if platform == "cpu" else 128)
         self._mesh, self._dtype = mesh, jnp.dtype(dtype)
         self._eight_bit = config.kv_cache == "int8"
-        self._banks = 1 if self.fixed else _banks(self.arch.kv_heads, mesh)
+        self._banks = _banks(self.arch.kv_heads, mesh) if self.by_output else 1
         self._steps = config.segment
         self._stops = jnp.asarray(list(stop_ids), jnp.int32)
         self._drawing: Drawing = Greedy()
@@ -152,12 +156,12 @@ class Programs:
 
     def joined(self, apart: Params, embedding: Any) -> Params:
         """What `unstack` gave, with the embeddings again."""
-        scores = tied_scores(embedding) if self.arch.tied_embeddings and not self.fixed else {}
+        scores = tied_scores(embedding) if self.arch.tied_embeddings and self.by_output else {}
         return {**apart, "embedding": embedding, **scores}
 
     def _unstack(self, params: Params) -> Params:
         apart = unstack_layers(params, self.arch)
-        return apart if self.fixed else lay_by_output(apart)
+        return lay_by_output(apart) if self.by_output else apart
 
     def _prefix(self, weights: Params, tokens_C: jax.Array) -> tuple[Cache, Stock]:
         """The keys and values of what all prompts begin with: as a cache of one row, and as a level's stock."""
