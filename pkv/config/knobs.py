@@ -47,7 +47,7 @@ class ModelConfig:
     # What the backward pass finds kept: everything; each layer's input and attention's result; its input; or that input
     # in the host's memory.
     remat: Literal["none", "cheap", "all", "offload"] = "none"
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # of whole rows; auto: splash on TPU, else xla
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # of whole rows; auto: splash on TPU, cuDNN on GPU
     context: int = 0  # positions, where more than the checkpoint's own are wanted: stretched by YaRN; 0: its own
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -95,6 +95,7 @@ class SamplingConfig:
     segment: int = 32  # decode steps on the device between two visits of the host
     page_tokens: int = 0  # positions a page of the KV cache; 0: 128, but 64 on a CPU
     kv_cache: Literal["plain", "int8"] = "plain"  # in model.dtype, or in 8 bits with a scale a position and head
+    attention: Literal["auto", "xla", "triton"] = "auto"  # over the KV cache's pages; auto: triton on a GPU that has it
     kv_memory_gb: float = 0.0  # of each device, for the KV cache; 0: most of what is free when sampling starts
     warm_up: bool = True  # a round's rollouts are compiled before its first step, the longest ones first
 

@@ -17,7 +17,7 @@ from pkv.mesh import by_heads, gathered, scattered
 from pkv.model.arch import Arch
 from pkv.model.attention import attend
 from pkv.model.cache import Cache
-from pkv.model.kernels import MIXED, Kernel
+from pkv.model.kernels import MIXED, Kernel, PageKernel
 from pkv.model.linear import ByOutput, cast, dense
 from pkv.model.pages import Paged, Stock, meet_pages
 from pkv.model.rope import Scaling, turns
@@ -42,6 +42,7 @@ def forward(
     dtype: Any = jnp.float32,
     remat: Remat = "none",
     kernel: Kernel = "xla",
+    page_kernel: PageKernel = "xla",
     unroll: int = 1,
 ) -> tuple[jax.Array, Cache | Stock | None]:
     """Hidden states after the final norm, [B, T, D] in `dtype`, and the cache with these tokens written into it.
@@ -55,8 +56,8 @@ def forward(
     query sees no further back than the window.
 
     `params["layers"]` is stacked (scanned: compiles once for all layers) or a tuple (unrolled); the cache alike.
-    remat: what the backward pass finds kept (see `rematerialised`). kernel: of attention over whole rows. unroll: how
-    many stacked layers one turn of the scan goes through.
+    remat: what the backward pass finds kept (see `rematerialised`). kernel: of attention over whole rows; page_kernel:
+    over a cache of pages. unroll: how many stacked layers one turn of the scan goes through.
     Raises ValueError for a cache together with segments, or in another form than the weights, and for branches that
     the kernel doesn't know.
     """
@@ -76,7 +77,8 @@ def forward(
 
     def meet(memory: Cache, index: Any, local: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Any, Cache]:
         if isinstance(cache, Paged):
-            return meet_pages(cache, memory, index, q, k, v, positions_BT=positions_BT, local=local, **sight)
+            kind = {"positions_BT": positions_BT, "local": local, "kernel": page_kernel, **sight}
+            return meet_pages(cache, memory, index, q, k, v, **kind)
         if memory is None:
             q, k, v = by_heads(q, k, v)
             keys, values = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)

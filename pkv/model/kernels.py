@@ -1,11 +1,14 @@
-"""Attention of whole rows by one platform's own kernel: splash on TPU, cuDNN on GPU. XLA's way is in attention.py.
+"""Attention by one platform's own kernel: of whole rows splash on TPU and cuDNN on GPU, of pages one for GPUs.
 
-Both compute what `attend` computes, and keep no scores: memory grows with T, not with T².
+The first two compute what `attend` computes (attention.py), and keep no scores: memory grows with T, not with T². The
+third, in page_kernel.py, computes what XLA does in pages.py.
 """
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal, cast
 
 import jax
@@ -20,6 +23,7 @@ from pkv.mesh import over_shards
 from pkv.model.arch import Arch
 
 Kernel = Literal["xla", "splash", "cudnn", "cudnn_masked"]  # masked: of packed rows, before Hopper
+PageKernel = Literal["xla", "triton"]
 
 LANES = 128  # a TPU's vectors: heads and rows are padded to multiples of this
 BLOCK = 512  # queries and keys that meet in a TPU core's own memory at the same time, at most
@@ -32,7 +36,7 @@ def choose_kernel(wanted: Literal["auto", "xla", "splash", "cudnn"], mesh: Mesh,
     and else XLA. Raises UserError for one that can't be."""
     device = mesh.devices.flat[0]
     platform = device.platform
-    capability = float(device.compute_capability) if platform == "gpu" else 0.0
+    capability = cuda_capability(device)
     lacks = {
         "dtype bfloat16": jnp.dtype(dtype) == jnp.bfloat16,
         f"heads of at most {CUDNN_HEAD}, in eighths": arch.head_size <= CUDNN_HEAD and arch.head_size % 8 == 0,
@@ -49,6 +53,31 @@ def choose_kernel(wanted: Literal["auto", "xla", "splash", "cudnn"], mesh: Mesh,
     if wanted == "cudnn" and missing:
         raise UserError(f"model.attention: cudnn needs {missing[0]}; use auto")
     return "cudnn_masked" if wanted == "cudnn" and capability < 9 else wanted
+
+
+def choose_page_kernel(
+    wanted: Literal["auto", "xla", "triton"], mesh: Mesh, arch: Arch, page: int, eight_bit: bool
+) -> PageKernel:
+    """The kernel for pages of so many positions; "auto" is Triton on a GPU where it can be, and else XLA. Raises
+    UserError for one that can't be."""
+    sizes = (arch.head_size, page)
+    lacks = {
+        "a GPU of compute capability 8 or more": cuda_capability(mesh.devices.flat[0]) >= 8,
+        "a JAX with Pallas for Triton": find_spec("jax.experimental.pallas.triton") is not None,
+        "mesh.tensor 1": mesh.shape["tensor"] == 1,
+        "heads and pages of 16, 32, 64, 128 or 256": all(size in (16, 32, 64, 128, 256) for size in sizes),
+        "sampling.kv_cache plain": not eight_bit,
+    }
+    missing = [need for need, there in lacks.items() if not there]
+    if wanted == "triton" and missing:
+        raise UserError(f"sampling.attention: triton needs {missing[0]}; use auto")
+    return "xla" if wanted == "xla" or missing else "triton"
+
+
+def cuda_capability(device: Any) -> float:
+    """9.0 for Hopper, and so on; 0 of what is no GPU of NVIDIA's."""
+    found = re.fullmatch(r"\d+\.\d+", str(getattr(device, "compute_capability", "")))
+    return float(found[0]) if found and device.platform == "gpu" else 0.0
 
 
 def attend_splash(

@@ -39,6 +39,14 @@ class Level(NamedTuple):
     readers: jax.Array  # int32 [P, R], rows
     first: jax.Array  # int32 [P], the position in a page's first slot
     stop: jax.Array  # int32 [P], slots that stand for positions from here on hold nothing
+    order: jax.Array | None = None  # int32 [P · R], the places in `readers` by the row that stands there,
+    starts: jax.Array | None = None  # int32 [B + 1], and where each row's begin: for a kernel, from `in_order`
+
+    def in_order(self, rows: int) -> Level:
+        """The same, with its order for `rows` rows."""
+        flat = self.readers.reshape(-1)
+        starts = (flat < jnp.arange(rows + 1)[:, None]).sum(axis=1, dtype=jnp.int32)
+        return self._replace(order=jnp.argsort(flat).astype(jnp.int32), starts=starts)
 
 
 class Paged(NamedTuple):
@@ -166,10 +174,12 @@ def meet_pages(
     window: int | None = None,
     local: bool | jax.Array = True,
     cap: float | None = None,
+    kernel: Literal["xla", "triton"] = "xla",
 ) -> tuple[jax.Array, Stock]:
     """Write one new token a row into a layer of `own`, the last level's stock, and attend: [B, 1, N, H] and the stock.
 
-    A query at position p sees what its row reads at positions up to p, within the window in a local layer.
+    A query at position p sees what its row reads at positions up to p, within the window in a local layer. kernel: of
+    attention; triton for levels in order, see `page_kernel`.
     """
     own = _write(own, layer, paged.page, paged.slot, k_BTKH[:, 0], v_BTKH[:, 0])
     B, _, N, H = q_BTNH.shape
@@ -181,9 +191,12 @@ def meet_pages(
         P = len(level.readers)
         banks = _of_layer(stock, layer, stock_pages(stock) - P if level.stock is None else 0, P)
         seen_PRS = _seen(level, banks[0], positions_BT[:, 0], B, window, local)
-        met.append([Met(pages, level.readers, seen_PRS) for pages in banks])
+        met.append([Met(pages, level.readers, seen_PRS, level.order, level.starts) for pages in banks])
     by_bank = zip(jnp.split(q_BKGH, len(met[-1]), axis=1), zip(*met, strict=True), strict=True)
-    mixed = jnp.concatenate([_attend(q, levels, cap) for q, levels in by_bank], axis=1)
+    attend = _attend
+    if kernel == "triton":
+        from pkv.model.page_kernel import attend_pages as attend  # where JAX still has it
+    mixed = jnp.concatenate([attend(q, levels, cap) for q, levels in by_bank], axis=1)
     return mixed.reshape(B, 1, N, H).astype(q_BTNH.dtype), own
 
 
@@ -243,6 +256,8 @@ class Met(NamedTuple):
     pages: dict[str, jax.Array]
     readers: jax.Array  # int32 [P, R]
     seen: jax.Array  # bool [P, R, S], which slots of a page a reader sees
+    order: jax.Array | None = None  # as in `Level`
+    starts: jax.Array | None = None
 
 
 def _seen(

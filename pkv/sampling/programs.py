@@ -25,6 +25,7 @@ from pkv.model import (
     Paged,
     Params,
     Stock,
+    choose_page_kernel,
     cut_into_pages,
     forward,
     init_cache,
@@ -101,6 +102,7 @@ class Programs:
         self.page = config.page_tokens or (64 if platform == "cpu" else 128)
         self._mesh, self._dtype = mesh, jnp.dtype(dtype)
         self._eight_bit = config.kv_cache == "int8"
+        self._kernel = choose_page_kernel(config.attention, mesh, self.arch, self.page, self._eight_bit)
         self._banks = _banks(self.arch.kv_heads, mesh) if self.by_output else 1
         self._steps = config.segment
         self._stops = jnp.asarray(list(stop_ids), jnp.int32)
@@ -237,6 +239,9 @@ class Programs:
             jnp.zeros((steps, B), bool),
         )
         keys = rows.keys
+        levels = [*shared, Level(None, *table)]
+        if self._kernel != "xla":
+            levels = [level.in_order(B) for level in levels]
 
         def more(loop: Any) -> jax.Array:
             step, going, *_ = loop
@@ -247,10 +252,9 @@ class Programs:
             page, slot = jnp.divmod(position - rows.origin, self.page)
             page = jnp.take_along_axis(rows.ahead[:, 0], page[:, None], axis=1, mode="clip")[:, 0]
             page = jnp.where(active, page, jnp.iinfo(jnp.int32).max)
-            cache = Paged((*shared, Level(own, *table)), page, slot)
-            hidden_B1D, own = forward(
-                weights, self.arch, token[:, None], position[:, None], cache=cache, dtype=self._dtype
-            )
+            cache = Paged((*levels[:-1], levels[-1]._replace(stock=own)), page, slot)
+            kind = {"cache": cache, "dtype": self._dtype, "page_kernel": self._kernel}
+            hidden_B1D, own = forward(weights, self.arch, token[:, None], position[:, None], **kind)
             logits_BV = logits(weights, self.arch, hidden_B1D[:, 0])
             forced = jax.lax.dynamic_index_in_dim(rows.forced, step, axis=1, keepdims=False)
             drawn = draw(self._drawing, logits_BV, keys, position + 1, *self._scalars, forced_B=forced)
