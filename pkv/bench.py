@@ -10,16 +10,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pkv.competition import Tokenizer
+from pkv.compiling import Compilations
 from pkv.config import Config, UserError
 from pkv.evaluate import Policy, load_policy
 from pkv.evaluate.policy import sampling_mesh
@@ -28,7 +27,8 @@ from pkv.grpo import Sequence as TrainingSequence
 from pkv.mesh import BATCH_AXES, make_mesh
 from pkv.model import Arch, Params, join, split
 from pkv.model.arithmetic import update_flops
-from pkv.sampling import Completion, Engine, Request, row_keys
+from pkv.rates import matrix_tflops, read_gbs
+from pkv.sampling import Completion, Engine, Request, WarmUp, device_bytes, row_keys
 from pkv.tracking import Clock, Progress
 from pkv.train.journal import device_peaks_gb, peak_memory_gb
 
@@ -38,11 +38,15 @@ Run = Callable[[Clock], list[int]]  # one run: seconds by phase into the clock; 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that can be done again and again; trainer: of the update in it, engine: of the sampling; None without."""
+    """A run that can be done again and again; trainer: of the update in it, engine: of the sampling; None without.
+
+    weights: what all of a run's steps read, where there is nothing in it but those.
+    """
 
     run: Run
     trainer: Trainer | None = None
     engine: Engine | None = None
+    weights: Params | None = None
 
 
 MEAN_SHARE = 4  # made-up responses have on average max_new_tokens / 4 tokens, before they are cut
@@ -89,7 +93,9 @@ def bench(what: What, task: Task, runs: int) -> dict[str, Any]:
     peak_memory_gb: GiB since the process began, loading and compiling included; devices: of each that keeps count.
     kv_ratio: memory for keys and values over the sum of the live rows' lengths, prompts counted for every row.
     update_tflops: the model's own arithmetic a second of the update, with every prompt counted as often as it has
-    responses; matrix_tflops: what bare matrix products reach on all devices here. Raises UserError.
+    responses; matrix_tflops: what bare matrix products reach on all devices here. read_gbs: what decoding must read of
+    a device, each prompt once for all its samples, a second of the whole run; memory_gbs: what bare reading reaches.
+    Raises UserError.
     """
     measured = []
     with Progress(runs + 1, f"bench {what}") as progress:
@@ -106,6 +112,8 @@ def bench(what: What, task: Task, runs: int) -> dict[str, Any]:
                 measured[-1]["update_tflops"] = job.trainer.tflops(lengths) / clock.seconds["update"]
             if job.engine is not None:
                 measured[-1]["kv_ratio"] = job.engine.usage.ratio
+            if job.weights is not None:
+                measured[-1]["read_gbs"] = _read(job.weights, job.engine) / clock.seconds["sample"] / 1e9
             progress.advance(1, tokens_per_s=measured[-1]["tokens_per_s"])
     return {
         "bench": what,
@@ -122,6 +130,7 @@ def bench(what: What, task: Task, runs: int) -> dict[str, Any]:
         },
         **({"kv_ratio": statistics.median(one["kv_ratio"] for one in measured)} if job.engine else {}),
         **(_against_matrices(measured, task) if job.trainer else {}),
+        **(_against_memory(measured) if job.weights is not None else {}),
         "compile_s": before.seconds,
         "compilations": before.count,
         "compilations_in_runs": sum(one["compilations"] for one in measured),
@@ -139,6 +148,8 @@ def in_words(result: Mapping[str, Any]) -> str:
     share = ""
     if "update_tflops" in result:
         share = f", {result['update_tflops'] / result['matrix_tflops']:.0%} of the matrix rate"
+    if "read_gbs" in result:
+        share = f", {result['read_gbs'] / result['memory_gbs']:.0%} of the memory's rate"
     return (
         f"{result['bench']}: {result['tokens_per_s']:,.0f} tokens/s; {result['step_s']:.3g} s a run ({phases}{share}); "
         f"{result['compilations']} programs compiled in {result['compile_s']:.3g} s before the runs, "
@@ -154,21 +165,24 @@ def sampling_run(task: Task) -> Job:
     """Sampling alone, from weights laid out as `pkv sample` lays them out."""
     config = task.config
     mesh = sampling_mesh(config.model.path)
-    policy = load_policy(config.model.path, mesh, dtype=config.model.dtype)
+    policy = load_policy(config.model.path, mesh, model=config.model, dtype=config.model.dtype)
     arch = _arch_for(task, policy, max(task.longest, policy.trained_rows))
     engine = Engine(arch, config.sampling, policy.tokenizer.stop_ids, mesh, config.model.dtype)
     weights, requests = engine.load(policy.params), draw_requests(task, draw_prompts(task, policy.tokenizer))
+    del policy  # its weights are another copy
+    if jax.default_backend() != "cpu":  # where programs are many, and each takes long: beside each other
+        WarmUp(engine)(weights, requests)
 
     def run(clock: Clock) -> list[int]:
         with clock("sample"):
             return [len(done.tokens) for done in engine.sample(weights, requests)]
 
-    return Job(run, engine=engine)
+    return Job(run, engine=engine, weights=weights)
 
 
 def update_run(task: Task) -> Job:
     """The update alone, on made-up responses."""
-    policy = load_policy(task.config.model.path, make_mesh(task.config.mesh))
+    policy = load_policy(task.config.model.path, make_mesh(task.config.mesh), model=task.config.model)
     trainer = Trainer(task, policy)
     sequences = draw_responses(task, policy.tokenizer, trainer.arch.vocab_size)
 
@@ -184,7 +198,7 @@ def step_run(task: Task) -> Job:
     """Sampling, then the update on what was sampled; advantages are made up, see `credit`."""
     config = task.config
     mesh = make_mesh(config.mesh)
-    policy = load_policy(config.model.path, mesh)
+    policy = load_policy(config.model.path, mesh, model=config.model)
     trainer = Trainer(task, policy)
     engine = Engine(trainer.arch, config.sampling, policy.tokenizer.stop_ids, mesh, config.model.dtype)
     frozen = None if trainer.frozen is None else engine.load(trainer.frozen)
@@ -301,39 +315,6 @@ def credit(task: Task, prompts: Sequence[np.ndarray], done: Sequence[Completion]
 # What a run took.
 
 
-class Compilations:
-    """What JAX compiles between enter and exit: how many programs, and the seconds of tracing, lowering and compiling.
-
-    Times that overlap, as one function is traced inside another, count once. A program that comes out of JAX's cache on
-    disk counts like any other, with the time that this takes.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._spans: list[tuple[float, float]] = []
-
-    @property
-    def seconds(self) -> float:
-        """Seconds in which anything was traced, lowered or compiled."""
-        total, reached = 0.0, -math.inf
-        for start, stop in sorted(self._spans):
-            total += max(0.0, stop - max(start, reached))
-            reached = max(reached, stop)
-        return total
-
-    def __enter__(self) -> Compilations:
-        jax.monitoring.register_event_time_span_listener(self._hear)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        jax.monitoring.unregister_event_time_span_listener(self._hear)
-
-    def _hear(self, event: str, start_time: float, end_time: float, **_: str | int) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self._spans.append((start_time, end_time))
-            self.count += event.endswith("/backend_compile_duration")
-
-
 def _figures(lengths: Sequence[int], seconds: Mapping[str, float], inside: Compilations) -> dict[str, Any]:
     tokens, step_s = sum(lengths), sum(seconds.values())
     return {
@@ -352,18 +333,17 @@ def _against_matrices(measured: Sequence[Mapping[str, Any]], task: Task) -> dict
     return {"update_tflops": statistics.median(one["update_tflops"] for one in measured), "matrix_tflops": rate}
 
 
-def matrix_tflops(dtype: str) -> float:
-    """What a bare matrix product reaches on one device, 10^12 operations a second, the best of five."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(x, x))
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(product(x, x))
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e12
+def _against_memory(measured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {"read_gbs": statistics.median(one["read_gbs"] for one in measured), "memory_gbs": read_gbs()}
+
+
+def _read(weights: Params, engine: Engine) -> float:
+    """Bytes that the steps of the last `sample` must read of a device: weights, keys and values.
+
+    Of embeddings that don't give the scores too a step reads its tokens' rows only.
+    """
+    rows = 0 if engine.programs.arch.tied_embeddings else sum(device_bytes(weights["embedding"]))
+    return engine.usage.steps * (sum(device_bytes(weights)) - rows) + engine.usage.read_bytes
 
 
 def _settings(what: What, task: Task) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import warnings
@@ -33,3 +34,36 @@ def keep_compiled(folder: Path | None = None) -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_S)
+
+
+class Compilations:
+    """What JAX compiles between enter and exit: how many programs, and the seconds of tracing, lowering and compiling.
+
+    Times that overlap, as one function is traced inside another, count once. A program that comes out of JAX's cache on
+    disk counts like any other, with the time that this takes.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._spans: list[tuple[float, float]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in which anything was traced, lowered or compiled."""
+        total, reached = 0.0, -math.inf
+        for start, stop in sorted(self._spans):
+            total += max(0.0, stop - max(start, reached))
+            reached = max(reached, stop)
+        return total
+
+    def __enter__(self) -> Compilations:
+        jax.monitoring.register_event_time_span_listener(self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_time_span_listener(self._hear)
+
+    def _hear(self, event: str, start_time: float, end_time: float, **_: str | int) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self._spans.append((start_time, end_time))
+            self.count += event.endswith("/backend_compile_duration")

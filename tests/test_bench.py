@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from pkv import bench, cli
-from pkv.bench import Compilations, Task, Trainer, credit, draw_prompts, draw_requests, draw_responses
+from pkv.bench import Task, Trainer, credit, draw_prompts, draw_requests, draw_responses
 from pkv.competition import Tokenizer, train_tokenizer
+from pkv.compiling import Compilations
 from pkv.config import Config, GrpoConfig, ModelConfig, SamplingConfig
 from pkv.evaluate import load_policy
 from pkv.evaluate.policy import sampling_mesh
@@ -80,6 +81,7 @@ def test_each_command_writes_one_object_of_the_contract(results, model, what):
         *("compile_s", "compilations", "compilations_in_runs", "peak_memory_gb", "runs"),
         *(() if what == "sample" else ("update_tflops", "matrix_tflops")),
         *(() if what == "update" else ("kv_ratio",)),
+        *(("read_gbs", "memory_gbs") if what == "sample" else ()),
     }
     assert (result["bench"], result["model"]) == (what, model)
     assert len(result["runs"]) == RUNS and list(result["seconds"]) == PHASES[what]

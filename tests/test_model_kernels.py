@@ -89,7 +89,7 @@ def test_cudnn_is_asked_for_what_xla_says(monkeypatch, arrays, kernel, kind):
 
 def test_cudnn_is_told_where_segments_begin():
     segments = jnp.array([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3]])
-    starts, lengths = places_of(segments)
+    starts, lengths = places_of(segments, 6)
     np.testing.assert_array_equal(starts, [[0, 2, 5, -1, -1, -1], [0, -1, -1, -1, -1, -1]])
     np.testing.assert_array_equal(lengths, [[2, 3, 1, -1, -1, -1], [6, -1, -1, -1, -1, -1]])
 

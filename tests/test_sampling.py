@@ -84,7 +84,7 @@ def test_batch_mates_change_nothing(plain):
 @pytest.mark.parametrize("stacked", [False, True])
 def test_one_and_eight_devices_say_the_same(monkeypatch, plain, mesh, stacked):
     if stacked:
-        monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
+        monkeypatch.setattr("pkv.sampling.laying.UNROLL", 0)
     assert_same(plain, run(mesh=make_mesh(mesh)))
 
 
@@ -161,7 +161,7 @@ def test_the_samples_of_one_prompt_use_every_device(monkeypatch):
 @pytest.mark.parametrize("stacked", [False, True])
 def test_what_all_prompts_begin_with_is_prefilled_once(monkeypatch, stacked):
     if stacked:
-        monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
+        monkeypatch.setattr("pkv.sampling.laying.UNROLL", 0)
     head = np.random.default_rng(1).integers(10, 200, 40).astype(np.int32)
     asked = [dataclasses.replace(one, prompt=np.concatenate([head, one.prompt])) for one in requests()]
     alone = {}
@@ -275,7 +275,7 @@ def test_a_stop_string_over_the_border_of_a_segment_ends_its_row_there(tmp_path,
 @pytest.mark.parametrize("kv_cache", ["plain", "int8"])
 def test_pages_as_tpu_writes_them_say_the_same(monkeypatch, stacked, kv_cache):
     if stacked:
-        monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
+        monkeypatch.setattr("pkv.sampling.laying.UNROLL", 0)
     config = dataclasses.replace(CONFIG, kv_cache=kv_cache)
     by_positions = run(config)
     monkeypatch.setitem(WRITING, "default", WRITING["tpu"])
@@ -283,7 +283,7 @@ def test_pages_as_tpu_writes_them_say_the_same(monkeypatch, stacked, kv_cache):
 
 
 def test_scanned_and_unrolled_layers_say_the_same(monkeypatch, plain):
-    monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
+    monkeypatch.setattr("pkv.sampling.laying.UNROLL", 0)
     assert_same(plain, run())
 
 

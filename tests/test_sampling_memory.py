@@ -26,7 +26,7 @@ def plain():
 def test_a_segment_never_copies_the_pages(monkeypatch, stacked):
     """The compiled loop writes the donated pages in place."""
     if stacked:
-        monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
+        monkeypatch.setattr("pkv.sampling.laying.UNROLL", 0)
     engine = Engine(ARCH, CONFIG, STOPS, one_device())
     decode, texts = engine.programs.decode, []
 
@@ -84,7 +84,7 @@ def test_the_memory_suffices_while_pages_are_added_too(monkeypatch):
 def test_a_stock_of_one_size_says_the_same_and_is_made_once(monkeypatch, plain, mesh, stacked):
     """Its parts grow, shrink and are moved together, and nothing else is made or copied."""
     if stacked:
-        monkeypatch.setattr("pkv.sampling.programs.UNROLL", 0)
+        monkeypatch.setattr("pkv.sampling.laying.UNROLL", 0)
     monkeypatch.setattr("pkv.sampling.arena.LEAST_PAGES", 1)
     monkeypatch.setattr("pkv.sampling.arena.AT_ONCE", 2)
     config = dataclasses.replace(CONFIG, page_tokens=4, kv_memory_gb=1e-3)

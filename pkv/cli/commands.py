@@ -224,6 +224,7 @@ class Bench:
     max_new_tokens: int = 1024  # of a response
     prompt_tokens: int = 140  # of a prompt
     runs: int = 3  # measured, after one that compiles
+    init: Literal["pretrained", "random"] = "pretrained"  # random: of the model only config.json and the tokenizer
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of compute; auto: float32 on a CPU, bfloat16 elsewhere
     slots: int | None = None  # sample, step: rows that decode at the same time; 64 unless given
     segment: int | None = None  # sample, step: decode steps between two visits of the host; 32 unless given
@@ -232,6 +233,7 @@ class Bench:
     micro_rows: int | None = None  # update, step: rows of one pass, in multiples of the devices; 4 unless given
     apart: bool = False  # update, step: every response is packed behind a prompt of its own
     remat: Literal["none", "cheap", "all", "offload"] | None = None  # update, step: see model.remat; none unless given
+    moments: Literal["float32", "bfloat16", "float8"] | None = None  # update, step: see optimizer.moments; float32
     seed: int = 0
     json: bool = False  # JSON only on stdout, which it is anyway
 
@@ -240,13 +242,15 @@ class Bench:
             at_least(name.replace("_", "-"), getattr(self, name))
         sampling = self._given("slots", "segment", "temperature")
         packing, model = self._given("row_tokens", "micro_rows"), self._given("remat")
+        optimizer = self._given("moments")
         if self.apart and self.what == "sample":
             raise UserError("--apart: pkv bench sample has no use for it; leave it out")
-        for name in {"sample": packing | model, "update": sampling}.get(self.what, {}):
+        for name in {"sample": packing | model | optimizer, "update": sampling}.get(self.what, {}):
             raise UserError(f"--{name.replace('_', '-')}: pkv bench {self.what} has no use for it; leave it out")
         packing = {"row_tokens": -(-(self.prompt_tokens + self.max_new_tokens) // 256) * 256} | packing
         packing |= {"share_prompts": not self.apart}
-        asked = {"seed": self.seed, "model": {"path": self.model} | model, "sampling": sampling, "grpo": packing}
+        model |= {"path": self.model, "init": self.init}
+        asked = {"seed": self.seed, "model": model, "optimizer": optimizer, "sampling": sampling, "grpo": packing}
         config = parse_config(asked)
         from pkv.bench import Task, bench, in_words
         from pkv.evaluate.policy import usual_dtype

@@ -19,7 +19,7 @@ from pkv.grpo.optimizer import make_optimizer
 from pkv.grpo.packing import Layout, empty
 from pkv.hosts import gather
 from pkv.mesh import BATCH_AXES, HEAD_AXES, TIME_AXIS, TRAINING_RULES, batch_sharding, replicated, shardings
-from pkv.model import MOST_SEGMENTS, Arch, Kernel, Params, choose_kernel, forward, join, split, weight_axes
+from pkv.model import SEGMENTS, Arch, Kernel, Params, choose_kernel, forward, join, split, weight_axes
 from pkv.model.arithmetic import crossover
 from pkv.records import Batch
 
@@ -62,14 +62,16 @@ class Learner:
                 f"mesh.sequence: {arch.heads} heads are not divisible by {' × '.join(HEAD_AXES)} = {ways}; "
                 "change the mesh"
             )
-        # A scan copies what the backward pass will need into stacks: on a CPU a sixth of the update's time.
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self._unroll = arch.layers if on_cpu and arch.layers <= FEW_LAYERS else 1
+        # A scan copies what the backward pass will need into stacks: on a CPU a sixth of the update's time. On a GPU it
+        # needs twice the memory too; there a scan is for weights that are spread, which are gathered layer by layer.
+        platform, spread = mesh.devices.flat[0].platform, mesh.size > mesh.shape["data"]
+        few = arch.layers <= FEW_LAYERS if platform == "cpu" else platform == "gpu" and not spread
+        self._unroll = arch.layers if few else 1
         self._kernel: Kernel = choose_kernel(model.attention, mesh, arch, model.dtype)
         self._optimizer = make_optimizer(optimizer, arch)
-        self._gradient = jax.jit(self._add_gradient, static_argnames="loss", donate_argnames=("sums",))
+        self._gradient = jax.jit(self._add_gradient, static_argnames=("loss", "segments"), donate_argnames=("sums",))
         self._apply = jax.jit(self._apply_gradient, donate_argnames="state")
-        self._logprobs = jax.jit(lambda params, frozen, micro: self._predict(join(params, frozen), micro)[0])
+        self._logprobs = jax.jit(self._only_logprobs, static_argnames="segments")
 
     def layout(self, config: GrpoConfig, budget: int | None = None) -> Layout:
         """How `pack` makes batches for this learner; budget: max_new_tokens, or None for demonstrations."""
@@ -83,7 +85,7 @@ class Learner:
             normalise=config.loss.normalise if budget else "tokens",
             budget=budget or 1,
             hosts=jax.process_count(),
-            most_trees=MOST_SEGMENTS - 1 if self._kernel == "cudnn" else 0,  # the row's padding is one too
+            most_trees=SEGMENTS[-1] - 1 if self._kernel == "cudnn" else 0,  # the row's padding is one too
         )
 
     def init(self, params: Params) -> TrainState:
@@ -141,18 +143,19 @@ class Learner:
         held_to_reference = isinstance(loss, PolicyLoss) and loss.kl_weight > 0
         if held_to_reference and self._reference is None:
             raise ValueError("update: the loss asks for a divergence, and the learner has no reference")
+        segments = self._most_segments([micro for micros in minibatches for micro in micros])
         with jax.set_mesh(self.mesh):
             placed = [[self._place(micro) for micro in micros] for micros in minibatches]
             for micro in (micro for micros in placed for micro in micros):
                 if epochs * len(placed) > 1:
-                    micro["old_logprobs"] = self._logprobs(state.params, self._frozen, micro)
+                    micro["old_logprobs"] = self._logprobs(state.params, self._frozen, micro, segments=segments)
                 if held_to_reference:
-                    micro["reference_logprobs"] = self._logprobs(self._reference, None, micro)
+                    micro["reference_logprobs"] = self._logprobs(self._reference, None, micro, segments=segments)
             own = [float(sum(micro.mask.sum() for micro in micros)) for micros in minibatches]
             tokens = [sum(counts) for counts in zip(*gather(own), strict=True)]
             found = []
             for micros, count in [*zip(placed, tokens, strict=True)] * epochs:
-                state, statistics = self._step(state, micros, count, loss, learning_rate)
+                state, statistics = self._step(state, micros, count, loss, learning_rate, segments)
                 found.append(statistics)
             stepped = [one for one, count in zip(found, tokens * epochs, strict=True) if count] or found
             skipped = [float(one["skipped"]) for one in stepped]
@@ -179,20 +182,28 @@ class Learner:
                 ("reference", loss.kl_weight > 0, (self._reference, None)),
             ):
                 if asked:
-                    found[f"{name}_logprobs"] = self._logprobs.lower(*weights, micro)
+                    found[f"{name}_logprobs"] = self._logprobs.lower(*weights, micro, segments=SEGMENTS[-1])
             for name in [name for name in found if name != "init"]:
                 micro = {**micro, name: describe(jax.ShapeDtypeStruct((rows, length), jnp.float32))}
             sums = state.params, {name: jax.ShapeDtypeStruct((), jnp.float32) for name in STATISTICS}
-            found["gradient"] = self._gradient.lower(state.params, self._frozen, sums, micro, 1.0, loss=loss)
+            given = state.params, self._frozen, sums, micro, 1.0
+            found["gradient"] = self._gradient.lower(*given, loss=loss, segments=SEGMENTS[-1])
             found["apply"] = self._apply.lower(state, state.params, 1.0, True)
         return found
 
     def _step(
-        self, state: TrainState, micros: Sequence[Arrays], tokens: float, loss: Loss, learning_rate: float
+        self,
+        state: TrainState,
+        micros: Sequence[Arrays],
+        tokens: float,
+        loss: Loss,
+        learning_rate: float,
+        segments: int,
     ) -> tuple[TrainState, Arrays]:
         sums = (jax.tree.map(jnp.zeros_like, state.params), {name: jnp.zeros(()) for name in STATISTICS})
         for micro in micros:
-            sums = self._gradient(state.params, self._frozen, sums, micro, max(tokens, 1.0), loss=loss)
+            given = state.params, self._frozen, sums, micro, max(tokens, 1.0)
+            sums = self._gradient(*given, loss=loss, segments=segments)
         gradient, statistics = sums
         state, norm, skipped = self._apply(state, gradient, learning_rate, tokens > 0)
         return state, {**statistics, "gradient_norm": norm, "skipped": skipped}
@@ -202,7 +213,20 @@ class Learner:
         place = batch_sharding(self.mesh)
         return {name: jax.make_array_from_process_local_data(place, array) for name, array in vars(batch).items()}
 
-    def _predict(self, params: Params, micro: Arrays) -> tuple[jax.Array, jax.Array]:
+    def _most_segments(self, micros: Sequence[Batch]) -> int:
+        """Of a row, as far as the kernel needs to know: few sizes, so that few programs are compiled.
+
+        Of several hosts, which see their own rows only, it is the most that there may be.
+        """
+        if self._kernel != "cudnn" or jax.process_count() > 1:
+            return SEGMENTS[-1]
+        needed = 1 + max((int(micro.segments.max(initial=0)) for micro in micros), default=0)
+        return next(size for size in SEGMENTS if size >= needed)
+
+    def _only_logprobs(self, params: Params, frozen: Params | None, micro: Arrays, *, segments: int) -> jax.Array:
+        return self._predict(join(params, frozen), micro, segments)[0]
+
+    def _predict(self, params: Params, micro: Arrays, segments: int) -> tuple[jax.Array, jax.Array]:
         hidden_BTD, _ = forward(
             params,
             self._arch,
@@ -213,15 +237,24 @@ class Learner:
             dtype=jnp.dtype(self._model.dtype),
             remat=self._model.remat,
             kernel=self._kernel,
+            most_segments=segments,
             unroll=self._unroll,
         )
         return token_logprobs(params, self._arch, hidden_BTD, micro["targets"])
 
     def _add_gradient(
-        self, params: Params, frozen: Params | None, sums: Any, micro: Arrays, tokens: jax.Array, *, loss: Loss
+        self,
+        params: Params,
+        frozen: Params | None,
+        sums: Any,
+        micro: Arrays,
+        tokens: jax.Array,
+        *,
+        loss: Loss,
+        segments: int,
     ) -> Any:
         def total(params: Params) -> tuple[jax.Array, Arrays]:
-            now, entropy = self._predict(join(params, frozen), micro)
+            now, entropy = self._predict(join(params, frozen), micro, segments)
             old = micro.get("old_logprobs", jax.lax.stop_gradient(now))
             sampler = old if isinstance(loss, Supervised) else micro["sampler_logprobs"]
             logprobs = Logprobs(now, old, sampler, micro.get("reference_logprobs"))

@@ -7,7 +7,7 @@ from pkv.model.arch import Arch
 from pkv.model.cache import Cache, init_cache
 from pkv.model.decoder import forward, head, logits
 from pkv.model.export import save_params
-from pkv.model.kernels import MOST_SEGMENTS, Kernel, choose_kernel, choose_page_kernel
+from pkv.model.kernels import SEGMENTS, Kernel, choose_kernel, choose_page_kernel
 from pkv.model.linear import BLOCK, cast
 from pkv.model.load import load_params, read_arch, read_config, stretched
 from pkv.model.lora import freezer, init_adapters, join, split, weight_axes
@@ -29,7 +29,7 @@ from pkv.model.weights import Params, init_params, param_axes, param_shapes
 
 __all__ = [
     "BLOCK",
-    "MOST_SEGMENTS",
+    "SEGMENTS",
     "Arch",
     "Cache",
     "Kernel",

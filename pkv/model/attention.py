@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pkv.model.kernels import Kernel, attend_cudnn, attend_splash
+from pkv.model.kernels import SEGMENTS, Kernel, attend_cudnn, attend_splash
 
 CHUNK = 128  # queries that meet their keys at the same time, at least
 MOST_CHUNKS = 16  # unrolled copies of the attention of a row, at most
@@ -26,6 +26,7 @@ def attend(
     local: bool | jax.Array = True,
     cap: float | None = None,
     kernel: Kernel = "xla",
+    most_segments: int = SEGMENTS[-1],
 ) -> jax.Array:
     """Grouped-query attention with a 32-bit softmax: [B, T, N, H] in the queries' dtype.
 
@@ -39,7 +40,7 @@ def attend(
     window: a query sees this many keys at most, its own and those before it; what lies outside of a row's windows is
     not computed. local: False switches the window off; a traced bool (of one layer in a scan) does so in the mask only.
     scale: what scores are multiplied by. cap: a score s then becomes cap · tanh(s / cap).
-    kernel: what computes whole rows; cached keys are always met by XLA.
+    kernel: what computes whole rows; cached keys are always met by XLA. most_segments: of a row, see `attend_cudnn`.
     """
     B, T, N, H = q_BTNH.shape
     K, S = v_BKSH.shape[1:3]
@@ -60,7 +61,8 @@ def attend(
             kind = {"window": window, "local": local, "cap": cap}
             return attend_splash(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, **kind)
         masked = kernel == "cudnn_masked"
-        return attend_cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale=scale, window=window, masked=masked)
+        kind = {"scale": scale, "window": window, "most_segments": most_segments, "masked": masked}
+        return attend_cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, **kind)
 
     branches_BT, places_BT = (None, jnp.arange(T)[None]) if tree is None else tree
     size = max(CHUNK, -(-T // MOST_CHUNKS))

@@ -17,7 +17,7 @@ from pkv.mesh import by_heads, gathered, scattered
 from pkv.model.arch import Arch
 from pkv.model.attention import attend
 from pkv.model.cache import Cache
-from pkv.model.kernels import MIXED, Kernel, PageKernel
+from pkv.model.kernels import MIXED, SEGMENTS, Kernel, PageKernel
 from pkv.model.linear import ByOutput, cast, dense
 from pkv.model.pages import Paged, Stock, meet_pages
 from pkv.model.rope import Scaling, turns
@@ -42,6 +42,7 @@ def forward(
     dtype: Any = jnp.float32,
     remat: Remat = "none",
     kernel: Kernel = "xla",
+    most_segments: int = SEGMENTS[-1],
     page_kernel: PageKernel = "xla",
     unroll: int = 1,
 ) -> tuple[jax.Array, Cache | Stock | None]:
@@ -56,8 +57,9 @@ def forward(
     query sees no further back than the window.
 
     `params["layers"]` is stacked (scanned: compiles once for all layers) or a tuple (unrolled); the cache alike.
-    remat: what the backward pass finds kept (see `rematerialised`). kernel: of attention over whole rows; page_kernel:
-    over a cache of pages. unroll: how many stacked layers one turn of the scan goes through.
+    remat: what the backward pass finds kept (see `rematerialised`). kernel: of attention over whole rows, of at most
+    `most_segments` a row with cuDNN; page_kernel: over a cache of pages. unroll: how many stacked layers a turn of the
+    scan goes through.
     Raises ValueError for a cache together with segments, or in another form than the weights, and for branches that
     the kernel doesn't know.
     """
@@ -83,7 +85,7 @@ def forward(
             q, k, v = by_heads(q, k, v)
             keys, values = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
             tree = None if branches_BT is None else (branches_BT, positions_BT)
-            packed = {"segments_BT": segments_BT, "tree": tree}
+            packed = {"segments_BT": segments_BT, "tree": tree, "most_segments": most_segments}
             return attend(q, keys, values, local=local, kernel=kernel, **packed, **sight), None
         keys, values, memory = _write(memory, index, positions_BT, k, v)
         return attend(q, keys, values, positions_BT=positions_BT, local=local, **sight), memory

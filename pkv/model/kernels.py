@@ -28,7 +28,8 @@ PageKernel = Literal["xla", "triton"]
 LANES = 128  # a TPU's vectors: heads and rows are padded to multiples of this
 BLOCK = 512  # queries and keys that meet in a TPU core's own memory at the same time, at most
 CUDNN_HEAD = 128  # cuDNN's largest head, which must be a multiple of 8 too
-MOST_SEGMENTS = 64  # of a row for cuDNN, padding among them
+# Of a row for cuDNN, padding among them: what it computes beside the products grows with the places that it is told of.
+SEGMENTS = 4, 16, 64
 
 
 def choose_kernel(wanted: Literal["auto", "xla", "splash", "cudnn"], mesh: Mesh, arch: Arch, dtype: Any) -> Kernel:
@@ -154,25 +155,34 @@ def attend_cudnn(
     *,
     scale: float,
     window: int | None,
+    most_segments: int,
     masked: bool,
 ) -> jax.Array:
     """`attend` for rows by cuDNN's fused attention, [B, T, N, H]; each device has its own heads.
 
-    A row's segments lie one behind the other, MOST_SEGMENTS of them at most, padding among them: cuDNN is told where
-    each begins, and computes nothing between two. masked: it is given a mask of T² instead, as before Hopper it must.
+    A row's segments lie one behind the other, at most `most_segments` with its padding: cuDNN is told where each
+    begins, and computes nothing between two. masked: it is given a mask of T² instead, as before Hopper it must.
     """
     heads = ("rows", "time", "row_heads", "head")
-    own = partial(_cudnn_masked if masked else _cudnn, scale=scale, window=window)
+    kind = {"scale": scale, "window": window}
+    own = partial(_cudnn_masked, **kind) if masked else partial(_cudnn, most_segments=most_segments, **kind)
     segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32) if segments_BT is None else segments_BT
     return over_shards(own, (heads, heads, heads, ("rows", "time")))(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
 def _cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array, *, scale: float, window: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    scale: float,
+    window: int | None,
+    most_segments: int,
 ) -> jax.Array:
-    starts_BM, lengths_BM = places_of(segments_BT)
+    starts_BM, lengths_BM = places_of(segments_BT, most_segments)
     starts = jnp.pad(starts_BM, ((0, 0), (0, 1)), constant_values=-1)
-    return cudnn.dot_product_attention(
+    mixed = cudnn.dot_product_attention(
         q,
         k,
         v,
@@ -184,6 +194,7 @@ def _cudnn(
         sliding_window_length=window,
         mask_type=cudnn.MaskType.PADDING_CAUSAL,
     )
+    return cast(jax.Array, mixed)  # residuals would come with it if asked
 
 
 def _cudnn_masked(
@@ -201,12 +212,11 @@ def _cudnn_masked(
     )
 
 
-def places_of(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where each of a row's segments begins, and its length, int32 [B, M] both; -1 where there is none."""
+def places_of(segments_BT: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """Where each of a row's segments begins, and its length, int32 [B, M] both, M = `most`; -1 where there is none."""
     B, T = segments_BT.shape
-    M = min(MOST_SEGMENTS, T)
     begins_BT = jnp.concatenate([jnp.ones((B, 1), bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1)
-    first = jax.vmap(partial(jnp.nonzero, size=M, fill_value=T))
+    first = jax.vmap(partial(jnp.nonzero, size=most, fill_value=T))
     starts_BM = first(begins_BT)[0].astype(jnp.int32)
     lengths_BM = jnp.diff(starts_BM, axis=1, append=jnp.full((B, 1), T, jnp.int32))
     there_BM = starts_BM < T

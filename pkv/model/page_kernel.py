@@ -69,26 +69,31 @@ def _parts(q_BKGH: jax.Array, met: Met, cap: float | None, interpret: bool) -> P
         reader, g = jnp.minimum(number, M - 1) // G, number % G
         row = triton.load(readers.at[p, reader])
         reads = (there & (row < B))[:, None]
-        row, across = jnp.minimum(row, B - 1)[:, None], jnp.arange(H)[None]
-        queries = triton.load(q.at[row, head, g[:, None], across], mask=reads, other=0.0)
-        scores = triton.dot(queries, k[0, 0])
-        if cap is not None:
-            scores = cap * _tanh(scores / cap)
-        sees = triton.load(seen.at[p, reader[:, None], jnp.arange(S)[None]], mask=reads, other=False)
-        scores = jnp.where(sees, scores, LEAST)
-        most = scores.max(axis=1)
-        shares = jnp.exp(scores - most[:, None])
-        triton.store(part.most.at[p, head, number], most, mask=there)
-        triton.store(part.whole.at[p, head, number], shares.sum(axis=1), mask=there)
-        mixed = triton.dot(shares.astype(v.dtype), v[0, 0])
-        triton.store(part.mixed.at[p, head, number[:, None], across], mixed, mask=there[:, None])
+
+        @pl.when(jnp.max(reads.astype(jnp.int32)) > 0)  # a page without a reader is not read
+        def _() -> None:
+            across = jnp.arange(H)[None]
+            queries = triton.load(
+                q.at[jnp.minimum(row, B - 1)[:, None], head, g[:, None], across], mask=reads, other=0.0
+            )
+            scores = triton.dot(queries, k[0, 0])
+            if cap is not None:
+                scores = cap * _tanh(scores / cap)
+            sees = triton.load(seen.at[p, reader[:, None], jnp.arange(S)[None]], mask=reads, other=False)
+            scores = jnp.where(sees, scores, LEAST)
+            most = scores.max(axis=1)
+            shares = jnp.exp(scores - most[:, None])
+            triton.store(part.most.at[p, head, number], most, mask=there)
+            triton.store(part.whole.at[p, head, number], shares.sum(axis=1), mask=there)
+            mixed = triton.dot(shares.astype(v.dtype), v[0, 0])
+            triton.store(part.mixed.at[p, head, number[:, None], across], mixed, mask=there[:, None])
 
     def page(array: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, *array.shape[2:]), lambda p, head, _: (p, head, 0, 0))
 
     arrays = q_BKGH, met.readers, met.seen, met.pages["k"], met.pages["v"]
     return pl.pallas_call(
-        lambda *refs: meet(*refs[:5], Part(*refs[5:])),
+        lambda q, readers, seen, k, v, *out: meet(q, readers, seen, k, v, Part(*out)),
         grid=(P, K, pl.cdiv(M, block)),
         in_specs=[*map(_everything, arrays[:3]), *map(page, arrays[3:])],
         out_shape=(shapes := _shapes((P, K, M), H)),

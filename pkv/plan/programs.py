@@ -237,8 +237,8 @@ def _loaded(engine: Engine, params: Params) -> Params:
     laid = _placed(programs.lay.shapes(params), jax.tree.unflatten(jax.tree.structure(params), places))
     if programs.stacked:
         return laid
-    embedding, lowered = laid.pop("embedding"), programs.unstack.lower(laid)
-    return programs.joined(_placed(lowered.out_info, lowered.compile().output_shardings), embedding)
+    embedding, lowered = laid.pop("embedding"), programs.lay.unstack.lower(laid)
+    return programs.lay.joined(_placed(lowered.out_info, lowered.compile().output_shardings), embedding)
 
 
 def _placed(shapes: Any, places: Any) -> Any:

@@ -37,10 +37,16 @@ SHARE_OF_FREE = 0.8  # of a device's free memory for keys and values, when no li
 
 @dataclass
 class Usage:
-    """Keys and values over the visits of one `sample`: positions that there was memory for, and live ones."""
+    """Keys and values over the visits of one `sample`: positions that there was memory for, and live ones.
+
+    steps: that decoded. read_bytes: what these must read of a device's keys and values, each prompt once for all that
+    share it.
+    """
 
     allocated: int = 0
     live: int = 0
+    steps: int = 0
+    read_bytes: float = 0.0
     peak_bytes: int = 0  # of a device
     evicted: int = 0
 
@@ -87,7 +93,7 @@ class Engine:
         Adapters are not merged and quantised weights stay so: merged in 16 bits, an adapter's small changes would be
         rounded away, and sampler and trainer would differ. What lies right already is not copied.
         """
-        placed = params if self.lies_right(params) else self.programs.place(params)
+        placed = params if self.lies_right(params) else self.programs.lay.place(params)
         if jax.process_count() == 1:
             return placed
         return jax.tree.map(partial(on_own_part, own=self._mesh), placed)
@@ -158,6 +164,10 @@ class Engine:
         usage.allocated += held * self._shards * self._places * self.programs.page // self._page_bytes
         usage.live += sum(row.position + 1 for row in schedule.rows())
         usage.peak_bytes = max(usage.peak_bytes, held)
+        own, prompts, steps = schedule.read_in(segment.counted)
+        usage.steps += steps
+        shelves = self._shards * self._places
+        usage.read_bytes += (own + steps * prompts) * self._page_bytes / (self.programs.page * shelves)
         return rows, segment
 
     def _segment(

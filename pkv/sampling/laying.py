@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,34 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 
 from pkv.mesh import SAMPLING_RULES, shardings
-from pkv.model import Arch, Params, cast, weight_axes
+from pkv.model import Arch, Params, cast, lay_by_output, param_shapes, tied_scores, unstack_layers, weight_axes
 from pkv.model.kernels import LANES
+
+# Models of at most so many layers run with their layers unrolled: no slicing of stacked weights and pages. On a GPU
+# most models do: XLA copies what a scan slices for its products, so that each weight crosses memory three times.
+UNROLL, UNROLL_ON_GPU = 8, 128
+UNROLLED_SHARE = 0.4  # of a GPU's memory that weights may take beside those that they are copied from
+Form = Literal["stacked", "apart", "by output"]  # apart: layer by layer; by output: so, and as `ByOutput`
+
+
+def form_of(arch: Arch, mesh: Mesh, dtype: Any) -> Form:
+    """How the weights of an architecture lie on a mesh; each form but the stacked one takes a copy of them."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return "by output" if arch.layers <= UNROLL else "stacked"
+    if device.platform == "tpu":
+        return "apart" if arch.layers <= UNROLL else "stacked"
+    numbers = sum(math.prod(shape.shape) for shape in jax.tree.leaves(param_shapes(arch)))
+    fits = numbers * jnp.dtype(dtype).itemsize / mesh.shape["tensor"] <= UNROLLED_SHARE * _memory(device)
+    return "apart" if arch.layers <= UNROLL_ON_GPU and fits else "stacked"
+
+
+def _memory(device: Any) -> float:
+    """Bytes that a device lets this process have; inf where nothing says so."""
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    except jax.errors.JaxRuntimeError:  # it is only described
+        return math.inf
 
 
 class Laying(NamedTuple):
@@ -34,12 +61,48 @@ class Lay:
     arch: with its key-value heads `repeats` times. mesh: of all hosts; the weights lie alike on each.
     """
 
-    def __init__(self, arch: Arch, repeats: int, dtype: Any, mesh: Mesh) -> None:
-        self._arch, self._repeats, self._dtype, self._mesh = arch, repeats, dtype, mesh
+    def __init__(self, arch: Arch, repeats: int, dtype: Any, mesh: Mesh, form: Form) -> None:
+        self._arch, self._repeats, self._dtype, self._mesh, self._form = arch, repeats, dtype, mesh, form
         self._ways: dict[Laying, Any] = {}
+        self.unstack = jax.jit(self._unstack)
+        self._apart = jax.jit(lambda array: tuple(array[number] for number in range(arch.layers)))
 
     def __call__(self, array: jax.Array, how: Laying) -> jax.Array:
         return self._way(how)(array)
+
+    def place(self, params: Params) -> Params:
+        """Weights in the layout, dtype, form and key-value heads of sampling.
+
+        Array by array: one program for all of them gathers everything before it lays down the first, and so holds the
+        weights twice.
+        """
+        both = zip(jax.tree.leaves_with_path(params), self.ways(params), strict=True)
+        laid = [self._placed(array, how, apart=path[0].key == "layers") for (path, array), how in both]
+        placed = jax.tree.unflatten(jax.tree.structure(params), laid)
+        if self._form == "stacked":
+            return placed
+        if self._form == "apart":
+            layer = lambda n: jax.tree.map(lambda parts: parts[n], placed["layers"], is_leaf=_is_tuple)  # noqa: E731
+            return {**placed, "layers": tuple(map(layer, range(self._arch.layers)))}
+        embedding = placed.pop("embedding")  # which a program would copy
+        return self.joined(self.unstack(placed), embedding)
+
+    def _placed(self, array: jax.Array, how: Laying, apart: bool) -> Any:
+        """An array as it is laid; of layers that lie apart, a tuple of them."""
+        if self._form != "apart":
+            return self(array, how)
+        right = how.repeats == 1 and array.dtype == how.dtype and array.sharding == how.place.sharding
+        array = array if right else self(array, how)
+        return self._apart(array) if apart else array
+
+    def joined(self, apart: Params, embedding: Any) -> Params:
+        """What `unstack` gave, with the embeddings again."""
+        scores = tied_scores(embedding) if self._arch.tied_embeddings and self._form == "by output" else {}
+        return {**apart, "embedding": embedding, **scores}
+
+    def _unstack(self, params: Params) -> Params:
+        apart = unstack_layers(params, self._arch)
+        return lay_by_output(apart) if self._form == "by output" else apart
 
     def lower(self, array: jax.ShapeDtypeStruct, how: Laying) -> jax.stages.Lowered:
         """The program before it is compiled."""
@@ -74,7 +137,8 @@ class Lay:
         return self._ways[how]
 
     def _cache_size(self) -> int:
-        return sum(way._cache_size() for way in self._ways.values())
+        programs: list[Any] = [*self._ways.values(), self.unstack, self._apart]
+        return sum(program._cache_size() for program in programs)
 
 
 def _lay(array: jax.Array, how: Laying) -> jax.Array:
@@ -94,6 +158,10 @@ def _in_memory(shape: tuple[int, ...], place: NamedSharding) -> Format:
     TPU, and every segment would copy it back."""
     ragged = len(shape) > 1 and place.shard_shape(shape)[-1] % LANES
     return Format(Layout(tuple(range(len(shape)))) if ragged else None, place)
+
+
+def _is_tuple(node: Any) -> bool:
+    return isinstance(node, tuple)
 
 
 def _is_axes(node: Any) -> bool:

@@ -30,21 +30,15 @@ from pkv.model import (
     forward,
     init_cache,
     init_stock,
-    lay_by_output,
     logits,
     put_pages,
     resize_pages,
     stock_axes,
     take_pages,
-    tied_scores,
-    unstack_layers,
 )
 from pkv.sampling.drawing import Drawing, Greedy, Nucleus, draw
-from pkv.sampling.laying import Lay
+from pkv.sampling.laying import Lay, form_of
 
-# Models of at most so many layers run with their layers unrolled: no slicing of stacked weights and pages. On a GPU
-# that is every model: XLA copies what a scan slices for its products, so that each weight crosses memory three times.
-UNROLL, UNROLL_ON_GPU = 8, 128
 STEPS_BETWEEN = 8  # two looks at whether any shard has a row left
 PREFILL_CHUNK = 512  # prompt tokens of a row that meet their keys at the same time, at most
 
@@ -95,15 +89,13 @@ class Programs:
         self, arch: Arch, config: SamplingConfig, stop_ids: Sequence[int], mesh: Mesh, dtype: Any, whole: Mesh
     ) -> None:
         self.arch, self.repeats = _spread_kv_heads(arch, mesh.shape["tensor"])
-        platform = mesh.devices.flat[0].platform
-        self.stacked = arch.layers > (UNROLL if platform in ("cpu", "tpu") else UNROLL_ON_GPU)
+        self._mesh, self._dtype, platform = mesh, jnp.dtype(dtype), mesh.devices.flat[0].platform
+        self.form = form_of(self.arch, mesh, self._dtype)
         self.fixed = platform == "tpu"  # a stock keeps its size; elsewhere XLA copies what is read of a larger one
-        self.by_output = platform == "cpu" and not self.stacked
         self.page = config.page_tokens or (64 if platform == "cpu" else 128)
-        self._mesh, self._dtype = mesh, jnp.dtype(dtype)
         self._eight_bit = config.kv_cache == "int8"
         self._kernel = choose_page_kernel(config.attention, mesh, self.arch, self.page, self._eight_bit)
-        self._banks = _banks(self.arch.kv_heads, mesh) if self.by_output else 1
+        self._banks = _banks(self.arch.kv_heads, mesh) if self.form == "by output" else 1
         self._steps = config.segment
         self._stops = jnp.asarray(list(stop_ids), jnp.int32)
         self._drawing: Drawing = Greedy()
@@ -111,8 +103,7 @@ class Programs:
             self._drawing = Nucleus(config.top_p < 1 or config.top_k > 0 or config.min_p > 0, config.top_k)
         self._scalars = (jnp.float32(config.temperature or 1.0), jnp.float32(config.top_p), jnp.float32(config.min_p))
         # Partials, as jit counts the programs of a function together, whoever compiled them.
-        self.lay = Lay(self.arch, self.repeats, self._dtype, whole)
-        self.unstack = jax.jit(self._unstack)
+        self.lay = Lay(self.arch, self.repeats, self._dtype, whole, self.form)
         self.prefix = jax.jit(self._prefix)
         self.prefill = jax.jit(self._prefill, donate_argnames="stock")
         self.decode = jax.jit(self._decode, donate_argnames="own")
@@ -121,6 +112,11 @@ class Programs:
         self.relocate = jax.jit(self._relocate, donate_argnames="stock")
         self.fetch = jax.jit(partial(take_pages))
         self.restore = jax.jit(self._restore, donate_argnames="stock")
+
+    @property
+    def stacked(self) -> bool:
+        """Whether weights and pages hold all layers in one array."""
+        return self.form == "stacked"
 
     @property
     def compilations(self) -> int:
@@ -141,29 +137,6 @@ class Programs:
             return 0.0
         sizes = device_bytes(self.stock_shapes(1))
         return max(sizes) / sum(sizes) if self.stacked else 1 / self.arch.layers
-
-    def place(self, params: Params) -> Params:
-        """Weights in the layout, dtype and key-value heads of sampling.
-
-        Array by array: one program for all of them gathers everything before it lays down the first, and so holds the
-        weights twice.
-        """
-        arrays, structure = jax.tree.flatten(params)
-        laid = [self.lay(array, how) for array, how in zip(arrays, self.lay.ways(params), strict=True)]
-        placed = jax.tree.unflatten(structure, laid)
-        if self.stacked:
-            return placed
-        embedding = placed.pop("embedding")  # which a program would copy
-        return self.joined(self.unstack(placed), embedding)
-
-    def joined(self, apart: Params, embedding: Any) -> Params:
-        """What `unstack` gave, with the embeddings again."""
-        scores = tied_scores(embedding) if self.arch.tied_embeddings and self.by_output else {}
-        return {**apart, "embedding": embedding, **scores}
-
-    def _unstack(self, params: Params) -> Params:
-        apart = unstack_layers(params, self.arch)
-        return lay_by_output(apart) if self.by_output else apart
 
     def _prefix(self, weights: Params, tokens_C: jax.Array) -> tuple[Cache, Stock]:
         """The keys and values of what all prompts begin with: as a cache of one row, and as a level's stock."""

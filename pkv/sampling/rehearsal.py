@@ -6,7 +6,9 @@ compiled before the first rollout, the longest ones first, or for devices that a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +23,7 @@ from pkv.sampling.programs import Programs, Rows, Segment, Table, device_bytes
 from pkv.sampling.schedule import Request
 from pkv.tracking import Progress
 
+MOST_THREADS = 8
 MEAN_SHARE = 4  # of the lengths that a rehearsal expects: the budget over this is their mean
 
 
@@ -50,6 +53,10 @@ class Call:
         given = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), self.arguments)
         before = (weights,) if self.of_weights else ()
         jax.block_until_ready(getattr(programs, self.name)(*before, *given, **self.keywords))
+
+    def compile(self, programs: Programs, weights: Params) -> None:
+        """What `run` finds compiled then, if weights and arguments lie on a mesh: JAX keeps it in memory."""
+        self.lower(programs, weights).compile()
 
     def lower(self, programs: Programs, weights: Params) -> jax.stages.Lowered:
         """The program before it is compiled. weights: shapes and places suffice."""
@@ -157,10 +164,19 @@ class WarmUp:
 
         Raises UserError as `Engine.sample` does.
         """
+        programs = self._engine.programs
         calls = [call for call in rehearse(self._engine, requests) if call.key not in self._done]
-        with Progress(len(calls), "compiling the sampler", delay_s=1.0) as progress:
-            for call in calls:
-                call.run(self._engine.programs, weights)
+        with Progress(len(calls), "compiling the sampler", delay_s=1.0) as progress, _threads() as threads:
+            compiled = [threads.submit(call.compile, programs, weights) for call in calls]
+            for call, done in zip(calls, compiled, strict=True):
+                done.result()
+                call.run(programs, weights)
                 self._done.add(call.key)
                 progress.advance(1, pages_gb=call.bytes / 1e9)
         return len(calls)
+
+
+def _threads() -> ThreadPoolExecutor:
+    """As many programs are compiled beside each other; each takes two cores or so, and some memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(max(1, min(cores // 2, MOST_THREADS)), "compiling")

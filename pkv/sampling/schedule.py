@@ -191,6 +191,19 @@ class Schedule:
         """Who holds pages: rows, and prompts."""
         return [row.own for row in self.rows()], list(self._held.values())
 
+    def read_in(self, counted: np.ndarray) -> tuple[int, int, int]:
+        """Positions that a segment's steps read of rows' own, in all; of prompts, in each; and how many steps it had.
+
+        counted: bool [steps, B], before `harvest`.
+        """
+        steps_B = counted.sum(axis=0)
+        own, B = 0, counted.shape[1] // self.own.shards
+        for shard, rows in enumerate(self.live):
+            for row, steps in zip(rows, steps_B[shard * B :], strict=False):
+                own += int(steps) * (row.position - row.own.first) + int(steps) * (int(steps) + 1) // 2
+        prompts = sum(len(self._requests[request].prompt) - 1 - self._prefix for request, _ in self._held)
+        return own, prompts + self._prefix * self.own.shards, int(counted.any(axis=1).sum())
+
     def tables(self) -> tuple[Table, Table]:
         """Who reads what: of prompts, and of rows."""
         readers: dict[tuple[int, int], list[int]] = {here: [] for here in self._held}
