@@ -33,7 +33,7 @@ ARCH = Arch(
     qkv_bias=True,
     max_positions=2048,
 )
-PROMPTS, SAMPLES, PROMPT, NEW = 3, 4, 300, 200
+PROMPTS, SAMPLES, PROMPT, NEW = 3, 4, 300, 100
 failed = []
 
 
@@ -75,21 +75,18 @@ def agreement(ours, theirs) -> tuple[float, float]:
 
 def trained(params, done, kernel: str, dtype: str) -> float:
     """The mean difference of the sampler's log-probabilities from those of whole rows."""
+
+    @jax.jit
+    def whole_row(params, row):
+        at = {"segments_BT": jnp.ones_like(row), "dtype": dtype, "kernel": kernel}
+        hidden, _ = forward(params, ARCH, row, jnp.arange(row.shape[1])[None], **at)
+        return token_logprobs(params, ARCH, hidden[:, :-1], row[:, 1:])[0][0]
+
     gaps = []
     for (request, _), (tokens, said) in done.items():
         whole = np.concatenate([requests()[request].prompt, tokens])
-        row = jnp.asarray(np.pad(whole, (0, PROMPT + NEW - len(whole))))[None]
-        hidden, _ = forward(
-            params,
-            ARCH,
-            row,
-            jnp.arange(row.shape[1])[None],
-            segments_BT=jnp.ones_like(row),
-            dtype=dtype,
-            kernel=kernel,
-        )
-        logprobs, _ = token_logprobs(params, ARCH, hidden[:, :-1], row[:, 1:])
-        gaps.append(np.abs(np.asarray(logprobs)[0, PROMPT - 1 : len(whole) - 1] - said))
+        logprobs = whole_row(params, np.pad(whole, (0, PROMPT + NEW - len(whole)))[None])
+        gaps.append(np.abs(np.asarray(logprobs)[PROMPT - 1 : len(whole) - 1] - said))
     return float(np.concatenate(gaps).mean())
 
 
