@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from functools import cache, partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_cudnn import cudnn_in_words
 
-from pkv.config import MeshConfig, ModelConfig, OptimizerConfig, PolicyLoss, RoundConfig, UserError
+from pkv.config import GrpoConfig, MeshConfig, ModelConfig, OptimizerConfig, PolicyLoss, RoundConfig, UserError
 from pkv.grpo import (
     Layout,
     Learner,
@@ -26,8 +29,9 @@ from pkv.grpo.advantages import groups_with_signal, soft_overlong, total_advanta
 from pkv.grpo.logprobs import token_logprobs
 from pkv.grpo.losses import Logprobs, Supervised, token_losses
 from pkv.grpo.moments import round_at_random
-from pkv.mesh import TRAINING_RULES, batch_sharding, make_mesh, shardings
-from pkv.model import Arch, forward, head, init_params, logits, param_axes
+from pkv.mesh import AXES, TRAINING_RULES, batch_sharding, make_mesh, shardings
+from pkv.model import SEGMENTS, Arch, forward, head, init_params, logits, param_axes
+from pkv.model.kernels import cudnn
 
 ARCH = Arch(
     vocab_size=48, hidden=16, layers=2, heads=4, kv_heads=2, head_size=8, ffn=32, qkv_bias=True, tied_embeddings=True
@@ -222,6 +226,15 @@ def test_of_the_ways_to_pack_the_one_with_the_least_work_is_taken():
         best = pack(given, layout(128, 1, crossover=crossover, share_prompts=True))
         assert work(best, crossover) < work(apart, crossover)
     assert max(b.tokens.shape[1] for b in best) > max(b.tokens.shape[1] for b in apart), "all behind one prompt"
+
+
+def test_a_row_holds_no_more_trees_than_it_may():
+    def most(batches):
+        assert sum(batch.mask.sum() for batch in batches) == sum(len(s.response) for s in sequences(30))
+        return max(batch.segments.max() for batch in batches)
+
+    assert most(pack(sequences(30), layout(128, 4))) > 3
+    assert most(pack(sequences(30), layout(128, 4, most_trees=3))) == 3
 
 
 @pytest.mark.parametrize("micro_rows", [1, 2, 3, 5, 7])
@@ -463,6 +476,46 @@ def test_responses_behind_one_prompt_are_as_good_as_apart(loss, window):
     apart, together = changed(False), changed(True)
     assert_same(apart[:2], together[:2])
     assert together[2] < apart[2], "tokens that are computed"
+
+
+def test_an_update_by_cudnn_is_the_same(monkeypatch, plain):
+    """XLA plays cuDNN, which is told of as many segments as the fullest row has, in few sizes."""
+    monkeypatch.setattr("pkv.grpo.update.choose_kernel", lambda *_: "cudnn")
+    told = []
+
+    def play(q, k, v, **kind):
+        told.append(kind["q_seqlen"].shape[1])
+        return cudnn_in_words(q, k, v, **kind)
+
+    monkeypatch.setattr(cudnn, "dot_product_attention", play)
+    trainer = Learner(ARCH, ModelConfig(), OptimizerConfig(), one_device())
+    made = trainer.layout(GrpoConfig(row_tokens=64, micro_rows=8))
+    assert (made.share_prompts, made.most_trees) == (False, SEGMENTS[-1] - 1)
+    batches = pack(sequences(), made)
+    needed = 1 + max(batch.segments.max() for batch in batches)
+    assert_same(plain, change(trainer, batches))
+    assert set(told) == {min(size for size in SEGMENTS if size >= needed)}
+
+
+@pytest.mark.parametrize(
+    "platform, sizes, layers, unrolled",
+    [
+        ("cpu", {}, 8, True),
+        ("cpu", {}, 9, False),
+        ("gpu", {}, 48, True),
+        ("gpu", {"data": 8}, 48, True),
+        ("gpu", {"fsdp": 8}, 48, False),
+        ("tpu", {}, 4, False),
+    ],
+)
+def test_layers_of_an_update_are_unrolled_where_a_scan_costs_more(monkeypatch, platform, sizes, layers, unrolled):
+    monkeypatch.setattr("pkv.grpo.update.choose_kernel", lambda *_: "xla")
+    shape = dict.fromkeys(AXES, 1) | sizes
+    mesh = SimpleNamespace(
+        devices=np.array([SimpleNamespace(platform=platform)]), shape=shape, size=math.prod(shape.values())
+    )
+    arch = dataclasses.replace(ARCH, layers=layers)
+    assert Learner(arch, ModelConfig(), OptimizerConfig(), mesh)._unroll == (layers if unrolled else 1)
 
 
 def test_one_and_four_micro_batches_are_equal(plain):

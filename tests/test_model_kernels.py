@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import importlib.util
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_cudnn import cudnn_in_words
 from remat import compile_gradient
 
 from pkv.config import MeshConfig, UserError
@@ -61,20 +63,6 @@ def test_splash_says_what_xla_says_with_its_gradient(interpreted, arrays, kind):
         np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
 
 
-def cudnn_in_words(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, sliding_window_length, mask_type):
-    """cuDNN's packed attention as JAX documents it: by row the first token and the length of each segment."""
-    assert mask_type == cudnn.MaskType.PADDING_CAUSAL and kv_seqlen is q_seqlen and kv_offsets is q_offsets
-    at, (B, M) = np.arange(q.shape[1]), q_seqlen.shape
-    assert q_offsets.shape == (B, M + 1) and (np.asarray(q_offsets)[:, M] == -1).all()
-    first, length = q_offsets[:, :M, None], q_seqlen[..., None]
-    inside = (first >= 0) & (at >= first) & (at < first + length)  # [B, M, T]
-    np.testing.assert_array_equal(inside.sum(axis=1), 1)  # cuDNN leaves what is in no segment as it was in memory
-    mask = jnp.einsum("bmt,bms->bts", inside.astype(jnp.float32), inside.astype(jnp.float32)) > 0
-    window = None if sliding_window_length is None else (sliding_window_length - 1, 0)
-    kind = {"mask": mask[:, None], "is_causal": True, "scale": scale, "local_window_size": window}
-    return jax.nn.dot_product_attention(q, k, v, **kind)
-
-
 @pytest.mark.parametrize("kernel", ["cudnn", "cudnn_masked"])
 @pytest.mark.parametrize("kind", [{}, {"segments_BT": SEGMENTS}, {"segments_BT": SEGMENTS, "window": 30}])
 def test_cudnn_is_asked_for_what_xla_says(monkeypatch, arrays, kernel, kind):
@@ -88,7 +76,9 @@ def test_cudnn_is_asked_for_what_xla_says(monkeypatch, arrays, kernel, kind):
 
 
 def test_cudnn_is_told_where_segments_begin():
+    """In no more places than asked, which is one more than there are trees where a row has padding."""
     segments = jnp.array([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3]])
+    np.testing.assert_array_equal(places_of(segments, 3)[0], [[0, 2, 5], [0, -1, -1]])
     starts, lengths = places_of(segments, 6)
     np.testing.assert_array_equal(starts, [[0, 2, 5, -1, -1, -1], [0, -1, -1, -1, -1, -1]])
     np.testing.assert_array_equal(lengths, [[2, 3, 1, -1, -1, -1], [6, -1, -1, -1, -1, -1]])
@@ -117,6 +107,31 @@ def test_a_kernel_that_cannot_run_here_is_one_line():
         choose_kernel("splash", mesh, ARCH, "float32")
     with pytest.raises(UserError, match=r"model.attention: cudnn runs on gpu only"):
         choose_kernel("cudnn", mesh, ARCH, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, arch, kernel",
+    [
+        ("9.0", "bfloat16", {}, "cudnn"),
+        ("8.0", "bfloat16", {}, "cudnn_masked"),
+        ("7.5", "bfloat16", {}, "a GPU of compute capability 8 or more"),
+        ("9.0", "float32", {}, "dtype bfloat16"),
+        ("9.0", "bfloat16", {"head_size": 256}, "heads of at most 128"),
+        ("9.0", "bfloat16", {"attention_cap": 50.0}, "scores without a cap"),
+        ("9.0", "bfloat16", {"window": 9, "local_layers": (True, False) * 2}, "layers of one kind"),
+        ("gfx942", "bfloat16", {}, "a GPU of compute capability 8 or more"),
+    ],
+)
+def test_a_gpu_has_cudnn_for_what_it_knows(capability, dtype, arch, kernel):
+    device = SimpleNamespace(platform="gpu", compute_capability=capability)
+    mesh = SimpleNamespace(devices=np.array([device]))
+    arch = dataclasses.replace(ARCH, **arch)
+    if kernel.startswith("cudnn"):
+        assert choose_kernel("auto", mesh, arch, dtype) == choose_kernel("cudnn", mesh, arch, dtype) == kernel
+        return
+    assert choose_kernel("auto", mesh, arch, dtype) == "xla"
+    with pytest.raises(UserError, match=f"model.attention: cudnn needs {kernel}"):
+        choose_kernel("cudnn", mesh, arch, dtype)
 
 
 @functools.cache

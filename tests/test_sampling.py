@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,13 @@ from tiny_sampling import ARCH, CONFIG, MESHES, PARAMS, STOPS, assert_same, one_
 
 from pkv.competition import Tokenizer, train_tokenizer
 from pkv.competition.watch import stop_strings
-from pkv.config import MeshConfig
+from pkv.config import LoraConfig, MeshConfig
 from pkv.mesh import make_mesh
-from pkv.model import forward, init_params, load_params, logits, read_arch
+from pkv.model import forward, freezer, init_adapters, init_params, join, load_params, logits, read_arch
 from pkv.model.pages import WRITING
 from pkv.records import Verdict
 from pkv.sampling import Engine, Request, row_keys
+from pkv.sampling.laying import form_of
 
 PARAMS_PLACED = Engine(ARCH, CONFIG, STOPS, one_device()).load(PARAMS)
 
@@ -86,6 +88,48 @@ def test_one_and_eight_devices_say_the_same(monkeypatch, plain, mesh, stacked):
     if stacked:
         monkeypatch.setattr("pkv.sampling.laying.UNROLL", 0)
     assert_same(plain, run(mesh=make_mesh(mesh)))
+
+
+@pytest.mark.parametrize("base", ["plain", "nf4 with adapters"])
+def test_layers_apart_as_on_a_gpu_say_the_same(monkeypatch, base):
+    """Also of a model with few bits and adapters, whose parts go apart together."""
+    params = PARAMS if base == "plain" else lora_of(PARAMS)
+    expected = run(params=params)
+    monkeypatch.setattr("pkv.sampling.programs.form_of", lambda *_: "apart")
+    engine = Engine(ARCH, CONFIG, STOPS, one_device())
+    weights = engine.load(params)
+    assert len(weights["layers"]) == ARCH.layers and weights["embedding"] is params["embedding"]
+    assert_same(expected, {(c.request, c.sample): c for c in engine.sample(weights, requests())})
+
+
+def lora_of(params):
+    lora = LoraConfig(rank=2, base="nf4")
+    keep = freezer(ARCH, "nf4")
+    frozen = jax.tree_util.tree_map_with_path(
+        lambda path, weight: keep(jax.tree_util.keystr(path, simple=True, separator="."), weight), params
+    )
+    adapters = init_adapters(ARCH, lora, jax.random.key(3))
+    return join(jax.tree.map(lambda a: a + 0.05, adapters), frozen)
+
+
+@pytest.mark.parametrize(
+    "platform, memory, layers, form",
+    [
+        ("gpu", 80e9, 48, "apart"),
+        ("gpu", 1e4, 2, "stacked"),
+        ("gpu", None, 2, "apart"),
+        ("gpu", 80e9, 200, "stacked"),
+        ("tpu", 80e9, 8, "apart"),
+        ("tpu", 80e9, 48, "stacked"),
+        ("cpu", 80e9, 8, "by output"),
+        ("cpu", 80e9, 48, "stacked"),
+    ],
+)
+def test_layers_lie_apart_where_that_is_faster_and_there_is_room(platform, memory, layers, form):
+    stats = lambda: None if memory is None else {"bytes_limit": memory}  # noqa: E731
+    device = SimpleNamespace(platform=platform, memory_stats=stats)
+    mesh = SimpleNamespace(devices=np.array([device]), shape={"tensor": 1})
+    assert form_of(dataclasses.replace(ARCH, layers=layers), mesh, "bfloat16") == form
 
 
 def off_the_draw(asked: Request, done, dtype) -> np.ndarray:

@@ -91,8 +91,8 @@ class Lay:
         """An array as it is laid; of layers that lie apart, a tuple of them."""
         if self._form != "apart":
             return self(array, how)
-        right = how.repeats == 1 and array.dtype == how.dtype and array.sharding == how.place.sharding
-        array = array if right else self(array, how)
+        right = array.sharding.is_equivalent_to(how.place.sharding, array.ndim) and array.dtype == how.dtype
+        array = array if right and how.repeats == 1 else self(array, how)
         return self._apart(array) if apart else array
 
     def joined(self, apart: Params, embedding: Any) -> Params:
