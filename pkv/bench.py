@@ -112,7 +112,7 @@ def bench(what: What, task: Task, runs: int) -> dict[str, Any]:
                 measured[-1]["update_tflops"] = job.trainer.tflops(lengths) / clock.seconds["update"]
             if job.engine is not None:
                 measured[-1]["kv_ratio"] = job.engine.usage.ratio
-            if job.weights is not None:
+            if job.weights is not None and job.engine is not None:
                 measured[-1]["read_gbs"] = _read(job.weights, job.engine) / clock.seconds["sample"] / 1e9
             progress.advance(1, tokens_per_s=measured[-1]["tokens_per_s"])
     return {

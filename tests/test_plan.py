@@ -303,6 +303,22 @@ def test_what_waits_on_the_host_is_what_stands_between_layers():
     assert kept["none"] > kept["cheap"]
 
 
+def test_scores_are_kept_where_cudnn_does_not_compute_them():
+    """Four heads over two chips, half of 512 by 512 pairs, each a score in 32 bits and a share in 16."""
+    of = lambda **model: activations(work_of(config_of(model={"dtype": "bfloat16"} | model), ARCH), SPREAD)  # noqa: E731
+    assert of(attention="xla") - of(attention="auto") == 512**2 / 2 * 4 / 2 * (4 + 2)
+    assert of(attention="cudnn") == of(attention="auto")
+
+
+def test_on_a_gpu_layers_apart_are_a_copy_of_a_frozen_base_where_there_is_room():
+    def kinds(topology):
+        asked = ["--model.lora.rank", "8", "--mesh.data", "1", "--mesh.fsdp", "1", "--mesh.tensor", "1"]
+        return plan_of(load_config("qwen2.5-7b", asked), topology).programs[-1].kinds
+
+    roomy, narrow = kinds("h100:1"), kinds("a100-40gb:1")  # 14 GiB are less than 0.4 of 79, and not of 39
+    assert roomy["sampled base"] == roomy["base"] == narrow["base"] and "sampled base" not in narrow
+
+
 def test_slices_add_their_gradients_up_over_their_machines_network():
     one, two = read_slice("v5e:4x8"), read_slice("2xv5e:4x8")
     assert network_seconds(SPREAD, one) == 0

@@ -1,7 +1,8 @@
 """Programs by arithmetic alone, for chips that nothing can be compiled for here.
 
 Weights, moments, gradients, keys and values are a run's own arrays, and exact. Activations are counted as the formulas
-here say, to which a compiler adds and from which it takes: `SLACK` is what is left free for that.
+here say, to which a compiler adds and from which it takes: `SLACK` is what is left free for that. BENCHMARKS.md holds
+them against what an H200 took.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from pkv.grpo.logprobs import MOST_LOGITS
+from pkv.grpo.logprobs import MOST_LOGITS_ON_GPU
 from pkv.model.arithmetic import forward_flops, update_flops
+from pkv.model.kernels import CUDNN_HEAD
 from pkv.plan.chips import Slice
 from pkv.plan.compiled import Program
 from pkv.plan.programs import Programs, Work
 from pkv.plan.roofline import Spread, compute_seconds, memory_rate, rows_at_once
+from pkv.sampling.laying import UNROLLED_SHARE
 
 SLACK = 0.08  # of a chip's memory: what the driver takes, and what a compiler adds
 
@@ -24,7 +27,12 @@ def by_arithmetic(programs: Programs, work: Work, wanted: Slice, spread: Spread)
     """What a run holds on each chip in the parts of a step."""
     limit = wanted.chip.hbm_gib * 2**30
     state = programs.state_bytes | {"slack": SLACK * limit}
+    if "base" in state and spread.sampled <= UNROLLED_SHARE * limit:  # its layers lie apart to be sampled from
+        state |= {"sampled base": state["base"]}
     gradient = {"gradient": state["weights"]}
+    if programs.whole:  # layers are unrolled, and XLA keeps all of them and their gradients in the dtype of compute
+        copies = 1 if work.config.model.remat == "none" else 2
+        gradient |= {"computed": copies * state["weights"] / 4 * jnp.dtype(work.config.model.dtype).itemsize}
     sampled = {"sampled weights": programs.sampled_bytes, "keys and values": spread.kv}
     frozen = work.config.model.lora.rank > 0
     rows = [(programs.micro[1], programs.micro[1])] * programs.micro[0]
@@ -35,7 +43,7 @@ def by_arithmetic(programs: Programs, work: Work, wanted: Slice, spread: Spread)
             state | gradient | {"activations": activations(work, spread)},
             update_flops(work.arch, rows, frozen),
         ),
-        "apply": ("update", state | gradient, 0.0),
+        "apply": ("update", state | {"gradient": state["weights"]}, 0.0),
         "reshard": ("reshard", state | {"sampled weights": programs.sampled_bytes}, 0.0),
         "prefill": ("sample", state | sampled, forward_flops(work.arch, prompts)),
         "decode": ("sample", state | sampled | {"activations": decode_logits(work, spread)}, 0.0),
@@ -74,9 +82,16 @@ def activations(work: Work, spread: Spread) -> float:
     one = 2 * tokens * (4 * arch.hidden + 4 * heads + 3 * wide) * two
     matrices = 2 * arch.hidden * heads * (1 + arch.kv_heads / arch.heads) + 3 * arch.hidden * wide
     pairs = rows * length**2 / 2 * arch.heads / tensor / spread.sequence
-    scores = 0.0 if model.attention == "cudnn" else pairs * (4 + two)
-    logits = 3 * min(MOST_LOGITS, tokens * arch.vocab_size / tensor) * 4
+    scores = 0.0 if _by_cudnn(work) else pairs * (4 + two)
+    logits = 3 * min(MOST_LOGITS_ON_GPU, tokens * arch.vocab_size / tensor) * 4
     return arch.layers * tokens * kept * two + one + matrices * (two + 4) + scores + logits
+
+
+def _by_cudnn(work: Work) -> bool:
+    """Whether rows go to cuDNN on a GPU that has bfloat16, which is one that has cuDNN's attention too."""
+    arch, model = work.arch, work.config.model
+    known = arch.head_size <= CUDNN_HEAD and arch.attention_cap is None and len(set(arch.local_layers)) < 2
+    return model.attention != "xla" and model.dtype == "bfloat16" and known
 
 
 def decode_logits(work: Work, spread: Spread) -> float:

@@ -129,6 +129,11 @@ class Programs:
         self.row_bytes = pages.page_bytes() * (in_a_row + 2)
         self.sampled_bytes = copied * bytes_on_chip(split(self.sampled)[0])
 
+    @property
+    def whole(self) -> bool:
+        """Whether every chip holds all weights."""
+        return self._mesh.size == self._mesh.shape["data"]
+
     def update(self) -> Iterator[Task]:
         """The trainer's programs, on whole micro-batches of the longest rows."""
         grpo, frozen = self._work.config.grpo, self._work.config.model.lora.rank > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from typing import Any, Literal, NamedTuple
+from typing import cast as cast_type
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,8 @@ class Lay:
         """An array as it is laid; of layers that lie apart, a tuple of them."""
         if self._form != "apart":
             return self(array, how)
-        right = array.sharding.is_equivalent_to(how.place.sharding, array.ndim) and array.dtype == how.dtype
+        place = cast_type(NamedSharding, how.place.sharding)
+        right = array.sharding.is_equivalent_to(place, array.ndim) and array.dtype == how.dtype
         array = array if right and how.repeats == 1 else self(array, how)
         return self._apart(array) if apart else array
 
