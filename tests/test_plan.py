@@ -315,7 +315,7 @@ def test_on_a_gpu_layers_apart_are_a_copy_of_a_frozen_base_where_there_is_room()
         asked = ["--model.lora.rank", "8", "--mesh.data", "1", "--mesh.fsdp", "1", "--mesh.tensor", "1"]
         return plan_of(load_config("qwen2.5-7b", asked), topology).programs[-1].kinds
 
-    roomy, narrow = kinds("h100:1"), kinds("a100-40gb:1")  # 14 GiB are less than 0.4 of 79, and not of 39
+    roomy, narrow = kinds("h100:1"), kinds("l4:1")  # 14 GiB are less than 0.4 of 79, and not of 22
     assert roomy["sampled base"] == roomy["base"] == narrow["base"] and "sampled base" not in narrow
 
 
