@@ -115,13 +115,14 @@ def mesh_of(device, **sizes) -> SimpleNamespace:
 
 def test_the_kernel_is_taken_where_it_can_be_and_refused_in_one_line():
     arch = dataclasses.replace(ARCH, head_size=128)
-    choose = partial(choose_page_kernel, arch=arch, page=128, eight_bit=False)
+    choose = partial(choose_page_kernel, arch=arch, page=128, dtype="bfloat16", eight_bit=False)
     assert choose("auto", mesh_of(gpu("9.0"))) == choose("triton", mesh_of(gpu("8.0"))) == "triton"
     assert choose("xla", mesh_of(gpu("9.0"))) == "xla"
     wrong = {
         "a GPU of compute capability 8": {"mesh": mesh_of(gpu("7.5"))},
         "mesh.tensor 1": {"mesh": mesh_of(gpu("9.0"), tensor=2)},
-        "heads and pages of 16": {"mesh": mesh_of(gpu("9.0")), "page": 100},
+        "heads and pages of 16": {"mesh": mesh_of(gpu("9.0")), "page": 96},
+        "pages of at most 32 KiB": {"mesh": mesh_of(gpu("9.0")), "dtype": "float32"},
         "sampling.kv_cache plain": {"mesh": mesh_of(gpu("9.0")), "eight_bit": True},
     }
     for said, kind in wrong.items():

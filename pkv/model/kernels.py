@@ -27,6 +27,7 @@ PageKernel = Literal["xla", "triton"]
 
 LANES = 128  # a TPU's vectors: heads and rows are padded to multiples of this
 BLOCK = 512  # queries and keys that meet in a TPU core's own memory at the same time, at most
+PAGE_BYTES = 2**15  # of a head's keys or values, which our own kernel holds in registers: more was never tried
 CUDNN_HEAD = 128  # cuDNN's largest head, which must be a multiple of 8 too
 # Of a row for cuDNN, padding among them: what it computes beside the products grows with the places that it is told of.
 SEGMENTS = 4, 16, 64
@@ -57,16 +58,18 @@ def choose_kernel(wanted: Literal["auto", "xla", "splash", "cudnn"], mesh: Mesh,
 
 
 def choose_page_kernel(
-    wanted: Literal["auto", "xla", "triton"], mesh: Mesh, arch: Arch, page: int, eight_bit: bool
+    wanted: Literal["auto", "xla", "triton"], mesh: Mesh, arch: Arch, page: int, dtype: Any, eight_bit: bool
 ) -> PageKernel:
     """The kernel for pages of so many positions; "auto" is Triton on a GPU where it can be, and else XLA. Raises
     UserError for one that can't be."""
     sizes = (arch.head_size, page)
+    bytes_of_a_head = arch.head_size * page * jnp.dtype(dtype).itemsize
     lacks = {
         "a GPU of compute capability 8 or more": cuda_capability(mesh.devices.flat[0]) >= 8,
         "a JAX with Pallas for Triton": find_spec("jax.experimental.pallas.triton") is not None,
         "mesh.tensor 1": mesh.shape["tensor"] == 1,
-        "heads and pages of 16, 32, 64, 128 or 256": all(size in (16, 32, 64, 128, 256) for size in sizes),
+        "heads and pages of 16 or a higher power of two": all(s >= 16 and s.bit_count() == 1 for s in sizes),
+        f"pages of at most {PAGE_BYTES // 1024} KiB a head": bytes_of_a_head <= PAGE_BYTES,
         "sampling.kv_cache plain": not eight_bit,
     }
     missing = [need for need, there in lacks.items() if not there]

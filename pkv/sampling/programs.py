@@ -94,7 +94,7 @@ class Programs:
         self.fixed = platform == "tpu"  # a stock keeps its size; elsewhere XLA copies what is read of a larger one
         self.page = config.page_tokens or (64 if platform == "cpu" else 128)
         self._eight_bit = config.kv_cache == "int8"
-        self._kernel = choose_page_kernel(config.attention, mesh, self.arch, self.page, self._eight_bit)
+        self._kernel = choose_page_kernel(config.attention, mesh, self.arch, self.page, self._dtype, self._eight_bit)
         self._banks = _banks(self.arch.kv_heads, mesh) if self.form == "by output" else 1
         self._steps = config.segment
         self._stops = jnp.asarray(list(stop_ids), jnp.int32)
