@@ -39,6 +39,8 @@ from pkv.model import (
 from pkv.sampling.drawing import Drawing, Greedy, Nucleus, draw
 from pkv.sampling.laying import Lay, form_of
 
+# Stands where nothing ends a response: an array of nothing made jaxlib 0.11.2's CPU compiler crash on a mesh.
+NO_TOKEN = -1
 STEPS_BETWEEN = 8  # two looks at whether any shard has a row left
 PREFILL_CHUNK = 512  # prompt tokens of a row that meet their keys at the same time, at most
 
@@ -97,7 +99,7 @@ class Programs:
         self._kernel = choose_page_kernel(config.attention, mesh, self.arch, self.page, self._dtype, self._eight_bit)
         self._banks = _banks(self.arch.kv_heads, mesh) if self.form == "by output" else 1
         self._steps = config.segment
-        self._stops = jnp.asarray(list(stop_ids), jnp.int32)
+        self._stops = jnp.asarray(list(stop_ids) or [NO_TOKEN], jnp.int32)
         self._drawing: Drawing = Greedy()
         if config.temperature > 0:
             self._drawing = Nucleus(config.top_p < 1 or config.top_k > 0 or config.min_p > 0, config.top_k)
