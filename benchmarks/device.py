@@ -51,6 +51,7 @@ def drawn(shapes: Any) -> Any:
 
 
 def weights_of(arch: Arch, mesh: Any, dtype: Any = jnp.float32) -> Params:
+    """Random weights where training has them."""
     shapes = param_shapes(arch, dtype)
     places = shardings(weight_axes(shapes, arch), shapes, mesh, TRAINING_RULES)
     return drawn(jax.tree.map(lambda a, p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=p), shapes, places))

@@ -202,6 +202,7 @@ def test_what_devices_count_is_their_greatest_use(monkeypatch):
         (["sample", "--model", "m", "--slots", "0"], "sampling.slots: expected at least 1"),
         (["sample", "--model", "m", "--temperature", "-1"], "sampling.temperature: expected at least 0"),
         (["sample", "--model", "m", "--remat", "all"], "--remat: pkv bench sample has no use for it"),
+        (["sample", "--model", "m", "--moments", "float8"], "--moments: pkv bench sample has no use for it"),
         (["sample", "--model", "m", "--row-tokens", "64"], "--row-tokens: pkv bench sample has no use for it"),
         (["update", "--model", "m", "--segment", "8"], "--segment: pkv bench update has no use for it"),
         (["update", "--model", "m", "--micro-rows", "0"], "grpo.micro_rows: expected at least 1"),

@@ -132,6 +132,15 @@ def test_layers_lie_apart_where_that_is_faster_and_there_is_room(platform, memor
     assert form_of(dataclasses.replace(ARCH, layers=layers), mesh, "bfloat16") == form
 
 
+def test_what_decoding_must_read_is_counted_by_hand():
+    """Four samples of a prompt of 5 tokens, three steps: 4 positions of the prompt in each, of own ones 1, 2 and 3."""
+    asked = dataclasses.replace(requests()[0], max_new_tokens=3)
+    engine = Engine(ARCH, dataclasses.replace(CONFIG, segment=2), (), one_device())
+    assert len(list(engine.sample(engine.load(PARAMS), [asked]))) == 4
+    a_position = engine.programs.page_bytes() / engine.programs.page
+    assert (engine.usage.steps, engine.usage.read_bytes) == (3, (3 * 4 + 4 * (1 + 2 + 3)) * a_position)
+
+
 def off_the_draw(asked: Request, done, dtype) -> np.ndarray:
     """How far each token's part of the unit interval, by the trainer's forward, lies from the number drawn there."""
     start, T = len(asked.prompt), len(done.tokens)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pkv.mesh import merging_axis
 from pkv.model.arch import Arch
+from pkv.model.kernels import PageKernel
 
 # {"k": [L, P, K, H, S], "v": [L, P, K, S, H]}, in 8 bits with "k_scale" and "v_scale", where H is 1; or L times a tuple
 # of banks, such dicts without the axis L that share the heads K. S: positions a page. In these orders neither product
@@ -174,7 +175,7 @@ def meet_pages(
     window: int | None = None,
     local: bool | jax.Array = True,
     cap: float | None = None,
-    kernel: Literal["xla", "triton"] = "xla",
+    kernel: PageKernel = "xla",
 ) -> tuple[jax.Array, Stock]:
     """Write one new token a row into a layer of `own`, the last level's stock, and attend: [B, 1, N, H] and the stock.
 

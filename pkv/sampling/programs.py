@@ -347,11 +347,15 @@ def _spread_kv_heads(arch: Arch, tensor: int) -> tuple[Arch, int]:
     return dataclasses.replace(arch, kv_heads=arch.kv_heads * repeats), repeats
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _banks(kv_heads: int, mesh: Mesh) -> int:
     """Parts of a device's key-value heads that a CPU's cores read beside each other: see `model.pages.Stock`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     heads, rest = divmod(kv_heads, mesh.shape["tensor"])
-    return 1 if rest else math.gcd(heads, max(1, cores // mesh.size))
+    return 1 if rest else math.gcd(heads, max(1, cores() // mesh.size))
 
 
 def _put_first(array: jax.Array, row: jax.Array) -> jax.Array:

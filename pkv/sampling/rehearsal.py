@@ -6,7 +6,6 @@ compiled before the first rollout, the longest ones first, or for devices that a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from pkv.model import Cache, Params, Stock
 from pkv.sampling.engine import Engine
-from pkv.sampling.programs import Programs, Rows, Segment, Table, device_bytes
+from pkv.sampling.programs import Programs, Rows, Segment, Table, cores, device_bytes
 from pkv.sampling.schedule import Request
 from pkv.tracking import Progress
 
@@ -178,5 +177,4 @@ class WarmUp:
 
 def _threads() -> ThreadPoolExecutor:
     """As many programs are compiled beside each other; each takes two cores or so, and some memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(max(1, min(cores // 2, MOST_THREADS)), "compiling")
+    return ThreadPoolExecutor(max(1, min(cores() // 2, MOST_THREADS)), "compiling")
