@@ -1,14 +1,34 @@
-"""The key-value cache: an ordinary pytree that `forward` takes and returns. Slot p of a row holds its position p."""
+"""The key-value cache: an ordinary pytree that `forward` takes and returns. Slot p of a row holds its position p.
+
+And what comes to it: a layer's queries, and its new keys and values.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from pkv.model.arch import Arch
 
 Cache = Any  # {"k": [L, B, K, H, S], "v": [L, B, K, S, H]}, or a tuple of L such dicts without the axis L
+
+
+class Heads(NamedTuple):
+    """What a layer's heads ask, [B, T, N, H], and what they write, [B, T, K, H] each; or a bank of them."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+    @classmethod
+    def joined(cls, banks: Sequence[Heads]) -> Heads:
+        """All banks as one."""
+        return (
+            banks[0] if len(banks) == 1 else cls(*(jnp.concatenate(part, axis=2) for part in zip(*banks, strict=True)))
+        )
 
 
 def init_cache(arch: Arch, rows: int, length: int, dtype: Any = jnp.float32, *, stacked: bool = True) -> Cache:

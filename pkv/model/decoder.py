@@ -5,7 +5,7 @@ It tests features of `Arch` only. Norms, softmax, rotary tables and logits are 3
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -16,9 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from pkv.mesh import by_heads, gathered, scattered
 from pkv.model.arch import Arch
 from pkv.model.attention import attend
-from pkv.model.cache import Cache
+from pkv.model.cache import Cache, Heads
 from pkv.model.kernels import MIXED, SEGMENTS, Kernel, PageKernel
-from pkv.model.linear import ByOutput, cast, dense
+from pkv.model.linear import ByOutput, cast, dense, gated
 from pkv.model.pages import Paged, Stock, meet_pages
 from pkv.model.rope import Scaling, turns
 from pkv.model.weights import Params
@@ -26,8 +26,9 @@ from pkv.model.weights import Params
 Remat = Literal["none", "cheap", "all", "offload"]
 STREAM = "stream"  # a layer's input, by the name under which it may be offloaded
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin, float32 [B, T, 1, R/2] for the R dimensions that turn
-# Takes a layer's queries [B, T, N, H] and new keys and values [B, T, K, H]; gives what the queries see, and the cache.
-Meet = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Cache]]
+Rotations = tuple[Rotation, Rotation | None]  # of all layers; of local ones, where they turn by a base of their own
+# Takes a layer's heads, in one bank or several; gives what its queries see, [B, T, N, H], and the cache.
+Meet = Callable[[Sequence[Heads]], tuple[jax.Array, Cache]]
 
 
 def forward(
@@ -45,6 +46,7 @@ def forward(
     most_segments: int = SEGMENTS[-1],
     page_kernel: PageKernel = "xla",
     unroll: int = 1,
+    rotations: Rotations | None = None,
 ) -> tuple[jax.Array, Cache | Stock | None]:
     """Hidden states after the final norm, [B, T, D] in `dtype`, and the cache with these tokens written into it.
 
@@ -59,7 +61,7 @@ def forward(
     `params["layers"]` is stacked (scanned: compiles once for all layers) or a tuple (unrolled); the cache alike.
     remat: what the backward pass finds kept (see `rematerialised`). kernel: of attention over whole rows, of at most
     `most_segments` a row with cuDNN; page_kernel: over a cache of pages. unroll: how many stacked layers a turn of the
-    scan goes through.
+    scan goes through. rotations: `rotary_tables` of positions_BT, where many steps' are made at once.
     Raises ValueError for a cache together with segments, or in another form than the weights, and for branches that
     the kernel doesn't know.
     """
@@ -73,14 +75,15 @@ def forward(
         raise ValueError("forward: weights and cache differ in form; pass both stacked or both as a tuple of layers")
     local_layers = arch.local_layers or (False,) * arch.layers
     told = stacked and len(set(local_layers)) > 1  # layers of both kinds in one scan hear at run time what they are
-    rotations = rotary_tables(positions_BT, arch)
+    rotations = rotary_tables(positions_BT, arch) if rotations is None else rotations
     sight = {"window": arch.window, "scale": arch.query_scale, "cap": arch.attention_cap}
     memory = cache.levels[-1].stock if isinstance(cache, Paged) else cache
 
-    def meet(memory: Cache, index: Any, local: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Any, Cache]:
+    def meet(memory: Cache, index: Any, local: Any, banks: Sequence[Heads]) -> tuple[Any, Cache]:
         if isinstance(cache, Paged):
             kind = {"positions_BT": positions_BT, "local": local, "kernel": page_kernel, **sight}
-            return meet_pages(cache, memory, index, q, k, v, **kind)
+            return meet_pages(cache, memory, index, banks, **kind)
+        q, k, v = Heads.joined(banks)
         if memory is None:
             q, k, v = by_heads(q, k, v)
             keys, values = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)
@@ -166,15 +169,13 @@ def decoder_layer(
     """One layer: attention and the gated feed-forward, each on a normed copy, each added to the stream."""
     w = cast(weights, x_BTD.dtype)
     normed_BTD = gathered(_norm(x_BTD, w["attention_norm"], arch))
-    q_BTNH, k_BTKH, v_BTKH = _project(normed_BTD, w["attention"], arch)
-    mixed_BTNH, cache = meet(rotate(q_BTNH, rotation), rotate(k_BTKH, rotation), v_BTKH)
+    banks = [_project(normed_BTD, bank, arch) for bank in w["attention"].get("banks", (w["attention"],))]
+    mixed_BTNH, cache = meet([Heads(rotate(q, rotation), rotate(k, rotation), v) for q, k, v in banks])
     mixed_BTD = scattered(dense(checkpoint_name(mixed_BTNH, MIXED), w["attention"]["o"], inputs=2))
     x_BTD = x_BTD + (_norm(mixed_BTD, w["attention_post_norm"], arch) if arch.post_norms else mixed_BTD)
 
     normed_BTD = gathered(_norm(x_BTD, w["ffn_norm"], arch))
-    gate_BTF = ACTIVATIONS[arch.activation](dense(normed_BTD, w["ffn"]["gate"]))
-    up_BTF = dense(normed_BTD, w["ffn"]["up"])
-    down_BTD = scattered(dense(gate_BTF * up_BTF, w["ffn"]["down"]))
+    down_BTD = scattered(gated(normed_BTD, **w["ffn"], activation=ACTIVATIONS[arch.activation]))
     x_BTD = x_BTD + (_norm(down_BTD, w["ffn_post_norm"], arch) if arch.post_norms else down_BTD)
     return x_BTD, cache
 
@@ -182,7 +183,7 @@ def decoder_layer(
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
-def _project(x_BTD: jax.Array, w: Params, arch: Arch) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _project(x_BTD: jax.Array, w: Params, arch: Arch) -> Heads:
     q_BTNH = dense(x_BTD, w["q"])
     k_BTKH = dense(x_BTD, w["k"])
     v_BTKH = dense(x_BTD, w["v"])
@@ -190,7 +191,7 @@ def _project(x_BTD: jax.Array, w: Params, arch: Arch) -> tuple[jax.Array, jax.Ar
         q_BTNH, k_BTKH, v_BTKH = q_BTNH + w["q_bias"], k_BTKH + w["k_bias"], v_BTKH + w["v_bias"]
     if arch.qk_norm:
         q_BTNH, k_BTKH = _norm(q_BTNH, w["q_norm"], arch), _norm(k_BTKH, w["k_norm"], arch)
-    return q_BTNH, k_BTKH, v_BTKH
+    return Heads(q_BTNH, k_BTKH, v_BTKH)
 
 
 def _norm(x: jax.Array, weight: jax.Array, arch: Arch) -> jax.Array:
@@ -200,7 +201,7 @@ def _norm(x: jax.Array, weight: jax.Array, arch: Arch) -> jax.Array:
     return (normed * (1 + scale if arch.norm_offset else scale)).astype(x.dtype)
 
 
-def rotary_tables(positions_BT: jax.Array, arch: Arch) -> tuple[Rotation, Rotation | None]:
+def rotary_tables(positions_BT: jax.Array, arch: Arch) -> Rotations:
     """cos and sin of every position's angles, float32 [B, T, 1, R/2] with R dimensions of a head turning
     (arXiv 2104.09864, equation 15): for all layers, and for the local ones where they turn by a base of their own."""
 
@@ -213,7 +214,7 @@ def rotary_tables(positions_BT: jax.Array, arch: Arch) -> tuple[Rotation, Rotati
     return table(arch.rope_theta, arch.rope_scaling), nearby
 
 
-def _of_layer(rotations: tuple[Rotation, Rotation | None], local: bool | jax.Array) -> Rotation:
+def _of_layer(rotations: Rotations, local: bool | jax.Array) -> Rotation:
     everywhere, nearby = rotations
     if nearby is None:
         return everywhere

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -100,10 +101,17 @@ class ByOutput:
 
     def times(self, x: jax.Array, dtype: Any = None) -> jax.Array:
         """x [..., in] times the array, in `dtype`: [..., *out]."""
+        return self.turned(self.columns(x, dtype), x.shape[:-1])
+
+    def columns(self, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """The same as the product gives it, a column for each of the M tokens: [out, M]."""
         flat = x.reshape(-1, x.shape[-1])
-        product = jnp.einsum("oi,mi->om", self.rows.astype(x.dtype), flat, preferred_element_type=dtype)
+        return jnp.einsum("oi,mi->om", self.rows.astype(x.dtype), flat, preferred_element_type=dtype)
+
+    def turned(self, columns: jax.Array, lead: tuple[int, ...]) -> jax.Array:
+        """Columns [out, M] as [*lead, *out]."""
         # Without the barrier XLA turns the product round, so that the tokens come first and the weights are packed.
-        return jax.lax.optimization_barrier(product).T.reshape(*x.shape[:-1], *self.out)
+        return jax.lax.optimization_barrier(columns).T.reshape(*lead, *self.out)
 
 
 def dense(x: jax.Array, w: Any, inputs: int = 1) -> jax.Array:
@@ -120,6 +128,18 @@ def dense(x: jax.Array, w: Any, inputs: int = 1) -> jax.Array:
         return w.times(x.reshape(*x.shape[:2], -1))
     size = math.prod(w.shape[:inputs])
     return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*x.shape[:2], *w.shape[inputs:])
+
+
+def gated(x: jax.Array, gate: Any, up: Any, down: Any, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The gated feed-forward, [B, T, D]: activation(x gate) · (x up), times down (arXiv 2002.05202, equation 6).
+
+    Weights that lie by output have their products between them left as columns: to turn 64 times 2,048 numbers round on
+    the way took XLA's CPU compiler 190 to 290 µs for 90, as its loops then go across memory.
+    """
+    if isinstance(gate, ByOutput) and isinstance(up, ByOutput) and isinstance(down, ByOutput):
+        hidden = activation(gate.columns(x)) * up.columns(x)
+        return down.turned(down.rows.astype(x.dtype) @ hidden, x.shape[:-1])
+    return dense(activation(dense(x, gate)) * dense(x, up), down)
 
 
 @partial(jax.checkpoint, static_argnums=2)

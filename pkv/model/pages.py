@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pkv.mesh import merging_axis
 from pkv.model.arch import Arch
+from pkv.model.cache import Heads
 from pkv.model.kernels import PageKernel
 
 # {"k": [L, P, K, H, S], "v": [L, P, K, S, H]}, in 8 bits with "k_scale" and "v_scale", where H is 1; or L times a tuple
@@ -166,9 +167,7 @@ def meet_pages(
     paged: Paged,
     own: Stock,
     layer: Any,
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    heads: Sequence[Heads],
     *,
     positions_BT: jax.Array,
     scale: float,
@@ -179,12 +178,12 @@ def meet_pages(
 ) -> tuple[jax.Array, Stock]:
     """Write one new token a row into a layer of `own`, the last level's stock, and attend: [B, 1, N, H] and the stock.
 
-    A query at position p sees what its row reads at positions up to p, within the window in a local layer. kernel: of
-    attention; triton for levels in order, see `page_kernel`.
+    A query at position p sees what its row reads at positions up to p, within the window in a local layer. heads: in as
+    many banks as the stocks have. kernel: of attention; triton for levels in order, see `page_kernel`.
     """
-    own = _write(own, layer, paged.page, paged.slot, k_BTKH[:, 0], v_BTKH[:, 0])
-    B, _, N, H = q_BTNH.shape
-    q_BKGH = (q_BTNH[:, 0] * scale).reshape(B, k_BTKH.shape[2], -1, H)
+    own = _write(own, layer, paged.page, paged.slot, heads)
+    B, H = len(positions_BT), heads[0].q.shape[-1]
+    asked_BKGH = [(q[:, 0] * scale).reshape(B, k.shape[2], -1, H) for q, k, _ in heads]
     window = None if local is False else window
     met = []  # by level: what each of its banks is to the readers
     for number, level in enumerate(paged.levels, 1):
@@ -193,12 +192,12 @@ def meet_pages(
         banks = _of_layer(stock, layer, stock_pages(stock) - P if level.stock is None else 0, P)
         seen_PRS = _seen(level, banks[0], positions_BT[:, 0], B, window, local)
         met.append([Met(pages, level.readers, seen_PRS, level.order, level.starts) for pages in banks])
-    by_bank = zip(jnp.split(q_BKGH, len(met[-1]), axis=1), zip(*met, strict=True), strict=True)
+    by_bank = zip(asked_BKGH, zip(*met, strict=True), strict=True)
     attend = _attend
     if kernel == "triton":
         from pkv.model.page_kernel import attend_pages as attend  # where JAX still has it
     mixed = jnp.concatenate([attend(q, levels, cap) for q, levels in by_bank], axis=1)
-    return mixed.reshape(B, 1, N, H).astype(q_BTNH.dtype), own
+    return mixed.reshape(B, 1, -1, H).astype(heads[0].q.dtype), own
 
 
 def _of_layer(stock: Stock, layer: Any, first: int, pages: int) -> tuple[dict[str, jax.Array], ...]:
@@ -209,14 +208,14 @@ def _of_layer(stock: Stock, layer: Any, first: int, pages: int) -> tuple[dict[st
     return jax.tree.map(lambda array: jax.lax.slice_in_dim(array, first, first + pages), stock[layer])
 
 
-def _write(stock: Stock, layer: Any, page_B: jax.Array, slot_B: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array) -> Stock:
+def _write(stock: Stock, layer: Any, page_B: jax.Array, slot_B: jax.Array, heads: Sequence[Heads]) -> Stock:
     """In place when donated; no two rows write into the same page."""
     stacked = isinstance(stock, dict)
     banks = (stock,) if stacked else stock[layer]
-    fresh = {"k": k_BKH[..., None], "v": v_BKH[:, :, None]}  # as pages of one position
-    fresh = quantised(fresh) if len(banks[0]) > len(fresh) else fresh
+    fresh = [{"k": k[:, 0, :, :, None], "v": v[:, 0, :, None]} for _, k, v in heads]  # as pages of one position
+    fresh = list(map(quantised, fresh)) if len(banks[0]) > len(fresh[0]) else fresh
     put = partial(_put, lead=(layer,) if stacked else (), page_B=page_B, slot_B=slot_B)
-    written = tuple(map(put, banks, _in_banks(fresh, len(banks))))
+    written = tuple(put(bank, new) for bank, new in zip(banks, fresh, strict=True))
     return written[0] if stacked else tuple(written if number == layer else one for number, one in enumerate(stock))
 
 

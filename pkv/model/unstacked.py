@@ -7,6 +7,7 @@ import operator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pkv.model.arch import Arch
 from pkv.model.linear import Adapted, ByOutput, Quantised
@@ -14,6 +15,7 @@ from pkv.model.lora import INPUTS
 from pkv.model.weights import Params
 
 MATRICES = {**INPUTS, "unembedding": 1}  # and how many of their axes are inputs
+BY_HEAD = ("q", "k", "v", "q_bias", "k_bias", "v_bias")  # whose last axes are heads and their sizes
 
 
 def unstack_layers(params: Params, arch: Arch) -> Params:
@@ -25,9 +27,11 @@ def unstack_layers(params: Params, arch: Arch) -> Params:
     return {**params, "layers": layers}
 
 
-def lay_by_output(params: Params) -> Params:
+def lay_by_output(params: Params, banks: int = 1) -> Params:
     """Unstacked weights, or a part of them from `split`, with every matrix as a `ByOutput`, but for quantised ones.
 
+    banks: parts of each layer's heads whose projections are products of their own (see `model.pages.Stock`): a core
+    goes on with the bank whose product it has done, as XLA gives it whole chains of what follows from one another.
     The embeddings stay, which lie so anyway: see `tied_scores`.
     """
 
@@ -37,8 +41,28 @@ def lay_by_output(params: Params) -> Params:
         inputs = MATRICES.get(path[-1].key)
         return w if w is None or inputs is None or isinstance(w, Quantised) else ByOutput.of(w, inputs)
 
-    whole = lambda node: isinstance(node, (Adapted, Quantised))  # noqa: E731
-    return jax.tree_util.tree_map_with_path(laid, params, is_leaf=whole)
+    layers = tuple({**layer, "attention": _in_banks(layer["attention"], banks)} for layer in params["layers"])
+    return jax.tree_util.tree_map_with_path(laid, {**params, "layers": layers}, is_leaf=_is_whole)
+
+
+def _in_banks(attention: Params, banks: int) -> Params:
+    """A layer's attention, with what makes queries, keys and values in a tuple of banks, each with some heads."""
+    if banks == 1:
+        return attention
+
+    def bank(number: int, name: str, weight: Any) -> Any:
+        part = lambda array: jnp.split(array, banks, axis=-2)[number]  # noqa: E731
+        if isinstance(weight, Adapted):
+            return dataclasses.replace(weight, base=bank(number, name, weight.base), b=part(weight.b))
+        return jax.tree.map(part, weight) if name in BY_HEAD else weight
+
+    projections = {name: weight for name, weight in attention.items() if name != "o"}
+    each = [{name: bank(n, name, weight) for name, weight in projections.items()} for n in range(banks)]
+    return {"o": attention["o"], "banks": tuple(each)}
+
+
+def _is_whole(node: Any) -> bool:
+    return isinstance(node, (Adapted, Quantised))
 
 
 def tied_scores(embedding: jax.Array | None) -> Params:

@@ -59,11 +59,13 @@ class Laying(NamedTuple):
 class Lay:
     """Arrays of weights in the layout of sampling: a program for each way and shape.
 
-    arch: with its key-value heads `repeats` times. mesh: of all hosts; the weights lie alike on each.
+    arch: with its key-value heads `repeats` times. mesh: of all hosts; the weights lie alike on each. banks: in which
+    weights by output have their heads.
     """
 
-    def __init__(self, arch: Arch, repeats: int, dtype: Any, mesh: Mesh, form: Form) -> None:
-        self._arch, self._repeats, self._dtype, self._mesh, self._form = arch, repeats, dtype, mesh, form
+    def __init__(self, arch: Arch, repeats: int, dtype: Any, mesh: Mesh, form: Form, banks: int) -> None:
+        self._arch, self._repeats, self._dtype, self._mesh = arch, repeats, dtype, mesh
+        self._form, self._banks = form, banks
         self._ways: dict[Laying, Any] = {}
         self.unstack = jax.jit(self._unstack)
         self._apart = jax.jit(lambda array: tuple(array[number] for number in range(arch.layers)))
@@ -104,7 +106,7 @@ class Lay:
 
     def _unstack(self, params: Params) -> Params:
         apart = unstack_layers(params, self._arch)
-        return lay_by_output(apart) if self._form == "by output" else apart
+        return lay_by_output(apart, self._banks) if self._form == "by output" else apart
 
     def lower(self, array: jax.ShapeDtypeStruct, how: Laying) -> jax.stages.Lowered:
         """The program before it is compiled."""
