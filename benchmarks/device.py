@@ -2,6 +2,7 @@
 
     python benchmarks/device.py decode Qwen/Qwen2.5-7B --rows 64 --tokens 1024 --prompt 256
     python benchmarks/device.py gradient Qwen/Qwen2.5-7B --rows 1 --length 4096 --remat none
+    python benchmarks/device.py decode ./m25 --rows 64 --tokens 320 --prompt 128 --dtype float32
 
 Whole runs are `pkv bench`; these say what the largest program of each takes by itself, in a tenth of the time. A decode
 step is held against reading all weights, keys and values once at the rate of bare reading, a gradient against bare
@@ -23,7 +24,6 @@ import numpy as np
 from pkv.config import MeshConfig, ModelConfig, OptimizerConfig, PolicyLoss, SamplingConfig
 from pkv.grpo import Learner
 from pkv.grpo.packing import empty
-from pkv.grpo.update import STATISTICS
 from pkv.mesh import TRAINING_RULES, make_mesh, shardings
 from pkv.model import Arch, Level, Params, param_shapes, weight_axes
 from pkv.model.arithmetic import update_flops
@@ -71,10 +71,10 @@ def decode(asked: argparse.Namespace) -> None:
     """A segment of a batch whose rows have said all but the segment's tokens of `asked.tokens`."""
     mesh, arch = make_mesh(MeshConfig()), model_shape(asked.model)
     config = SamplingConfig(slots=asked.rows, attention=asked.attention)
-    engine = Engine(arch, config, (NOWHERE,), mesh, "bfloat16")
+    engine = Engine(arch, config, (NOWHERE,), mesh, asked.dtype)
     programs, B, steps = engine.programs, asked.rows, config.segment
     own, shared = asked.tokens // programs.page, asked.prompt // programs.page  # pages of a row, and of a prompt
-    weights = engine.load(weights_of(arch, mesh, jnp.bfloat16))
+    weights = engine.load(weights_of(arch, mesh, jnp.dtype(asked.dtype)))
     stock, prompts = (drawn(programs.stock_shapes(pages)) for pages in (B * own, B // SAMPLES * shared))
     readers = np.repeat(np.arange(B).reshape(-1, SAMPLES), shared, axis=0)
     first = np.tile(np.arange(shared) * programs.page, B // SAMPLES)
@@ -109,7 +109,7 @@ def decode(asked: argparse.Namespace) -> None:
 
 
 def gradient(asked: argparse.Namespace) -> None:
-    """Of a micro-batch of whole rows, each of so many segments, added to what earlier ones gave."""
+    """Of a micro-batch of whole rows, each of so many segments."""
     mesh, arch, (B, T) = make_mesh(MeshConfig()), model_shape(asked.model), (asked.rows, asked.length)
     model = ModelConfig(dtype="bfloat16", remat=asked.remat, attention=asked.attention)
     learner = Learner(arch, model, OptimizerConfig(), mesh)
@@ -127,16 +127,7 @@ def gradient(asked: argparse.Namespace) -> None:
         advantages=draw.normal(size=(B, T)).astype(np.float32),
         sampler_logprobs=np.full((B, T), -np.log(arch.vocab_size), np.float32),
     )
-    with jax.set_mesh(mesh):
-        micro, segments = learner._place(batch), learner._most_segments([batch])
-        sums = jax.tree.map(jnp.zeros_like, params), {name: jnp.zeros(()) for name in STATISTICS}
-
-        def add() -> Any:
-            nonlocal sums
-            sums = learner._gradient(params, None, sums, micro, float(B * T), loss=PolicyLoss(), segments=segments)
-            return sums
-
-        compiled, taken = best(add)
+    compiled, taken = best(lambda: learner.gradient(params, [batch], PolicyLoss()))
     done = update_flops(arch, [(size, size)] * (B * asked.segments), False) / taken / 1e12
     rate = matrix_tflops("bfloat16")
     peak = max((d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices())
@@ -157,6 +148,7 @@ def main() -> None:
         if name == "decode":
             kind.add_argument("--tokens", type=int, default=1024)
             kind.add_argument("--prompt", type=int, default=256)
+            kind.add_argument("--dtype", default="bfloat16")
         else:
             kind.add_argument("--length", type=int, required=True)
             kind.add_argument("--segments", type=int, default=1)

@@ -16,7 +16,6 @@ import numpy as np
 from pkv.config import GrpoConfig, MeshConfig, ModelConfig, OptimizerConfig, PolicyLoss, SamplingConfig
 from pkv.grpo import Learner, Sequence, pack
 from pkv.grpo.logprobs import token_logprobs
-from pkv.grpo.update import STATISTICS
 from pkv.mesh import make_mesh
 from pkv.model import Arch, forward, init_params
 from pkv.sampling import Engine, Request, row_keys
@@ -101,14 +100,8 @@ def gradient(params, devices, attention: str, dtype: str):
         logprobs, advantages = (draw.normal(mean, 0.5, length).astype(np.float32) for mean in (-7, 0))
         sequences.append(Sequence(prompt, response, advantages, logprobs))
     micros = pack(sequences, learner.layout(GrpoConfig(row_tokens=1024, micro_rows=2, share_prompts=False)))
-    with jax.set_mesh(mesh):
-        sums = jax.tree.map(jnp.zeros_like, params), {name: jnp.zeros(()) for name in STATISTICS}
-        for micro in micros:
-            segments = learner._most_segments([micro])
-            sums = learner._gradient(
-                params, None, sums, learner._place(micro), 1000.0, loss=PolicyLoss(), segments=segments
-            )
-    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(sums[0])])
+    found, _ = learner.gradient(params, micros, PolicyLoss())
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(found)])
 
 
 def main() -> int:

@@ -524,6 +524,14 @@ def test_one_and_four_micro_batches_are_equal(plain):
     assert_same(plain, change(learner(), batches))
 
 
+def test_the_gradient_is_what_an_update_applies(plain):
+    trainer, weights = learner(), init_params(ARCH, jax.random.key(0))
+    gradient, statistics = trainer.gradient(weights, pack(sequences(), layout(24, 1)), CLIPPED)
+    norm = np.sqrt(sum(np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(gradient)))
+    said = {**statistics, "gradient_norm": norm}
+    assert norm > 1e-3 and said == pytest.approx({name: plain[1][name] for name in said}, rel=1e-3, abs=1e-5)
+
+
 def test_remat_changes_nothing(plain):
     assert_same(plain, change(learner(remat="all"), pack(sequences(), layout())))
 

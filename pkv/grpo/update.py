@@ -151,8 +151,7 @@ class Learner:
                     micro["old_logprobs"] = self._logprobs(state.params, self._frozen, micro, segments=segments)
                 if held_to_reference:
                     micro["reference_logprobs"] = self._logprobs(self._reference, None, micro, segments=segments)
-            own = [float(sum(micro.mask.sum() for micro in micros)) for micros in minibatches]
-            tokens = [sum(counts) for counts in zip(*gather(own), strict=True)]
+            tokens = self._tokens(minibatches)
             found = []
             for micros, count in [*zip(placed, tokens, strict=True)] * epochs:
                 state, statistics = self._step(state, micros, count, loss, learning_rate, segments)
@@ -162,6 +161,15 @@ class Learner:
             sound = [one for one, bad in zip(stepped, skipped, strict=True) if not bad] or stepped
             means = {name: float(sum(one[name] for one in sound)) / len(sound) for name in sound[0]}
             return state, means | {"skipped": sum(skipped) / len(skipped)}
+
+    def gradient(self, params: Params, micros: Sequence[Batch], loss: Loss) -> tuple[Params, dict[str, jax.Array]]:
+        """The loss's gradient at what is trained, float32, summed over the micro-batches of one step; also statistics.
+
+        Exactly on-policy, and without a divergence from a reference: what `update` applies where it makes one step.
+        """
+        with jax.set_mesh(self.mesh):
+            placed, segments = list(map(self._place, micros)), self._most_segments(micros)
+            return self._summed(params, placed, self._tokens([micros])[0], loss, segments)
 
     def lower(
         self, state: TrainState, rows: int, length: int, loss: PolicyLoss, steps: int = 1
@@ -200,13 +208,22 @@ class Learner:
         learning_rate: float,
         segments: int,
     ) -> tuple[TrainState, Arrays]:
-        sums = (jax.tree.map(jnp.zeros_like, state.params), {name: jnp.zeros(()) for name in STATISTICS})
-        for micro in micros:
-            given = state.params, self._frozen, sums, micro, max(tokens, 1.0)
-            sums = self._gradient(*given, loss=loss, segments=segments)
-        gradient, statistics = sums
+        gradient, statistics = self._summed(state.params, micros, tokens, loss, segments)
         state, norm, skipped = self._apply(state, gradient, learning_rate, tokens > 0)
         return state, {**statistics, "gradient_norm": norm, "skipped": skipped}
+
+    def _summed(
+        self, params: Params, micros: Sequence[Arrays], tokens: float, loss: Loss, segments: int
+    ) -> tuple[Params, Arrays]:
+        sums = (jax.tree.map(jnp.zeros_like, params), {name: jnp.zeros(()) for name in STATISTICS})
+        for micro in micros:
+            sums = self._gradient(params, self._frozen, sums, micro, max(tokens, 1.0), loss=loss, segments=segments)
+        return sums
+
+    def _tokens(self, minibatches: Sequence[Sequence[Batch]]) -> list[float]:
+        """How many each minibatch trains, of all hosts."""
+        own = [float(sum(micro.mask.sum() for micro in micros)) for micros in minibatches]
+        return [sum(counts) for counts in zip(*gather(own), strict=True)]
 
     def _place(self, batch: Batch) -> Arrays:
         """This host's rows as its part of a micro-batch."""
