@@ -113,7 +113,7 @@ def bench(what: What, task: Task, runs: int) -> dict[str, Any]:
             if job.engine is not None:
                 measured[-1]["kv_ratio"] = job.engine.usage.ratio
             if job.weights is not None and job.engine is not None:
-                measured[-1]["read_gbs"] = _read(job.weights, job.engine) / clock.seconds["sample"] / 1e9
+                measured[-1]["read_gbs"] = bytes_read(job.weights, job.engine) / clock.seconds["sample"] / 1e9
             progress.advance(1, tokens_per_s=measured[-1]["tokens_per_s"])
     return {
         "bench": what,
@@ -337,12 +337,12 @@ def _against_memory(measured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {"read_gbs": statistics.median(one["read_gbs"] for one in measured), "memory_gbs": read_gbs()}
 
 
-def _read(weights: Params, engine: Engine) -> float:
+def bytes_read(weights: Params, engine: Engine) -> float:
     """Bytes that the steps of the last `sample` must read of a device: weights, keys and values.
 
     Of embeddings that don't give the scores too a step reads its tokens' rows only.
     """
-    rows = 0 if engine.programs.arch.tied_embeddings else sum(device_bytes(weights["embedding"]))
+    rows = sum(device_bytes(weights["embedding"])) if "unembedding" in weights else 0
     return engine.usage.steps * (sum(device_bytes(weights)) - rows) + engine.usage.read_bytes
 
 

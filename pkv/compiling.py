@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+import threading
 import warnings
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Compilations:
 
     def __init__(self) -> None:
         self.count = 0
+        self._lock = threading.Lock()  # programs may be compiled beside each other
         self._spans: list[tuple[float, float]] = []
 
     @property
@@ -65,5 +67,6 @@ class Compilations:
 
     def _hear(self, event: str, start_time: float, end_time: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            self._spans.append((start_time, end_time))
-            self.count += event.endswith("/backend_compile_duration")
+            with self._lock:
+                self._spans.append((start_time, end_time))
+                self.count += event.endswith("/backend_compile_duration")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -13,10 +14,10 @@ import numpy as np
 import pytest
 
 from pkv import bench, cli
-from pkv.bench import Task, Trainer, credit, draw_prompts, draw_requests, draw_responses
+from pkv.bench import Task, Trainer, bytes_read, credit, draw_prompts, draw_requests, draw_responses
 from pkv.competition import Tokenizer, train_tokenizer
 from pkv.compiling import Compilations
-from pkv.config import Config, GrpoConfig, ModelConfig, SamplingConfig
+from pkv.config import Config, GrpoConfig, MeshConfig, ModelConfig, SamplingConfig
 from pkv.evaluate import load_policy
 from pkv.evaluate.policy import sampling_mesh
 from pkv.mesh import make_mesh
@@ -99,6 +100,17 @@ def test_each_command_writes_one_object_of_the_contract(results, model, what):
     assert result["peak_memory_gb"]["host"] > 0 and result["peak_memory_gb"]["devices"] == []
     assert result["device"] == {"kind": "cpu", "count": 8}
     assert f"bench {what} {RUNS + 1}/{RUNS + 1}" in err and f"{what}: " in err and "peak memory" in err
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_reads_every_weight_once_but_for_embeddings_that_it_only_looks_up(tied):
+    arch = dataclasses.replace(ARCH, tied_embeddings=tied)
+    params = init_params(arch, jax.random.key(0))
+    engine = Engine(arch, SamplingConfig(), ENDS, make_mesh(MeshConfig(), jax.devices()[:1]))
+    engine.usage.steps, engine.usage.read_bytes = 3, 7.0
+    looked_up = 0 if tied else params["embedding"].nbytes
+    once = sum(array.nbytes for array in jax.tree.leaves(params)) - looked_up
+    assert bytes_read(engine.load(params), engine) == 3 * once + 7
 
 
 def test_the_settings_are_those_that_are_read(results):

@@ -75,6 +75,25 @@ def test_cudnn_is_asked_for_what_xla_says(monkeypatch, arrays, kernel, kind):
         np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("length", [125, 126])
+def test_cudnn_with_a_mask_gets_rows_of_even_lengths(monkeypatch, arrays, length):
+    """It refuses others in training; what is there is met all the same."""
+    asked, lengths = jax.nn.dot_product_attention, []
+
+    def play(*given, **kind):
+        lengths.append(given[0].shape[1])
+        return asked(*given, **kind | {"implementation": "xla"})
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", play)
+    q, keys, values = arrays
+    arrays = q[:, :length], keys[..., :length], values[:, :, :length]
+    segments = SEGMENTS[:, :length]
+    got, expected = (value_and_gradient(arrays, one, segments_BT=segments) for one in ("cudnn_masked", "xla"))
+    assert set(lengths) == {126}
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
+
+
 def test_cudnn_is_told_where_segments_begin():
     """In no more places than asked, which is one more than there are trees where a row has padding."""
     segments = jnp.array([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3]])

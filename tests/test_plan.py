@@ -310,13 +310,29 @@ def test_scores_are_kept_where_cudnn_does_not_compute_them():
     assert of(attention="cudnn") == of(attention="auto")
 
 
-def test_on_a_gpu_layers_apart_are_a_copy_of_a_frozen_base_where_there_is_room():
-    def kinds(topology):
-        asked = ["--model.lora.rank", "8", "--mesh.data", "1", "--mesh.fsdp", "1", "--mesh.tensor", "1"]
-        return plan_of(load_config("qwen2.5-7b", asked), topology).programs[-1].kinds
+def kinds_on_one_gpu(config, topology, *flags):
+    """Of decoding."""
+    asked = [*flags, "--mesh.data", "1", "--mesh.fsdp", "1", "--mesh.tensor", "1"]
+    return plan_of(load_config(config, asked), topology).programs[-1].kinds
 
-    roomy, narrow = kinds("h100:1"), kinds("l4:1")  # 14 GiB are less than 0.4 of 79, and not of 22
-    assert roomy["sampled base"] == roomy["base"] == narrow["base"] and "sampled base" not in narrow
+
+def test_on_a_gpu_layers_apart_are_a_copy_of_a_frozen_base_where_there_is_room():
+    lora = "--model.lora.rank", "8"
+    roomy, narrow = (kinds_on_one_gpu("qwen2.5-7b", topology, *lora) for topology in ("h100:1", "l4:1"))
+    assert roomy["sampled base"] == roomy["base"] == narrow["base"] and "sampled base" not in narrow  # 14 of 79, of 22
+    # As at run time it is the numbers that count, and not the bits that they are in.
+    quantised = kinds_on_one_gpu("qwen2.5-32b", "h100:1", *lora, "--model.lora.base", "nf4")
+    assert quantised["base"] < 0.4 * 79 * 2**30 and "sampled base" not in quantised
+
+
+def test_on_a_gpu_layers_apart_are_a_copy_of_what_is_trained_in_any_dtype():
+    kinds = kinds_on_one_gpu("qwen2.5-1.5b", "h200:1", "--model.dtype", "float32")
+    assert kinds["sampled weights"] == kinds["weights"]
+
+
+@pytest.mark.parametrize("flags", [("--sampling.attention", "triton"), ("--model.attention", "cudnn")])
+def test_a_gpus_kernels_can_be_planned_where_there_is_none(flags):
+    assert kinds_on_one_gpu("qwen2.5-0.5b", "h100:1", *flags) == kinds_on_one_gpu("qwen2.5-0.5b", "h100:1")
 
 
 def test_slices_add_their_gradients_up_over_their_machines_network():

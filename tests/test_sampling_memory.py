@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from tiny_sampling import ARCH, CONFIG, MESHES, PARAMS, STOPS, assert_same, one_
 from pkv.config import UserError
 from pkv.mesh import make_mesh
 from pkv.sampling import Engine, Request, WarmUp, rehearse, row_keys
-from pkv.sampling.rehearsal import Rehearsal
+from pkv.sampling.rehearsal import Call, Rehearsal
 from pkv.sampling.schedule import Schedule
 
 
@@ -271,6 +272,24 @@ def test_after_a_warm_up_rollouts_to_the_end_of_their_budget_compile_nothing(mes
     from_the_host = engine.programs.restore._cache_size()  # of rows that come back: what is left to compile then
     assert engine.compilations - before == from_the_host
     assert warm_up(weights, asked) == 0
+
+
+def test_a_warm_up_that_fails_does_not_compile_what_is_left(monkeypatch):
+    """Nor one that is interrupted."""
+    tried = []
+
+    def fails(call, programs, weights):
+        tried.append(call)
+        time.sleep(0.05)
+        raise MemoryError
+
+    monkeypatch.setattr(Call, "compile", fails)
+    monkeypatch.setattr("pkv.sampling.rehearsal.cores", lambda: 2)
+    engine = Engine(ARCH, CONFIG, (), one_device())
+    weights, asked = engine.load(PARAMS), requests()
+    with pytest.raises(MemoryError):
+        WarmUp(engine)(weights, asked)
+    assert len(tried) < len(rehearse(engine, asked)) / 2
 
 
 def test_a_warm_up_leaves_little_to_compile_for_long_tailed_lengths():

@@ -5,7 +5,7 @@ Outside, a model is an `Arch` (what it is made of) and a nested dict of arrays (
 
 from pkv.model.arch import Arch
 from pkv.model.cache import Cache, init_cache
-from pkv.model.decoder import forward, head, logits, rotary_tables
+from pkv.model.decoder import forward, head, logits
 from pkv.model.export import save_params
 from pkv.model.kernels import SEGMENTS, Kernel, choose_kernel, choose_page_kernel
 from pkv.model.linear import BLOCK, cast
@@ -58,7 +58,6 @@ __all__ = [
     "read_arch",
     "read_config",
     "resize_pages",
-    "rotary_tables",
     "save_adapter",
     "save_params",
     "split",

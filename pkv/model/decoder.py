@@ -46,7 +46,6 @@ def forward(
     most_segments: int = SEGMENTS[-1],
     page_kernel: PageKernel = "xla",
     unroll: int = 1,
-    rotations: Rotations | None = None,
 ) -> tuple[jax.Array, Cache | Stock | None]:
     """Hidden states after the final norm, [B, T, D] in `dtype`, and the cache with these tokens written into it.
 
@@ -61,7 +60,7 @@ def forward(
     `params["layers"]` is stacked (scanned: compiles once for all layers) or a tuple (unrolled); the cache alike.
     remat: what the backward pass finds kept (see `rematerialised`). kernel: of attention over whole rows, of at most
     `most_segments` a row with cuDNN; page_kernel: over a cache of pages. unroll: how many stacked layers a turn of the
-    scan goes through. rotations: `rotary_tables` of positions_BT, where many steps' are made at once.
+    scan goes through.
     Raises ValueError for a cache together with segments, or in another form than the weights, and for branches that
     the kernel doesn't know.
     """
@@ -75,7 +74,7 @@ def forward(
         raise ValueError("forward: weights and cache differ in form; pass both stacked or both as a tuple of layers")
     local_layers = arch.local_layers or (False,) * arch.layers
     told = stacked and len(set(local_layers)) > 1  # layers of both kinds in one scan hear at run time what they are
-    rotations = rotary_tables(positions_BT, arch) if rotations is None else rotations
+    rotations = rotary_tables(positions_BT, arch)
     sight = {"window": arch.window, "scale": arch.query_scale, "cap": arch.attention_cap}
     memory = cache.levels[-1].stock if isinstance(cache, Paged) else cache
 

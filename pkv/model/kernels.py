@@ -203,7 +203,10 @@ def _cudnn(
 def _cudnn_masked(
     q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array, *, scale: float, window: int | None
 ) -> jax.Array:
-    return jax.nn.dot_product_attention(
+    # With a mask cuDNN's backward pass knows even lengths only. What is added comes after every query: none sees it.
+    T = q.shape[1]
+    q, k, v, segments_BT = (jnp.pad(x, ((0, 0), (0, T % 2), *((0, 0),) * (x.ndim - 2))) for x in (q, k, v, segments_BT))
+    mixed = jax.nn.dot_product_attention(
         q,
         k,
         v,
@@ -213,6 +216,7 @@ def _cudnn_masked(
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
+    return mixed[:, :T]
 
 
 def places_of(segments_BT: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:

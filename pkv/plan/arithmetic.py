@@ -18,17 +18,14 @@ from pkv.plan.chips import Slice
 from pkv.plan.compiled import Program
 from pkv.plan.programs import Programs, Work
 from pkv.plan.roofline import Spread, compute_seconds, memory_rate, rows_at_once
-from pkv.sampling.laying import UNROLLED_SHARE
 
-SLACK = 0.08  # of a chip's memory: what the driver takes, and what a compiler adds
+SLACK = 0.08  # of a chip's memory: what the driver takes, and what a compiler adds; launch/env.sh leaves as much free
 
 
 def by_arithmetic(programs: Programs, work: Work, wanted: Slice, spread: Spread) -> list[Program]:
     """What a run holds on each chip in the parts of a step."""
     limit = wanted.chip.hbm_gib * 2**30
     state = programs.state_bytes | {"slack": SLACK * limit}
-    if "base" in state and spread.sampled <= UNROLLED_SHARE * limit:  # its layers lie apart to be sampled from
-        state |= {"sampled base": state["base"]}
     gradient = {"gradient": state["weights"]}
     if programs.whole:  # layers are unrolled, and XLA keeps all of them and their gradients in the dtype of compute
         copies = 1 if work.config.model.remat == "none" else 2

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from pkv.config import Config, UserError
 from pkv.mesh import BATCH_AXES, make_mesh
-from pkv.plan.arithmetic import by_arithmetic
+from pkv.plan.arithmetic import SLACK, by_arithmetic
 from pkv.plan.chips import Slice, read_slice
 from pkv.plan.compiled import Program, compile_program
 from pkv.plan.models import model_shape
@@ -157,7 +157,7 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
         )
     mesh = described_mesh(work.config, wanted)
     limit = wanted.chip.hbm_gib * 2**30
-    programs = Programs(work, mesh)
+    programs = Programs(work, mesh, None if wanted.compiles else (1 - SLACK) * limit)
     always = sum(programs.state_bytes.values()) + programs.sampled_bytes
     kv = work.config.sampling.kv_memory_gb * 1e9 or max(0.0, SHARE_OF_FREE * (limit - always))
     found: list[Program] = []

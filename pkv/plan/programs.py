@@ -20,6 +20,7 @@ from pkv.mesh import TRAINING_RULES, shardings
 from pkv.model import Arch, Params, freezer, init_adapters, join, param_shapes, split, weight_axes
 from pkv.model.arithmetic import forward_flops, update_flops
 from pkv.sampling import Engine, Request, rehearse, row_keys
+from pkv.sampling.laying import apart_on_gpu
 
 STOPS = (0,)  # which token ends a response changes no shape
 # Of each program of the trainer, which of a run's kinds are its arguments; `gradient` is there in these alone.
@@ -89,10 +90,18 @@ class Task:
 
 
 class Programs:
-    """Learner and engine of a run on a mesh of devices that may be described only."""
+    """Learner and engine of a run on a mesh of devices that may be described only.
 
-    def __init__(self, work: Work, mesh: Mesh) -> None:
+    gpu_memory: bytes that each has of a GPU, for which the mesh's devices stand in; None: it is of what is planned for.
+    """
+
+    def __init__(self, work: Work, mesh: Mesh, gpu_memory: float | None = None) -> None:
         config = work.config
+        if gpu_memory is not None:  # whose kernels no stand-in has
+            model = dataclasses.replace(config.model, attention="auto")
+            config = dataclasses.replace(
+                config, model=model, sampling=dataclasses.replace(config.sampling, attention="auto")
+            )
         self._work, self._mesh, self._arch = work, mesh, work.arch.for_context(config.grpo.row_tokens)
         self.policy, reference = policy_shapes(self._arch, config, mesh), None
         trained, frozen = split(self.policy)
@@ -103,13 +112,16 @@ class Programs:
         self.state = self.learner.template(self.policy)
         self.sampled = sampling_shapes(self.engine, self.policy)
         self._trained = trained
+        sizes = self.engine.programs.arch, config.model.dtype, mesh.shape["tensor"]
+        apart = gpu_memory is not None and apart_on_gpu(*sizes, gpu_memory)  # then they are copies
+        lies_right = lambda params: not apart and self.engine.lies_right(params)  # noqa: E731
         layout = self.learner.layout(config.grpo, work.longest)
         length = layout.rounded(layout.row_tokens)
         self.micro = layout.rows(length), length
         held: dict[str, float] = {}
         if frozen is not None:
             held["base"] = bytes_on_chip(frozen)
-            if not self.engine.lies_right(frozen):  # it is there in both layouts
+            if not lies_right(frozen):  # it is there in both layouts
                 held["sampled base"] = bytes_on_chip(split(self.sampled)[1])
         if reference is not None and frozen is None:
             held["reference"] = bytes_on_chip(reference)
@@ -120,7 +132,7 @@ class Programs:
         }
         # Of what is always there, what the sampler reads: the base, in its own layout if there are two.
         self._sampled_kinds = [kind for kind in ("sampled base", "base") if kind in held][:1]
-        copied = not self.engine.lies_right(trained)
+        copied = not lies_right(trained)
         if not copied:
             self._sampled_kinds.append("weights")
         pages = self.engine.programs
@@ -251,8 +263,8 @@ def _placed(shapes: Any, places: Any) -> Any:
 
 
 def bytes_on_chip(tree: Any) -> float:
-    """What arrays that are described by shape, dtype and place take of each device."""
-    leaves = jax.tree.leaves(tree)
+    """What arrays that are described by shape, dtype and place take of each device; one that stands twice is one."""
+    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values()
     return float(sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves))
 
 

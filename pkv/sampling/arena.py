@@ -1,8 +1,8 @@
 """Where keys and values lie on the devices: the pages of rows, and those of the prompts that they share.
 
-Both parts are as large as the next segment needs, and only they are read. On an accelerator they are the beginning and
-the end of one stock, which takes what there is memory for once and for all: nothing is ever there twice. On a CPU,
-whose memory is the host's, and where XLA would copy what is read of a larger stock, each part is a stock of its own.
+Both parts are as large as the next segment needs, and only they are read. On a TPU they are the beginning and the end
+of one stock, which takes what there is memory for once and for all: nothing is ever there twice. On a CPU, whose memory
+is the host's, and on a GPU, XLA would copy what is read of a larger stock: there each part is a stock of its own.
 """
 
 from __future__ import annotations

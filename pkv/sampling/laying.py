@@ -30,9 +30,14 @@ def form_of(arch: Arch, mesh: Mesh, dtype: Any) -> Form:
         return "by output" if arch.layers <= UNROLL else "stacked"
     if device.platform == "tpu":
         return "apart" if arch.layers <= UNROLL else "stacked"
+    return "apart" if apart_on_gpu(arch, dtype, mesh.shape["tensor"], _memory(device)) else "stacked"
+
+
+def apart_on_gpu(arch: Arch, dtype: Any, tensor: int, memory: float) -> bool:
+    """Whether layers lie apart on `tensor` GPUs that share each row; memory: bytes that one of them has."""
     numbers = sum(math.prod(shape.shape) for shape in jax.tree.leaves(param_shapes(arch)))
-    fits = numbers * jnp.dtype(dtype).itemsize / mesh.shape["tensor"] <= UNROLLED_SHARE * _memory(device)
-    return "apart" if arch.layers <= UNROLL_ON_GPU and fits else "stacked"
+    fits = numbers * jnp.dtype(dtype).itemsize / tensor <= UNROLLED_SHARE * memory
+    return arch.layers <= UNROLL_ON_GPU and fits
 
 
 def _memory(device: Any) -> float:

@@ -165,13 +165,17 @@ class WarmUp:
         """
         programs = self._engine.programs
         calls = [call for call in rehearse(self._engine, requests) if call.key not in self._done]
-        with Progress(len(calls), "compiling the sampler", delay_s=1.0) as progress, _threads() as threads:
-            compiled = [threads.submit(call.compile, programs, weights) for call in calls]
-            for call, done in zip(calls, compiled, strict=True):
-                done.result()
-                call.run(programs, weights)
-                self._done.add(call.key)
-                progress.advance(1, pages_gb=call.bytes / 1e9)
+        threads = _threads()
+        compiled = [threads.submit(call.compile, programs, weights) for call in calls]
+        try:
+            with Progress(len(calls), "compiling the sampler", delay_s=1.0) as progress:
+                for call, done in zip(calls, compiled, strict=True):
+                    done.result()
+                    call.run(programs, weights)
+                    self._done.add(call.key)
+                    progress.advance(1, pages_gb=call.bytes / 1e9)
+        finally:  # of a program that doesn't fit, or an interrupt: the others are not waited for
+            threads.shutdown(cancel_futures=True)
         return len(calls)
 
 
