@@ -274,20 +274,20 @@ def test_after_a_warm_up_rollouts_to_the_end_of_their_budget_compile_nothing(mes
     assert warm_up(weights, asked) == 0
 
 
-def test_a_warm_up_that_fails_does_not_compile_what_is_left(monkeypatch):
-    """Nor one that is interrupted."""
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_warm_up_that_fails_or_is_interrupted_does_not_compile_what_is_left(monkeypatch, error):
     tried = []
 
     def fails(call, programs, weights):
         tried.append(call)
         time.sleep(0.05)
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(Call, "compile", fails)
     monkeypatch.setattr("pkv.sampling.rehearsal.cores", lambda: 2)
     engine = Engine(ARCH, CONFIG, (), one_device())
     weights, asked = engine.load(PARAMS), requests()
-    with pytest.raises(MemoryError):
+    with pytest.raises(error):
         WarmUp(engine)(weights, asked)
     assert len(tried) < len(rehearse(engine, asked)) / 2
 

@@ -26,9 +26,9 @@ class Heads(NamedTuple):
     @classmethod
     def joined(cls, banks: Sequence[Heads]) -> Heads:
         """All banks as one."""
-        return (
-            banks[0] if len(banks) == 1 else cls(*(jnp.concatenate(part, axis=2) for part in zip(*banks, strict=True)))
-        )
+        if len(banks) == 1:
+            return banks[0]
+        return cls(*(jnp.concatenate(parts, axis=2) for parts in zip(*banks, strict=True)))
 
 
 def init_cache(arch: Arch, rows: int, length: int, dtype: Any = jnp.float32, *, stacked: bool = True) -> Cache:

@@ -92,7 +92,7 @@ class Task:
 class Programs:
     """Learner and engine of a run on a mesh of devices that may be described only.
 
-    gpu_memory: bytes that each has of a GPU, for which the mesh's devices stand in; None: it is of what is planned for.
+    gpu_memory: bytes that each GPU has, where the mesh's devices only stand in for GPUs; None: nothing is stood in for.
     """
 
     def __init__(self, work: Work, mesh: Mesh, gpu_memory: float | None = None) -> None:
