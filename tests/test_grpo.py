@@ -498,24 +498,58 @@ def test_an_update_by_cudnn_is_the_same(monkeypatch, plain):
 
 
 @pytest.mark.parametrize(
-    "platform, sizes, layers, unrolled",
+    "platform, sizes, layers, remat, unrolled",
     [
-        ("cpu", {}, 8, True),
-        ("cpu", {}, 9, False),
-        ("gpu", {}, 48, True),
-        ("gpu", {"data": 8}, 48, True),
-        ("gpu", {"fsdp": 8}, 48, False),
-        ("tpu", {}, 4, False),
+        ("cpu", {}, 8, "all", True),
+        ("cpu", {}, 9, "none", False),
+        ("gpu", {}, 48, "none", True),
+        ("gpu", {}, 48, "cheap", False),
+        ("gpu", {"data": 8}, 48, "none", True),
+        ("gpu", {"fsdp": 8}, 48, "none", False),
+        ("tpu", {}, 4, "none", False),
     ],
 )
-def test_layers_of_an_update_are_unrolled_where_a_scan_costs_more(monkeypatch, platform, sizes, layers, unrolled):
+def test_layers_of_an_update_are_unrolled_where_a_scan_costs_more(
+    monkeypatch, platform, sizes, layers, remat, unrolled
+):
     monkeypatch.setattr("pkv.grpo.update.choose_kernel", lambda *_: "xla")
     shape = dict.fromkeys(AXES, 1) | sizes
     mesh = SimpleNamespace(
         devices=np.array([SimpleNamespace(platform=platform)]), shape=shape, size=math.prod(shape.values())
     )
     arch = dataclasses.replace(ARCH, layers=layers)
-    assert Learner(arch, ModelConfig(), OptimizerConfig(), mesh)._unroll == (layers if unrolled else 1)
+    assert Learner(arch, ModelConfig(remat=remat), OptimizerConfig(), mesh)._unrolled == unrolled
+
+
+@pytest.mark.parametrize(
+    "sizes, remat",
+    [
+        ({}, "none"),
+        ({}, "cheap"),
+        ({}, "all"),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, "all"),
+        ({"data": 2, "fsdp": 2, "sequence": 2}, "cheap"),
+    ],
+)
+def test_scanned_layers_whose_gradient_is_added_up_in_place_change_nothing(monkeypatch, plain, sizes, remat):
+    monkeypatch.setattr("pkv.grpo.update.FEW_LAYERS", 0)
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
+    trainer = Learner(ARCH, ModelConfig(remat=remat), OptimizerConfig(), mesh)
+    batches = pack(sequences(), layout(24, 4, rows_multiple=4, time_multiple=2))
+    assert len(batches) > 1 and not trainer._unrolled
+    assert_same(plain, change(trainer, batches))
+
+
+def test_a_micro_batchs_own_gradient_is_never_whole_where_layers_are_scanned(monkeypatch):
+    """Beside weights and sums there is room for some layers only; a whole second gradient would be 12 of them."""
+    monkeypatch.setattr("pkv.grpo.update.FEW_LAYERS", 0)
+    arch = dataclasses.replace(ARCH, layers=12, hidden=128, ffn=512)
+    trainer = Learner(arch, ModelConfig(remat="all"), OptimizerConfig(), one_device())
+    shapes = jax.eval_shape(lambda: init_params(arch, jax.random.key(0)))
+    memory = trainer.lower(trainer.template(shapes), 1, 16, CLIPPED)["gradient"].compile().memory_analysis()
+    weights = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes["layers"]))
+    assert memory.temp_size_in_bytes < weights / 2
+    assert memory.alias_size_in_bytes >= weights
 
 
 def test_one_and_four_micro_batches_are_equal(plain):

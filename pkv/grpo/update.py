@@ -19,7 +19,7 @@ from pkv.grpo.optimizer import make_optimizer
 from pkv.grpo.packing import Layout, empty
 from pkv.hosts import gather
 from pkv.mesh import BATCH_AXES, HEAD_AXES, TIME_AXIS, TRAINING_RULES, batch_sharding, replicated, shardings
-from pkv.model import SEGMENTS, Arch, Kernel, Params, choose_kernel, forward, join, split, weight_axes
+from pkv.model import SEGMENTS, Arch, Kernel, Params, choose_kernel, forward, join, split, unstack_layers, weight_axes
 from pkv.model.arithmetic import crossover
 from pkv.records import Batch
 
@@ -62,11 +62,11 @@ class Learner:
                 f"mesh.sequence: {arch.heads} heads are not divisible by {' × '.join(HEAD_AXES)} = {ways}; "
                 "change the mesh"
             )
-        # A scan copies what the backward pass will need into stacks: on a CPU a sixth of the update's time. On a GPU it
-        # needs twice the memory too; there a scan is for weights that are spread, which are gathered layer by layer.
+        # A scan stacks what the backward pass will need: on a CPU a sixth of the update's time, on a GPU twice the
+        # memory. But a scan's gradient is added up in place, and where layers are computed again little is stacked.
         platform, spread = mesh.devices.flat[0].platform, mesh.size > mesh.shape["data"]
-        few = arch.layers <= FEW_LAYERS if platform == "cpu" else platform == "gpu" and not spread
-        self._unroll = arch.layers if few else 1
+        few, kept = arch.layers <= FEW_LAYERS, model.remat == "none"
+        self._unrolled = few if platform == "cpu" else platform == "gpu" and not spread and kept
         self._kernel: Kernel = choose_kernel(model.attention, mesh, arch, model.dtype)
         self._optimizer = make_optimizer(optimizer, arch)
         self._gradient = jax.jit(self._add_gradient, static_argnames=("loss", "segments"), donate_argnames=("sums",))
@@ -245,7 +245,7 @@ class Learner:
 
     def _predict(self, params: Params, micro: Arrays, segments: int) -> tuple[jax.Array, jax.Array]:
         hidden_BTD, _ = forward(
-            params,
+            unstack_layers(params, self._arch) if self._unrolled else params,
             self._arch,
             micro["tokens"],
             micro["positions"],
@@ -255,7 +255,6 @@ class Learner:
             remat=self._model.remat,
             kernel=self._kernel,
             most_segments=segments,
-            unroll=self._unroll,
         )
         return token_logprobs(params, self._arch, hidden_BTD, micro["targets"])
 
@@ -286,8 +285,14 @@ class Learner:
             means["loss"] = jnp.sum(micro["weights"] * losses.loss)
             return means["loss"], means
 
-        gradient, means = jax.grad(total, has_aux=True)(params)
-        return jax.tree.map(jnp.add, sums, (gradient, means))
+        loss_of_micro, backward, means = jax.vjp(total, params, has_aux=True)
+        ones = jnp.ones_like(loss_of_micro)
+        if self._unrolled:  # in place would take no less memory then, and half as long again to compile
+            return jax.tree.map(jnp.add, sums, (backward(ones)[0], means))
+        # Into the sums, layer by layer as the backward pass goes: a micro-batch's own gradient is never whole.
+        gradient, sums_of_means = jax.tree.map(jax.new_ref, sums[0]), sums[1]
+        backward.with_refs(gradient)(ones)
+        return jax.tree.map(jax.freeze, gradient), jax.tree.map(jnp.add, sums_of_means, means)
 
     def _apply_gradient(
         self, state: TrainState, gradient: Params, learning_rate: jax.Array, trained: jax.Array

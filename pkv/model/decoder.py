@@ -45,7 +45,6 @@ def forward(
     kernel: Kernel = "xla",
     most_segments: int = SEGMENTS[-1],
     page_kernel: PageKernel = "xla",
-    unroll: int = 1,
 ) -> tuple[jax.Array, Cache | Stock | None]:
     """Hidden states after the final norm, [B, T, D] in `dtype`, and the cache with these tokens written into it.
 
@@ -59,8 +58,7 @@ def forward(
 
     `params["layers"]` is stacked (scanned: compiles once for all layers) or a tuple (unrolled); the cache alike.
     remat: what the backward pass finds kept (see `rematerialised`). kernel: of attention over whole rows, of at most
-    `most_segments` a row with cuDNN; page_kernel: over a cache of pages. unroll: how many stacked layers a turn of the
-    scan goes through.
+    `most_segments` a row with cuDNN; page_kernel: over a cache of pages.
     Raises ValueError for a cache together with segments, or in another form than the weights, and for branches that
     the kernel doesn't know.
     """
@@ -107,7 +105,7 @@ def forward(
             return layer(x_BTD, weights, memory, index, local if told else local_layers[0]), None
 
         steps = (layers, jnp.arange(arch.layers), jnp.array(local_layers))
-        (x_BTD, memory), _ = jax.lax.scan(scanned, (x_BTD, memory), steps, unroll=unroll)
+        (x_BTD, memory), _ = jax.lax.scan(scanned, (x_BTD, memory), steps)
     else:
         for number, (weights, local) in enumerate(zip(layers, local_layers, strict=True)):
             x_BTD, memory = layer(x_BTD, weights, memory, number, local)

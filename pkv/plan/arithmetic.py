@@ -27,9 +27,8 @@ def by_arithmetic(programs: Programs, work: Work, wanted: Slice, spread: Spread)
     limit = wanted.chip.hbm_gib * 2**30
     state = programs.state_bytes | {"slack": SLACK * limit}
     gradient = {"gradient": state["weights"]}
-    if programs.whole:  # layers are unrolled, and XLA keeps all of them and their gradients in the dtype of compute
-        copies = 1 if work.config.model.remat == "none" else 2
-        gradient |= {"computed": copies * state["weights"] / 4 * jnp.dtype(work.config.model.dtype).itemsize}
+    if programs.whole and work.config.model.remat == "none":  # layers are unrolled, and XLA keeps all as it computes
+        gradient |= {"computed": state["weights"] / 4 * jnp.dtype(work.config.model.dtype).itemsize}
     sampled = {"sampled weights": programs.sampled_bytes, "keys and values": spread.kv}
     frozen = work.config.model.lora.rank > 0
     rows = [(programs.micro[1], programs.micro[1])] * programs.micro[0]
