@@ -21,18 +21,18 @@ from pkv import cli
 from pkv.cli.output import Output
 from pkv.config import UserError, load_config, parse_config
 from pkv.grpo import Learner, reference_weights
-from pkv.mesh import AXES, fold, make_mesh
+from pkv.mesh import AXES, fold, make_mesh, replicated
 from pkv.model import Arch, freezer, init_adapters, init_params, join, param_shapes, split
 from pkv.model.families import family_of
 from pkv.model.layout import by_path
 from pkv.plan import as_record, model_shape, read_slice, work_of
 from pkv.plan.arithmetic import activations
 from pkv.plan.collectives import sent_bytes
-from pkv.plan.compiled import Program, refused_bytes
+from pkv.plan.compiled import Program, compile_program, refused_bytes
 from pkv.plan.models import TABLE
 from pkv.plan.planning import described_mesh
 from pkv.plan.planning import plan as plan_of
-from pkv.plan.programs import Programs, bytes_on_chip, policy_shapes, reference_shapes, sampling_shapes
+from pkv.plan.programs import Programs, Task, bytes_on_chip, policy_shapes, reference_shapes, sampling_shapes
 from pkv.plan.roofline import ASSUMED, Spread, decode_step_seconds, network_seconds, rows_at_once
 from pkv.plan.search import candidates
 from pkv.sampling import Engine
@@ -380,8 +380,25 @@ def test_what_the_compiler_needs_is_read_from_its_refusal():
     said = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.83G) exceeds "
     )
-    assert refused_bytes(said + "available HBM (15.75G).", 2**30) == 18.83 * 2**30
+    assert refused_bytes(said + "available HBM (15.75G).", 2**30) == 17.83 * 2**30
     assert refused_bytes("INTERNAL: something else", 0.0) is None
+
+
+@needs_libtpu
+@pytest.mark.parametrize("gib, fits", [(4, True), (7, False)])
+def test_a_programs_memory_is_all_that_is_there_at_once_compiled_or_refused(gib, fits):
+    """Two halves of an array are sorted, and both are there when they meet: three times the array."""
+    wanted = read_slice("v5e:2x2")
+    given = jax.ShapeDtypeStruct(
+        (gib * 2**18, 1024),
+        jnp.float32,
+        sharding=replicated(described_mesh(config_of(mesh={"data": 1, "fsdp": 4, "tensor": 1}), wanted)),
+    )
+    meet = lambda x: (jnp.sort(x[:, :512], axis=0)[::-1] * jnp.sort(x[:, 512:], axis=0)).sum()  # noqa: E731
+    task = Task("meet", "update", jax.jit(meet).lower(given), {"weights": gib * 2.0**30}, {})
+    program = compile_program(task, wanted)
+    assert program.fits == fits
+    assert program.bytes_per_chip == pytest.approx(3 * gib * 2**30, rel=0.03)
 
 
 def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):
