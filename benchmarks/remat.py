@@ -21,6 +21,7 @@ from pkv.grpo.logprobs import token_logprobs
 from pkv.mesh import TRAINING_RULES, batch_sharding, make_mesh, shardings
 from pkv.model import Arch, choose_kernel, forward, param_axes, param_shapes
 from pkv.model.decoder import Remat
+from pkv.plan.compiled import temporary_bytes
 
 # Qwen2.5-1.5B's shape.
 SHAPE = Arch(
@@ -71,7 +72,7 @@ def main() -> None:
         except jax.errors.JaxRuntimeError as error:
             print(f"| {remat} | does not fit: {' '.join(str(error).split())[:240]} | | |")
             continue
-        device, host = memory.temp_size_in_bytes / 2**30, memory.host_temp_size_in_bytes / 2**30
+        device, host = temporary_bytes(memory) / 2**30, memory.host_temp_size_in_bytes / 2**30
         print(f"| {remat} | {device:.2f} | {host:.2f} | {time.perf_counter() - began:.0f} |", flush=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -285,7 +285,7 @@ class Learner:
             means["loss"] = jnp.sum(micro["weights"] * losses.loss)
             return means["loss"], means
 
-        loss_of_micro, backward, means = jax.vjp(total, params, has_aux=True)
+        loss_of_micro, backward, means = cast(Any, jax.vjp(total, params, has_aux=True))
         ones = jnp.ones_like(loss_of_micro)
         if self._unrolled:  # in place would take no less memory then, and half as long again to compile
             return jax.tree.map(jnp.add, sums, (backward(ones)[0], means))

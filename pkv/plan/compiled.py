@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -64,9 +65,7 @@ def compile_program(task: Task, wanted: Slice) -> Program:
         raise UserError(f"{task.name}: this version of libtpu tells nothing of memory; install pkv[tpu] anew")
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     odd = memory.argument_size_in_bytes - sum(task.given.values())  # the batch, and what tiles are padded by
-    # `temp_size` can be gigabytes more than libtpu allots; what it refuses by is the peak, arguments and all.
-    live = min(memory.temp_size_in_bytes, memory.peak_memory_in_bytes - memory.argument_size_in_bytes)
-    kinds |= {"results": fresh, "activations": (1 + HOLES) * live + max(odd, 0.0)}
+    kinds |= {"results": fresh, "activations": temporary_bytes(memory) + max(odd, 0.0)}
     sent = {kind: size * task.times for kind, size in sent_bytes(text).items()}
     moved = task.times * (memory.argument_size_in_bytes + memory.output_size_in_bytes)
     seconds = max(
@@ -76,6 +75,14 @@ def compile_program(task: Task, wanted: Slice) -> Program:
     return Program(
         task.name, task.phase, kinds, limit, task.flops, sent, seconds, float(memory.host_temp_size_in_bytes)
     )
+
+
+def temporary_bytes(memory: Any) -> float:
+    """What a program compiled for a TPU takes beside its arguments and results, from its `memory_analysis()`.
+
+    `temp_size` can be gigabytes more than libtpu allots; what it refuses by is the peak, arguments and all.
+    """
+    return (1 + HOLES) * min(memory.temp_size_in_bytes, memory.peak_memory_in_bytes - memory.argument_size_in_bytes)
 
 
 def refused_bytes(message: str, given: float) -> float | None:
