@@ -22,7 +22,7 @@ from pkv.cli.output import Output
 from pkv.config import UserError, load_config, parse_config
 from pkv.grpo import Learner, reference_weights
 from pkv.mesh import AXES, fold, make_mesh, replicated
-from pkv.model import Arch, freezer, init_adapters, init_params, join, param_shapes, split
+from pkv.model import Arch, Kernel, freezer, init_adapters, init_params, join, param_shapes, split
 from pkv.model.families import family_of
 from pkv.model.layout import by_path
 from pkv.plan import as_record, model_shape, read_slice, work_of
@@ -32,7 +32,7 @@ from pkv.plan.compiled import Program, compile_program, refused_bytes
 from pkv.plan.models import TABLE
 from pkv.plan.planning import described_mesh
 from pkv.plan.planning import plan as plan_of
-from pkv.plan.programs import Programs, Task, bytes_on_chip, policy_shapes, reference_shapes, sampling_shapes
+from pkv.plan.programs import Gpu, Programs, Task, bytes_on_chip, policy_shapes, reference_shapes, sampling_shapes
 from pkv.plan.roofline import ASSUMED, Spread, decode_step_seconds, network_seconds, rows_at_once
 from pkv.plan.search import candidates
 from pkv.sampling import Engine
@@ -295,7 +295,7 @@ def test_a_decode_step_reads_weights_and_keys_once():
 def test_what_waits_on_the_host_is_what_stands_between_layers():
     """Of 9 layers, one row of 512 tokens a shard and 128 numbers a token, spread over two chips, two bytes each."""
     kept = {
-        remat: activations(work_of(config_of(model={"remat": remat}), ARCH), SPREAD)
+        remat: activations(work_of(config_of(model={"remat": remat}), ARCH), SPREAD, "xla")
         for remat in ("none", "cheap", "all", "offload")
     }
     assert kept["all"] - kept["offload"] == 9 * 512 * 128 / 2 * 2
@@ -305,9 +305,21 @@ def test_what_waits_on_the_host_is_what_stands_between_layers():
 
 def test_scores_are_kept_where_cudnn_does_not_compute_them():
     """Four heads over two chips, half of 512 by 512 pairs, each a score in 32 bits and a share in 16."""
-    of = lambda **model: activations(work_of(config_of(model={"dtype": "bfloat16"} | model), ARCH), SPREAD)  # noqa: E731
-    assert of(attention="xla") - of(attention="auto") == 512**2 / 2 * 4 / 2 * (4 + 2)
-    assert of(attention="cudnn") == of(attention="auto")
+    work = work_of(config_of(model={"dtype": "bfloat16"}), ARCH)
+    kernels: tuple[Kernel, ...] = "xla", "cudnn", "cudnn_masked"
+    by_xla, by_cudnn, masked = (activations(work, SPREAD, kernel) for kernel in kernels)
+    assert by_xla - by_cudnn == 512**2 / 2 * 4 / 2 * (4 + 2)
+    assert masked == by_cudnn
+
+
+def test_a_plan_for_gpus_has_the_kernel_that_a_run_there_would_have():
+    def kernel(capability, **model):
+        config = config_of(mesh={"data": 1, "fsdp": 8, "tensor": 1}, model={"dtype": "bfloat16"} | model)
+        mesh = described_mesh(config, read_slice("h100:8"))
+        return Programs(work_of(config, ARCH), mesh, Gpu(8e10, capability)).kernel
+
+    assert [kernel(c) for c in (7.5, 8.0, 9.0)] == ["xla", "cudnn_masked", "cudnn"]
+    assert kernel(9.0, dtype="float32") == kernel(9.0, attention="xla") == "xla"
 
 
 def kinds_on_one_gpu(config, topology, *flags):
@@ -490,6 +502,8 @@ def test_bad_words_are_one_line(capsys):
     for words, said in (
         (["qwen2.5-7b", "--topology", "v9:2"], "--topology v9:2: expected a kind and a grid"),
         (["qwen2.5-7b", "--topology", "h100:8", "--grpo.micro_row", "1"], "did you mean"),
+        (["qwen2.5-7b", "--topology", "h100:8", "--sampling.attention", "triton"], "triton needs mesh.tensor 1"),
+        (["qwen2.5-7b", "--topology", "t4:8", "--model.attention", "cudnn"], "capability 8 or more"),
         (["qwen2.5-7b", "--topology", "h100:8", "--tensor", "3"], "does not fit on 8 devices"),
     ):
         code, out, err = plan(capsys, *words)

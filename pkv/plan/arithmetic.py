@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from pkv.grpo.logprobs import MOST_LOGITS_ON_GPU
+from pkv.model import Kernel
 from pkv.model.arithmetic import forward_flops, update_flops
-from pkv.model.kernels import CUDNN_HEAD
 from pkv.plan.chips import Slice
 from pkv.plan.compiled import Program
 from pkv.plan.programs import Programs, Work
@@ -36,7 +36,7 @@ def by_arithmetic(programs: Programs, work: Work, wanted: Slice, spread: Spread)
     parts: dict[str, tuple[str, Mapping[str, float], float]] = {
         "gradient": (
             "update",
-            state | gradient | {"activations": activations(work, spread)},
+            state | gradient | {"activations": activations(work, spread, programs.kernel)},
             update_flops(work.arch, rows, frozen),
         ),
         "apply": ("update", state | {"gradient": state["weights"]}, 0.0),
@@ -58,7 +58,7 @@ def by_arithmetic(programs: Programs, work: Work, wanted: Slice, spread: Spread)
     ]
 
 
-def activations(work: Work, spread: Spread) -> float:
+def activations(work: Work, spread: Spread, kernel: Kernel) -> float:
     """Bytes of a chip for a micro-batch's forward and backward pass.
 
     What is kept of every layer; one layer's own work, twice for its gradient; a layer's weights, gathered over fsdp,
@@ -78,16 +78,9 @@ def activations(work: Work, spread: Spread) -> float:
     one = 2 * tokens * (4 * arch.hidden + 4 * heads + 3 * wide) * two
     matrices = 2 * arch.hidden * heads * (1 + arch.kv_heads / arch.heads) + 3 * arch.hidden * wide
     pairs = rows * length**2 / 2 * arch.heads / tensor / spread.sequence
-    scores = 0.0 if _by_cudnn(work) else pairs * (4 + two)
+    scores = pairs * (4 + two) if kernel == "xla" else 0.0
     logits = 3 * min(MOST_LOGITS_ON_GPU, tokens * arch.vocab_size / tensor) * 4
     return arch.layers * tokens * kept * two + one + matrices * (two + 4) + scores + logits
-
-
-def _by_cudnn(work: Work) -> bool:
-    """Whether rows go to cuDNN on a GPU that has bfloat16, which is one that has cuDNN's attention too."""
-    arch, model = work.arch, work.config.model
-    known = arch.head_size <= CUDNN_HEAD and arch.attention_cap is None and len(set(arch.local_layers)) < 2
-    return model.attention != "xla" and model.dtype == "bfloat16" and known
 
 
 def decode_logits(work: Work, spread: Spread) -> float:

@@ -30,6 +30,7 @@ class Chip:
     host_chips: int
     dcn_gbs: float
     dollars: float
+    capability: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pkv.plan.arithmetic import SLACK, by_arithmetic
 from pkv.plan.chips import Slice, read_slice
 from pkv.plan.compiled import Program, compile_program
 from pkv.plan.models import model_shape
-from pkv.plan.programs import Programs, Task, Work, bytes_on_chip, work_of
+from pkv.plan.programs import Gpu, Programs, Task, Work, bytes_on_chip, work_of
 from pkv.plan.roofline import Seconds, Spread, rows_at_once, step_seconds
 from pkv.sampling.engine import SHARE_OF_FREE
 from pkv.tracking import Progress
@@ -157,7 +157,8 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
         )
     mesh = described_mesh(work.config, wanted)
     limit = wanted.chip.hbm_gib * 2**30
-    programs = Programs(work, mesh, None if wanted.compiles else (1 - SLACK) * limit)
+    gpu = None if wanted.compiles else Gpu((1 - SLACK) * limit, wanted.chip.capability)
+    programs = Programs(work, mesh, gpu)
     always = sum(programs.state_bytes.values()) + programs.sampled_bytes
     kv = work.config.sampling.kv_memory_gb * 1e9 or max(0.0, SHARE_OF_FREE * (limit - always))
     found: list[Program] = []

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,23 @@ from jax.sharding import Mesh
 from pkv.config import Config, SamplingConfig, UserError
 from pkv.grpo import Learner
 from pkv.mesh import TRAINING_RULES, shardings
-from pkv.model import Arch, Params, freezer, init_adapters, join, param_shapes, split, weight_axes
+from pkv.model import (
+    Arch,
+    Kernel,
+    Params,
+    choose_kernel,
+    choose_page_kernel,
+    freezer,
+    init_adapters,
+    join,
+    param_shapes,
+    split,
+    weight_axes,
+)
 from pkv.model.arithmetic import forward_flops, update_flops
 from pkv.sampling import Engine, Request, rehearse, row_keys
 from pkv.sampling.laying import apart_on_gpu
+from pkv.sampling.programs import page_tokens
 
 STOPS = (0,)  # which token ends a response changes no shape
 # Of each program of the trainer, which of a run's kinds are its arguments; `gradient` is there in these alone.
@@ -89,15 +103,29 @@ class Task:
     times: float = 1.0
 
 
+class Gpu(NamedTuple):
+    """A GPU that isn't here: bytes that a run may take of its memory, and its compute capability."""
+
+    memory: float
+    capability: float
+
+    def mesh(self, stand_ins: Mesh) -> SimpleNamespace:
+        """As much of a mesh of such GPUs as a kernel is chosen by."""
+        device = SimpleNamespace(platform="gpu", compute_capability=str(self.capability))
+        return SimpleNamespace(devices=np.array([device]), shape=stand_ins.shape)
+
+
 class Programs:
     """Learner and engine of a run on a mesh of devices that may be described only.
 
-    gpu_memory: bytes that each GPU has, where the mesh's devices only stand in for GPUs; None: nothing is stood in for.
+    gpu: what the mesh's devices only stand in for; None: nothing is stood in for. `kernel` is the run's, of whole rows.
+    Raises UserError as a run does, for kernels that can't be too.
     """
 
-    def __init__(self, work: Work, mesh: Mesh, gpu_memory: float | None = None) -> None:
+    def __init__(self, work: Work, mesh: Mesh, gpu: Gpu | None = None) -> None:
         config = work.config
-        if gpu_memory is not None:  # whose kernels no stand-in has
+        for_rows, for_pages = config.model.attention, config.sampling.attention
+        if gpu is not None:  # whose kernels no stand-in has
             model = dataclasses.replace(config.model, attention="auto")
             config = dataclasses.replace(
                 config, model=model, sampling=dataclasses.replace(config.sampling, attention="auto")
@@ -112,8 +140,13 @@ class Programs:
         self.state = self.learner.template(self.policy)
         self.sampled = sampling_shapes(self.engine, self.policy)
         self._trained = trained
+        there: Any = mesh if gpu is None else gpu.mesh(mesh)
+        self.kernel: Kernel = choose_kernel(for_rows, there, self._arch, config.model.dtype)
+        page = page_tokens(config.sampling, there.devices.flat[0].platform)
+        of_pages = self.engine.programs.arch, page, config.model.dtype, config.sampling.kv_cache == "int8"
+        choose_page_kernel(for_pages, there, *of_pages)
         sizes = self.engine.programs.arch, config.model.dtype, mesh.shape["tensor"]
-        apart = gpu_memory is not None and apart_on_gpu(*sizes, gpu_memory)  # then they are copies
+        apart = gpu is not None and apart_on_gpu(*sizes, gpu.memory)  # then they are copies
         lies_right = lambda params: not apart and self.engine.lies_right(params)  # noqa: E731
         layout = self.learner.layout(config.grpo, work.longest)
         length = layout.rounded(layout.row_tokens)

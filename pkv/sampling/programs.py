@@ -84,6 +84,11 @@ class Segment(NamedTuple):
     active: Any
 
 
+def page_tokens(config: SamplingConfig, platform: str) -> int:
+    """Positions of a page of keys and values."""
+    return config.page_tokens or (64 if platform == "cpu" else 128)
+
+
 class Programs:
     """The compiled programs of one architecture on one mesh; `whole` is that of all hosts, where weights come from."""
 
@@ -94,7 +99,7 @@ class Programs:
         self._mesh, self._dtype, platform = mesh, jnp.dtype(dtype), mesh.devices.flat[0].platform
         self.form = form_of(self.arch, mesh, self._dtype)
         self.fixed = platform == "tpu"  # a stock keeps its size; elsewhere XLA copies what is read of a larger one
-        self.page = config.page_tokens or (64 if platform == "cpu" else 128)
+        self.page = page_tokens(config, platform)
         self._eight_bit = config.kv_cache == "int8"
         self._kernel = choose_page_kernel(config.attention, mesh, self.arch, self.page, self._dtype, self._eight_bit)
         self._banks = _banks(self.arch.kv_heads, mesh) if self.form == "by output" else 1
