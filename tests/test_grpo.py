@@ -538,6 +538,10 @@ def test_scanned_layers_whose_gradient_is_added_up_in_place_change_nothing(monke
     batches = pack(sequences(), layout(24, 4, rows_multiple=4, time_multiple=2))
     assert len(batches) > 1 and not trainer._unrolled
     assert_same(plain, change(trainer, batches))
+    weights = trainer.init(init_params(ARCH, jax.random.key(0))).params
+    gradient, _ = trainer.gradient(weights, batches, CLIPPED)
+    alike = jax.tree.map(lambda g, w: g.sharding.is_equivalent_to(w.sharding, w.ndim), gradient, weights)
+    assert jax.tree.all(alike), "where its weight lies, or the next micro-batch is another program"
 
 
 def test_a_micro_batchs_own_gradient_is_never_whole_where_layers_are_scanned(monkeypatch):

@@ -107,7 +107,7 @@ class Learner:
 
     def state_shardings(self, params: Params) -> TrainState:
         """Where every array of the state lies: moments beside their weights, scalars everywhere."""
-        weights = shardings(weight_axes(params, self._arch), params, self.mesh, TRAINING_RULES)
+        weights = self._places(params)
         shapes = {jax.tree_util.keystr(path): weight.shape for path, weight in jax.tree.leaves_with_path(params)}
         placed = {jax.tree_util.keystr(path): where for path, where in jax.tree.leaves_with_path(weights)}
 
@@ -286,13 +286,20 @@ class Learner:
             return means["loss"], means
 
         loss_of_micro, backward, means = cast(Any, jax.vjp(total, params, has_aux=True))
-        ones = jnp.ones_like(loss_of_micro)
+        ones, (gradient, means_before) = jnp.ones_like(loss_of_micro), sums
         if self._unrolled:  # in place would take no less memory then, and half as long again to compile
-            return jax.tree.map(jnp.add, sums, (backward(ones)[0], means))
-        # Into the sums, layer by layer as the backward pass goes: a micro-batch's own gradient is never whole.
-        gradient, sums_of_means = jax.tree.map(jax.new_ref, sums[0]), sums[1]
-        backward.with_refs(gradient)(ones)
-        return jax.tree.map(jax.freeze, gradient), jax.tree.map(jnp.add, sums_of_means, means)
+            gradient = jax.tree.map(jnp.add, gradient, backward(ones)[0])
+        else:  # layer by layer as the backward pass goes, in place: a micro-batch's own gradient is never whole
+            summed = jax.tree.map(jax.new_ref, gradient)
+            backward.with_refs(summed)(ones)
+            gradient = jax.tree.map(jax.freeze, summed)
+        # Where it was, or the next micro-batch would be another program.
+        gradient = jax.lax.with_sharding_constraint(gradient, self._places(params))
+        return gradient, jax.tree.map(jnp.add, means_before, means)
+
+    def _places(self, params: Params) -> Any:
+        """Where what is trained lies, and its gradient."""
+        return shardings(weight_axes(params, self._arch), params, self.mesh, TRAINING_RULES)
 
     def _apply_gradient(
         self, state: TrainState, gradient: Params, learning_rate: jax.Array, trained: jax.Array
