@@ -180,6 +180,19 @@ _scattered = _turned(STREAM_AXES, (TIME_AXIS,))
 _gathered = _turned((TIME_AXIS,), STREAM_AXES)
 
 
+def summed_apart(weight: jax.Array) -> jax.Array:
+    """The same array, whose gradient is summed over devices before it is put with those of other layers.
+
+    In a loop over layers XLA for TPUs takes it for something that only the loop's end needs, moves the sum over data
+    behind the loop, and makes the gradients of all layers whole for it.
+    """
+    return _summed_apart(weight) if jnp.issubdtype(weight.dtype, jnp.inexact) else weight
+
+
+_summed_apart = jax.custom_vjp(lambda weight: weight)
+_summed_apart.defvjp(lambda weight: (weight, None), lambda _, g: (jax.lax.optimization_barrier(g),))
+
+
 def by_heads(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Inside `jax.set_mesh`: from some positions of all heads on a device to all positions of some heads.
 

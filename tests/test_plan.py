@@ -19,7 +19,7 @@ from released_configs import QWEN25_14B
 
 from pkv import cli
 from pkv.cli.output import Output
-from pkv.config import UserError, load_config, parse_config
+from pkv.config import ModelConfig, OptimizerConfig, PolicyLoss, UserError, load_config, parse_config
 from pkv.grpo import Learner, reference_weights
 from pkv.mesh import AXES, fold, make_mesh, replicated
 from pkv.model import Arch, Kernel, freezer, init_adapters, init_params, join, param_shapes, split
@@ -411,6 +411,18 @@ def test_a_programs_memory_is_all_that_is_there_at_once_compiled_or_refused(gib,
     program = compile_program(task, wanted)
     assert program.fits == fits
     assert program.bytes_per_chip == pytest.approx(3 * gib * 2**30, rel=0.03)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("sizes", [{"data": 4}, {"data": 2, "fsdp": 2}])
+def test_sums_over_data_do_not_make_a_tpus_gradient_whole(sizes):
+    """Beside weights and sums there is less than half of the layers' gradient."""
+    arch = Arch(vocab_size=512, hidden=512, layers=24, heads=4, kv_heads=4, head_size=128, ffn=2048)
+    mesh = described_mesh(config_of(mesh={"fsdp": 1, "tensor": 1} | sizes), read_slice("v5e:2x2"))
+    trainer = Learner(arch, ModelConfig(dtype="bfloat16", remat="all", attention="xla"), OptimizerConfig(), mesh)
+    state = trainer.template(param_shapes(arch))
+    memory = trainer.lower(state, 4, 128, PolicyLoss())["gradient"].compile().memory_analysis()
+    assert memory.temp_size_in_bytes < bytes_on_chip(state.params["layers"]) / 2
 
 
 def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):

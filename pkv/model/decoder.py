@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pkv.mesh import by_heads, gathered, scattered
+from pkv.mesh import by_heads, gathered, scattered, summed_apart
 from pkv.model.arch import Arch
 from pkv.model.attention import attend
 from pkv.model.cache import Cache, Heads
@@ -102,6 +102,7 @@ def forward(
         # The stacked cache is carried and written in place; as scanned inputs and outputs it would be copied whole.
         def scanned(carry: tuple[jax.Array, Cache], step: tuple[Params, jax.Array, jax.Array]) -> tuple[Any, None]:
             (x_BTD, memory), (weights, index, local) = carry, step
+            weights = jax.tree.map(summed_apart, weights)
             return layer(x_BTD, weights, memory, index, local if told else local_layers[0]), None
 
         steps = (layers, jnp.arange(arch.layers), jnp.array(local_layers))

@@ -78,11 +78,11 @@ def compile_program(task: Task, wanted: Slice) -> Program:
 
 
 def temporary_bytes(memory: Any) -> float:
-    """What a program compiled for a TPU takes beside its arguments and results, from its `memory_analysis()`.
+    """What a program compiled for a TPU takes beside its arguments and results, at most, from its `memory_analysis()`.
 
-    `temp_size` can be gigabytes more than libtpu allots; what it refuses by is the peak, arguments and all.
+    `temp_size` can be gigabytes more than libtpu allots; what it refuses by is the peak, arguments and results and all.
     """
-    return (1 + HOLES) * min(memory.temp_size_in_bytes, memory.peak_memory_in_bytes - memory.argument_size_in_bytes)
+    return min(memory.temp_size_in_bytes, (1 + HOLES) * (memory.peak_memory_in_bytes - memory.argument_size_in_bytes))
 
 
 def refused_bytes(message: str, given: float) -> float | None:
