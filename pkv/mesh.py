@@ -183,8 +183,8 @@ _gathered = _turned((TIME_AXIS,), STREAM_AXES)
 def summed_apart(weight: jax.Array) -> jax.Array:
     """The same array, whose gradient is summed over devices before it is put with those of other layers.
 
-    In a loop over layers XLA for TPUs takes it for something that only the loop's end needs, moves the sum over data
-    behind the loop, and makes the gradients of all layers whole for it.
+    In a loop over layers XLA takes it for something that only the loop's end needs, moves the sum over data behind the
+    loop, and makes the gradients of all layers whole for it.
     """
     return _summed_apart(weight) if jnp.issubdtype(weight.dtype, jnp.inexact) else weight
 
