@@ -91,6 +91,8 @@ def forward(
         return attend(q, keys, values, positions_BT=positions_BT, local=local, **sight), memory
 
     def layer(x_BTD: jax.Array, weights: Params, memory: Cache, index: Any, local: Any) -> tuple[jax.Array, Cache]:
+        if remat != "none":  # where it isn't computed again, a frozen weight that went through this would be kept
+            weights = jax.tree.map(summed_apart, weights)
         x_BTD = checkpoint_name(x_BTD, STREAM)
         meeting = partial(meet, memory, index, local)
         return decoder_layer(x_BTD, weights, arch, _of_layer(rotations, local), meeting)
@@ -102,7 +104,6 @@ def forward(
         # The stacked cache is carried and written in place; as scanned inputs and outputs it would be copied whole.
         def scanned(carry: tuple[jax.Array, Cache], step: tuple[Params, jax.Array, jax.Array]) -> tuple[Any, None]:
             (x_BTD, memory), (weights, index, local) = carry, step
-            weights = jax.tree.map(summed_apart, weights)
             return layer(x_BTD, weights, memory, index, local if told else local_layers[0]), None
 
         steps = (layers, jnp.arange(arch.layers), jnp.array(local_layers))
