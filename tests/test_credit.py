@@ -67,7 +67,7 @@ def test_a_judge_is_not_paid_for_fighters_that_were_right_more_often():
     given = [group(values, right=[1, 1, 2, 2])]
     advantages = [s.advantages[3] for s in credited(given, {"judge_accuracy": 1.0}).sequences]
     np.testing.assert_allclose(advantages, [-0.5, 0.5, 0, 0])
-    advantages = [s.advantages[3] for s in credited(given, {"judge_accuracy": 1.0}, alike=False).sequences]
+    advantages = [s.advantages[3] for s in credited(given, {"judge_accuracy": 1.0}, judge_baseline="group").sequences]
     np.testing.assert_allclose(advantages, [-0.75, 0.25, 0.25, 0.25])
 
 
@@ -83,7 +83,7 @@ def test_the_name_in_the_winners_tag_is_paid_for_the_judges_accuracy():
 def test_a_group_differs_where_those_differ_that_are_compared():
     given = [group({"judge_accuracy": [0.0, 0.0, 1.0, 1.0]}, right=[1, 1, 2, 2])]
     assert not with_signal(given, {"judge_accuracy": 1.0}, GrpoConfig()).any()
-    assert with_signal(given, {"judge_accuracy": 1.0}, GrpoConfig(alike=False)).all()
+    assert with_signal(given, {"judge_accuracy": 1.0}, GrpoConfig(judge_baseline="group")).all()
 
 
 def test_a_total_leaves_out_whose_reward_failed_and_sums_what_there_is_of_one_that_does_not_apply():

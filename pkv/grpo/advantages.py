@@ -41,6 +41,34 @@ def advantages_by_reward(
     mean = (peers * values[..., None, :]).sum(axis=-1) / count
     centred = np.where(there, values - mean, 0.0)
     std = np.sqrt((peers * (values[..., None, :] - mean[..., :, None]) ** 2).sum(axis=-1) / count)
+    return _scaled(centred, std, count, scale, std_floor, baseline)
+
+
+def choice_advantages(
+    values_NJ: np.ndarray,
+    chosen_N: np.ndarray,
+    scale: Scale,
+    std_floor: float = 0.25,
+    baseline: Baseline = "mean",
+    rates_J: np.ndarray | None = None,
+) -> np.ndarray:
+    """Of N choices among J whose values are all known, each compared with the J that could have been made: float32 [N].
+
+    values_NJ: what every choice would have been worth there. chosen_N: which was made; -1, none of them, is worth 0.
+    A mean over all J doesn't depend on what was chosen, so it is a baseline (REINFORCE, Williams 1992, section 4) that
+    needs no other rollout that fared alike.
+    rates_J: taken off the values. With their means over N, always choosing the same gains nothing in sum: what is paid
+    is to see what is different here.
+    """
+    offered_NJ = values_NJ - (0.0 if rates_J is None else rates_J)
+    made_N = np.take_along_axis(offered_NJ, np.maximum(chosen_N, 0)[:, None], axis=1)[:, 0]
+    centred_N = np.where(chosen_N < 0, -values_NJ.mean(axis=1), made_N - offered_NJ.mean(axis=1))
+    return _scaled(centred_N, values_NJ.std(axis=1), values_NJ.shape[1], scale, std_floor, baseline)
+
+
+def _scaled(
+    centred: np.ndarray, std: np.ndarray, count: np.ndarray | int, scale: Scale, std_floor: float, baseline: Baseline
+) -> np.ndarray:
     if baseline == "leave_one_out":
         centred = centred * count / np.maximum(count - 1, 1)
     if scale == "std":

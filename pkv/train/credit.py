@@ -11,10 +11,11 @@ import numpy as np
 from pkv.config import GrpoConfig
 from pkv.grpo import Sequence as TrainingSequence
 from pkv.grpo import advantages_by_reward, token_advantages
-from pkv.grpo.advantages import groups_with_signal, soft_overlong, total_advantages, whiten
+from pkv.grpo.advantages import choice_advantages, groups_with_signal, soft_overlong, total_advantages, whiten
 from pkv.hosts import gather
 from pkv.records import FIGHTERS, OWNERS, Group, Scorecard
 
+JUDGED = "judge_accuracy"
 OVERLONG = "overlong"  # the punishment for coming near the budget, beside the rewards; all tokens own it
 
 
@@ -62,6 +63,9 @@ def assign_credit(
     else:
         alike_KPG = np.array([_alike(name, groups, config) for name in names])
         advantages_KPG = advantages_by_reward(values_KPG, config.scale, config.std_floor, config.baseline, alike_KPG)
+        if JUDGED in names and config.judge_baseline in ("names", "rates"):
+            at = names.index(JUDGED)
+            advantages_KPG[at] = _judged(groups, np.isfinite(values_KPG[at]), config)
     places = [(p, g) for p, group in enumerate(groups) for g in range(len(group.rollouts))]
     found: dict[tuple[int, int], np.ndarray] = {}
     for p, g in places:
@@ -117,12 +121,30 @@ def _failed(groups: Sequence[Group], names: Sequence[str]) -> np.ndarray:
 
 def _alike(name: str, groups: Sequence[Group], config: GrpoConfig) -> list[list[int]]:
     """With whom a rollout is compared: for the judge's accuracy, with those of whose fighters as many were right."""
-    by_fighters = config.alike and name == "judge_accuracy"
+    by_fighters = name == JUDGED and config.judge_baseline == "alike"
     return [[_right_fighters(card) if by_fighters else 0 for card in group.cards] for group in groups]
 
 
 def _right_fighters(card: Scorecard) -> int:
     return sum(bool(card.facts.get(f"right/{name}")) for name in FIGHTERS)
+
+
+def _judged(groups: Sequence[Group], valued_PG: np.ndarray, config: GrpoConfig) -> np.ndarray:
+    """The advantages of the judge's accuracy against the other names that it could have given: float32 [P, G]."""
+    cards = [groups[p].cards[g] for p, g in np.argwhere(valued_PG)]
+    right_NJ = np.array([[bool(card.facts[f"right/{name}"]) for name in FIGHTERS] for card in cards], float)
+    right_NJ = right_NJ.reshape(-1, len(FIGHTERS))
+    winners = [card.facts["winner"] for card in cards]
+    chosen_N = np.array([FIGHTERS.index(name) if name in FIGHTERS else -1 for name in winners], int)
+    rates_J = None
+    if config.judge_baseline == "rates":
+        total_J, count = (sum(of) for of in zip(*gather((right_NJ.sum(axis=0), len(cards))), strict=True))
+        rates_J = total_J / max(count, 1)
+    advantages_PG = np.zeros(valued_PG.shape, np.float32)
+    advantages_PG[valued_PG] = choice_advantages(
+        right_NJ, chosen_N, config.scale, config.std_floor, config.baseline, rates_J
+    )
+    return advantages_PG
 
 
 def _mean_by_owner(advantages_T: np.ndarray, token_owners: np.ndarray) -> dict[str, float]:
