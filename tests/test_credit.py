@@ -80,6 +80,40 @@ def test_the_name_in_the_winners_tag_is_paid_for_the_judges_accuracy():
     np.testing.assert_allclose(bad, -good)
 
 
+def judged(right: list[tuple[str, ...]], winners: list[str | None], **config) -> np.ndarray:
+    """The advantages of the judge's accuracy of one group, by whom the fighters' answers say to be right."""
+    named = list(zip(right, winners, strict=True))
+    values = [None if len(who) in (0, len(FIGHTERS)) else float(name in who) for who, name in named]
+    one = group({"judge_accuracy": values})
+    for card, (who, name) in zip(one.cards, named, strict=True):
+        card.facts.update({f"right/{fighter}": fighter in who for fighter in FIGHTERS}, winner=name)  # type: ignore[attr-defined]
+    found = credited([one], {"judge_accuracy": 1.0}, judge_baseline="rates", **config).sequences
+    return np.array([sequence.advantages[3] for sequence in found])
+
+
+def test_with_rates_a_judge_gains_by_what_it_sees_and_nothing_by_a_favourite():
+    pirate, knight, both = ("pirate",), ("knight",), ("pirate", "knight")
+    right = [pirate, pirate, pirate, knight, both, ("viking",), (), FIGHTERS]
+    for favourite in FIGHTERS:
+        for scale in ("none", "std", "floored_std"):
+            for baseline in ("mean", "leave_one_out"):
+                found = judged(right, [favourite] * len(right), scale=scale, baseline=baseline)
+                assert abs(found.sum()) < 1e-5, "whoever always names the same one gains nothing"
+    assert judged(right, [favourite] * len(right)).any(), "though a rollout is paid or punished"
+    sees = judged(right, ["pirate", "pirate", "pirate", "knight", "knight", "viking", None, "viking"])
+    assert (sees[:6] > 0).all() and not sees[6:].any(), "where the fighters agree nothing was judged"
+    assert sees[3] > sees[0], "to see that the one who is seldom right is right is worth more"
+    # By hand: rates 4/6, 2/6, 1/6; the pirate right, alone: 1 - 4/6 less the mean of (1/3, -1/3, -1/6).
+    np.testing.assert_allclose(sees[0], 1 / 3 - (1 / 3 - 1 / 3 - 1 / 6) / 3, rtol=1e-5)
+    assert (judged(right, [None] * len(right))[:6] < 0).all(), "to name nobody is never better than naming somebody"
+
+
+def test_with_rates_rollouts_need_nobody_who_fared_alike():
+    found = judged([("pirate",), ("knight",)], ["pirate", "knight"])
+    np.testing.assert_allclose(found, [0.5, 0.5])
+    assert not judged([("pirate",)], ["pirate"]).any(), "of a single rollout a favourite would do as well"
+
+
 def test_a_group_differs_where_those_differ_that_are_compared():
     given = [group({"judge_accuracy": [0.0, 0.0, 1.0, 1.0]}, right=[1, 1, 2, 2])]
     assert not with_signal(given, {"judge_accuracy": 1.0}, GrpoConfig()).any()

@@ -54,3 +54,15 @@ def test_naming_the_only_right_fighter_is_merit_and_no_bias(scorer):
 def test_always_wrong_fighters_show_a_bias_too(scorer):
     wrong = group(scorer, (1, 2, 3), ["viking"] * 3)
     assert summarise(measured([wrong]))["judge/position_bias"] == pytest.approx(2 / 3)
+
+
+def test_lift_is_what_a_judge_sees_and_not_whom_it_trusts(scorer):
+    """The knight is right three times of four: naming always him is right as often, and sees nothing."""
+    knights, pirates = group(scorer, (8, 7, 9), ["knight"] * 3), group(scorer, (7, 8, 9), ["knight"])
+    trusts = summarise(measured([knights, pirates]))
+    assert trusts["reward/judge_accuracy"] == 0.75 and trusts["judge/lift"] == pytest.approx(0)
+    sees = summarise(measured([knights, group(scorer, (7, 8, 9), ["pirate"])]))
+    assert sees["judge/lift"] == pytest.approx(1 - (0.75**2 + 0.25**2))
+    blind = summarise(measured([group(scorer, (8, 7, 9), ["pirate"]), group(scorer, (7, 8, 9), ["knight"])]))
+    assert blind["judge/lift"] == pytest.approx(-0.5)
+    assert "judge/lift" not in summarise(measured([group(scorer, (7, 7, 7), ["knight"])]))

@@ -164,8 +164,8 @@ class GrpoConfig:
     # with credit: sequence at mean 0 too.
     whiten: Literal["none", "tokens", "responses"] = "none"
     # What the judge's accuracy is compared with: its group; those of it with as many fighters right; all names that it
-    # could have given in the same trace; these, each less its fighter's rate of being right in the batch.
-    judge_baseline: Literal["group", "alike", "names", "rates"] = "alike"
+    # could have given there, each less its fighter's rate of being right in the batch, so that no favourite pays.
+    judge_baseline: Literal["group", "alike", "rates"] = "alike"
     signal: tuple[str, ...] = ()  # rewards or families of which one must differ within a group; none: any with weight
     refills: int = 0  # groups without signal are replaced by others, so many times a step at most
     one_step_off: bool = False  # a step's rollouts are sampled while those of the step before are still being scored

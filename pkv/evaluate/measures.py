@@ -18,7 +18,8 @@ from pkv.rewards import ScoringPool
 JUDGE = ("any_right", "majority_right", "right", "disagree", "gain")
 OVERLAPS = ("overlap/knight_pirate", "overlap/viking_pirate", "overlap/viking_knight")
 LENGTHS = tuple(f"length/{name}" for name in (*FIGHTERS, "result", "answer"))
-FACTS = ("winner", *OVERLAPS, *LENGTHS, *(f"judge/{name}" for name in JUDGE))
+RIGHT = tuple(f"right/{name}" for name in FIGHTERS)
+FACTS = ("winner", *RIGHT, *OVERLAPS, *LENGTHS, *(f"judge/{name}" for name in JUDGE))
 
 Row = Mapping[str, Any]  # of one rollout, from `measured`
 
@@ -85,6 +86,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     responses that ended by themselves. judge/*: see `rewards.judge.measure`; judge/winner_entropy: bits.
     judge/position_bias: how far the winners are from an even draw where merit doesn't tell the fighters apart, all of
     them being right or all wrong (total variation; 0 even, 2/3 always the same one).
+    judge/lift: how much more often the named fighter was right, where fighters disagree, than the same names would have
+    been if dealt out at random among those responses: what the judge sees, beyond whom it trusts.
     """
     facts = [row["facts"] for row in rows]
     found: dict[str, float | None] = {
@@ -108,6 +111,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         found[f"judge/winner_{name}"] = winners[name] / winners.total() if winners else None
     found["judge/winner_entropy"] = _entropy(winners)
     found["judge/position_bias"] = _position_bias([fact for fact in facts if fact["judge/disagree"] is False])
+    found["judge/lift"] = _lift([fact for fact in facts if fact["judge/disagree"] and fact["winner"]])
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -134,3 +138,12 @@ def _position_bias(facts: Sequence[Row]) -> float | None:
     winners = _winners(facts)
     total = winners.total()
     return sum(abs(winners[name] / total - 1 / len(FIGHTERS)) for name in FIGHTERS) / 2 if total else None
+
+
+def _lift(facts: Sequence[Row]) -> float | None:
+    if not facts:
+        return None
+    winners = _winners(facts)
+    rates = {name: sum(bool(fact[f"right/{name}"]) for fact in facts) / len(facts) for name in FIGHTERS}
+    by_chance = sum(winners[name] / len(facts) * rates[name] for name in FIGHTERS)
+    return sum(bool(fact["judge/right"]) for fact in facts) / len(facts) - by_chance

@@ -47,10 +47,10 @@ def advantages_by_reward(
 def choice_advantages(
     values_NJ: np.ndarray,
     chosen_N: np.ndarray,
+    rates_J: np.ndarray,
     scale: Scale,
     std_floor: float = 0.25,
     baseline: Baseline = "mean",
-    rates_J: np.ndarray | None = None,
 ) -> np.ndarray:
     """Of N choices among J whose values are all known, each compared with the J that could have been made: float32 [N].
 
@@ -60,7 +60,7 @@ def choice_advantages(
     rates_J: taken off the values. With their means over N, always choosing the same gains nothing in sum: what is paid
     is to see what is different here.
     """
-    offered_NJ = values_NJ - (0.0 if rates_J is None else rates_J)
+    offered_NJ = values_NJ - rates_J
     made_N = np.take_along_axis(offered_NJ, np.maximum(chosen_N, 0)[:, None], axis=1)[:, 0]
     centred_N = np.where(chosen_N < 0, -values_NJ.mean(axis=1), made_N - offered_NJ.mean(axis=1))
     return _scaled(centred_N, values_NJ.std(axis=1), values_NJ.shape[1], scale, std_floor, baseline)

@@ -63,7 +63,7 @@ def assign_credit(
     else:
         alike_KPG = np.array([_alike(name, groups, config) for name in names])
         advantages_KPG = advantages_by_reward(values_KPG, config.scale, config.std_floor, config.baseline, alike_KPG)
-        if JUDGED in names and config.judge_baseline in ("names", "rates"):
+        if config.judge_baseline == "rates" and JUDGED in names:
             at = names.index(JUDGED)
             advantages_KPG[at] = _judged(groups, np.isfinite(values_KPG[at]), config)
     places = [(p, g) for p, group in enumerate(groups) for g in range(len(group.rollouts))]
@@ -99,9 +99,15 @@ def with_signal(groups: Sequence[Group], weights: Mapping[str, float], config: G
     Nearly every group differs in some reward that is a matter of degree, such as length: whoever wants groups without
     anything to learn left out names what is to be learnt.
     """
-    names = config.signal or [name for name, weight in weights.items() if weight]
+    names = list(config.signal) or [name for name, weight in weights.items() if weight]
+    values_KPG = _values(groups, names)
+    if config.combine == "total":
+        return groups_with_signal(values_KPG)
     alike_KPG = np.array([_alike(name, groups, config) for name in names])
-    return groups_with_signal(_values(groups, names), alike_KPG if config.combine == "rewards" else None)
+    signal_P = groups_with_signal(values_KPG, alike_KPG)
+    if config.judge_baseline == "rates" and JUDGED in names:  # wherever fighters disagree, for names are compared there
+        signal_P |= np.isfinite(values_KPG[names.index(JUDGED)]).any(axis=1)
+    return signal_P
 
 
 def _values(groups: Sequence[Group], names: Sequence[str]) -> np.ndarray:
@@ -136,15 +142,13 @@ def _judged(groups: Sequence[Group], valued_PG: np.ndarray, config: GrpoConfig) 
     right_NJ = right_NJ.reshape(-1, len(FIGHTERS))
     winners = [card.facts["winner"] for card in cards]
     chosen_N = np.array([FIGHTERS.index(name) if name in FIGHTERS else -1 for name in winners], int)
-    rates_J = None
-    if config.judge_baseline == "rates":
-        total_J, count = (sum(of) for of in zip(*gather((right_NJ.sum(axis=0), len(cards))), strict=True))
-        rates_J = total_J / max(count, 1)
-    advantages_PG = np.zeros(valued_PG.shape, np.float32)
-    advantages_PG[valued_PG] = choice_advantages(
-        right_NJ, chosen_N, config.scale, config.std_floor, config.baseline, rates_J
+    *right_J, count = np.sum(gather([*right_NJ.sum(axis=0).tolist(), len(cards)]), axis=0)
+    rates_J = np.array(right_J) / max(count, 1)
+    found_PG = np.zeros(valued_PG.shape, np.float32)
+    found_PG[valued_PG] = choice_advantages(
+        right_NJ, chosen_N, rates_J, config.scale, config.std_floor, config.baseline
     )
-    return advantages_PG
+    return found_PG
 
 
 def _mean_by_owner(advantages_T: np.ndarray, token_owners: np.ndarray) -> dict[str, float]:
