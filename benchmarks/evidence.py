@@ -109,7 +109,8 @@ def evaluation(out: Path, name: str, seed: int, which: str) -> dict[str, float] 
 def row(name: str, found: list[dict[str, float] | None]) -> str:
     cells = []
     for form, factor, keys in SHOWN.values():
-        values = [factor * statistics.mean(one[key] for key in keys) for one in found if one is not None]
+        there = [one for one in found if one is not None and one.keys() >= set(keys)]  # an older run may lack a measure
+        values = [factor * statistics.mean(one[key] for key in keys) for one in there]
         cells.append(", ".join(map(form.format, values)))
     return f"| {name} | " + " | ".join(cells) + " |"
 
