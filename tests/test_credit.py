@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,6 +113,19 @@ def test_with_rates_rollouts_need_nobody_who_fared_alike():
     found = judged([("pirate",), ("knight",)], ["pirate", "knight"])
     np.testing.assert_allclose(found, [0.5, 0.5])
     assert not judged([("pirate",)], ["pirate"]).any(), "of a single rollout a favourite would do as well"
+
+
+def test_rates_are_those_of_all_hosts(monkeypatch):
+    right = [("pirate",), ("pirate", "viking"), ("knight",), ("pirate",)]
+    winners: list[str | None] = ["pirate", "viking", "pirate", None]
+    together, said = judged(right, winners), []
+    halves = [(right[:1], winners[:1]), (right[1:], winners[1:])]
+    monkeypatch.setattr("pkv.train.credit.gather", lambda own: said.append(json.dumps(own)) or [own])
+    for half in halves:
+        judged(*half)
+    assert len(said) == 2, "every host speaks once"
+    monkeypatch.setattr("pkv.train.credit.gather", lambda own: [json.loads(one) for one in said])
+    np.testing.assert_allclose(np.concatenate([judged(*half) for half in halves]), together, rtol=1e-6)
 
 
 def test_a_group_differs_where_those_differ_that_are_compared():
