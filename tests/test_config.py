@@ -64,10 +64,6 @@ def test_an_empty_file_is_the_defaults(tmp_path):
         ("sampling: {temperature: .nan}", r"sampling\.temperature: expected at most"),
         ("optimizer: {name: muon, moments: float8}", r"optimizer\.moments: float8 is for adamw"),
         ("grpo: {combine: total}", r"grpo\.combine: a total has no owner"),
-        (
-            "grpo: {combine: total, credit: sequence, judge_baseline: rates}",
-            r"grpo\.judge_baseline: rates is for each reward by itself; expected alike",
-        ),
         ("grpo: {refills: 2}", r"grpo\.refills: nearly every group differs"),
         ("grpo: {loss: {reject: 0.9}}", r"grpo\.loss\.reject: expected 0 \(off\) or more than 1"),
         ("grpo: {loss: {dual_clip: 1.0}}", r"grpo\.loss\.dual_clip: expected 0"),

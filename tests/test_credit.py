@@ -106,7 +106,23 @@ def test_with_rates_a_judge_gains_by_what_it_sees_and_nothing_by_a_favourite():
     assert sees[3] > sees[0], "to see that the one who is seldom right is right is worth more"
     # By hand: rates 4/6, 2/6, 1/6; the pirate right, alone: 1 - 4/6 less the mean of (1/3, -1/3, -1/6).
     np.testing.assert_allclose(sees[0], 1 / 3 - (1 / 3 - 1 / 3 - 1 / 6) / 3, rtol=1e-5)
-    assert (judged(right, [None] * len(right))[:6] < 0).all(), "to name nobody is never better than naming somebody"
+    nobody = judged(right, [None] * len(right))[:6]
+    named = [judged(right, [name] * len(right))[:6] for name in FIGHTERS]
+    assert (nobody < 0).all() and (nobody <= np.min(named, axis=0) + 1e-6).all(), "naming nobody is never better"
+
+
+def test_a_favourite_gains_nothing_by_what_is_left_out():
+    """Groups without a signal and truncated rollouts are not trained on: a rate that counts them is no baseline."""
+    right = [["pirate"], ["pirate"], ["knight"], ["viking"]]
+    given = []
+    for answers, finish in (([1.0, 1.0, 1.0, 1.0], None), ([1.0, 0.0, 0.0, 0.0], ["length", *["stop"] * 3])):
+        one = group({"correctness": answers, "judge_accuracy": [1.0, 1.0, 0.0, 0.0]}, finish=finish)
+        for card, who in zip(one.cards, right, strict=True):
+            card.facts.update({f"right/{name}": name in who for name in FIGHTERS}, winner="pirate")  # type: ignore[attr-defined]
+        given.append(one)
+    how = {"judge_baseline": "rates", "signal": ("correctness",), "mask_truncated": True}
+    found = [sequence.advantages[3] for sequence in credited(given, {"judge_accuracy": 1.0}, **how).sequences]
+    assert len(found) == 3 and abs(sum(found)) < 1e-6 and any(found)
 
 
 def test_with_rates_rollouts_need_nobody_who_fared_alike():

@@ -365,6 +365,21 @@ def test_a_share_of_the_whole_trace_names_a_reward_or_a_family(config_file):
         shares("{format: 2}")
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--grpo.whole_trace", "{judge: 0.5}"),
+        ("--grpo.credit", "sequence"),
+        ("--grpo.credit", "sequence", "--grpo.combine", "total"),
+    ],
+)
+def test_a_fighter_is_never_paid_for_rivals_that_err(config_file, flags):
+    """With rates a name is worth more, the fewer others were right there: that is the judge's only."""
+    stages(load_config(config_file, ["--grpo.judge_baseline", "rates"]))
+    with pytest.raises(UserError, match=r"grpo\.judge_baseline: rates is for the judge's own tokens; expected credit"):
+        stages(load_config(config_file, ["--grpo.judge_baseline", "rates", *flags]))
+
+
 def test_every_round_says_what_can_be_earned(config_file, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(

@@ -110,8 +110,6 @@ def _check_grpo(config: Config) -> None:
         raise ConfigError(f"optimizer.moments: {config.optimizer.moments} is for adamw; muon keeps its own in float32")
     if grpo.combine == "total" and grpo.credit == "block":
         raise ConfigError("grpo.combine: a total has no owner; expected rewards, or total with credit: sequence")
-    if grpo.combine == "total" and grpo.judge_baseline == "rates":
-        raise ConfigError("grpo.judge_baseline: rates is for each reward by itself; expected alike with combine: total")
     if grpo.refills and not grpo.signal:
         raise ConfigError(
             "grpo.refills: nearly every group differs in some reward; name those that must in grpo.signal"

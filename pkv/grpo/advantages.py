@@ -54,7 +54,7 @@ def choice_advantages(
 ) -> np.ndarray:
     """Of N choices among J whose values are all known, each compared with the J that could have been made: float32 [N].
 
-    values_NJ: what every choice would have been worth there. chosen_N: which was made; -1, none of them, is worth 0.
+    values_NJ: what every choice would have been worth there. chosen_N: which was made; -1: none, as bad as the worst.
     A mean over all J doesn't depend on what was chosen, so it is a baseline (REINFORCE, Williams 1992, section 4) that
     needs no other rollout that fared alike.
     rates_J: taken off the values. With their means over N, always choosing the same gains nothing in sum: what is paid
@@ -62,8 +62,10 @@ def choice_advantages(
     """
     offered_NJ = values_NJ - rates_J
     made_N = np.take_along_axis(offered_NJ, np.maximum(chosen_N, 0)[:, None], axis=1)[:, 0]
-    centred_N = np.where(chosen_N < 0, -values_NJ.mean(axis=1), made_N - offered_NJ.mean(axis=1))
-    return _scaled(centred_N, values_NJ.std(axis=1), values_NJ.shape[1], scale, std_floor, baseline)
+    made_N = np.where(chosen_N < 0, offered_NJ.min(axis=1), made_N)
+    return _scaled(
+        made_N - offered_NJ.mean(axis=1), values_NJ.std(axis=1), values_NJ.shape[1], scale, std_floor, baseline
+    )
 
 
 def _scaled(

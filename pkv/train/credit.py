@@ -54,7 +54,9 @@ def assign_credit(
         values_KPG = np.concatenate((values_KPG, punishment_PG[None]))
         weights_K, whole_K = np.append(weights_K, config.overlong_weight), np.append(whole_K, 1.0)
         names, owners = [*names, OVERLONG], [*owners, "trace"]
+    finishes_PG = np.array([[rollout.finish for rollout in group.rollouts] for group in groups])
     signal_P = with_signal(groups, weights, config)
+    trained_PG = signal_P[:, None] & ~(config.mask_truncated & (finishes_PG == "length"))
     if config.combine == "total":
         values_KPG[:, _failed(groups, names)] = np.nan  # a sum without it would make it a silent 0
         scaled = config.scale, config.std_floor, config.baseline
@@ -65,14 +67,12 @@ def assign_credit(
         advantages_KPG = advantages_by_reward(values_KPG, config.scale, config.std_floor, config.baseline, alike_KPG)
         if config.judge_baseline == "rates" and JUDGED in names:
             at = names.index(JUDGED)
-            advantages_KPG[at] = _judged(groups, np.isfinite(values_KPG[at]), config)
-    places = [(p, g) for p, group in enumerate(groups) for g in range(len(group.rollouts))]
+            advantages_KPG[at] = _judged(groups, trained_PG & np.isfinite(values_KPG[at]), config)
+    trained = [(int(p), int(g)) for p, g in np.argwhere(trained_PG)]
     found: dict[tuple[int, int], np.ndarray] = {}
-    for p, g in places:
+    for p, g in trained:
         owners_KT = np.array([groups[p].traces[g].owner_mask(owner) for owner in owners])
         found[p, g] = token_advantages(advantages_KPG[:, p, g], weights_K, owners_KT, whole_K)
-    masked = {at for at in places if config.mask_truncated and groups[at[0]].rollouts[at[1]].finish == "length"}
-    trained = [(p, g) for p, g in places if signal_P[p] and (p, g) not in masked]
     sequences = [_sequence(groups[p], g, found[p, g]) for p, g in trained]
     if config.whiten != "none":
         centre = config.credit == "sequence"
@@ -99,12 +99,10 @@ def with_signal(groups: Sequence[Group], weights: Mapping[str, float], config: G
     Nearly every group differs in some reward that is a matter of degree, such as length: whoever wants groups without
     anything to learn left out names what is to be learnt.
     """
-    names = list(config.signal) or [name for name, weight in weights.items() if weight]
+    names = config.signal or [name for name, weight in weights.items() if weight]
     values_KPG = _values(groups, names)
-    if config.combine == "total":
-        return groups_with_signal(values_KPG)
     alike_KPG = np.array([_alike(name, groups, config) for name in names])
-    signal_P = groups_with_signal(values_KPG, alike_KPG)
+    signal_P = groups_with_signal(values_KPG, alike_KPG if config.combine == "rewards" else None)
     if config.judge_baseline == "rates" and JUDGED in names:  # wherever fighters disagree, for names are compared there
         signal_P |= np.isfinite(values_KPG[names.index(JUDGED)]).any(axis=1)
     return signal_P
@@ -135,19 +133,20 @@ def _right_fighters(card: Scorecard) -> int:
     return sum(bool(card.facts.get(f"right/{name}")) for name in FIGHTERS)
 
 
-def _judged(groups: Sequence[Group], valued_PG: np.ndarray, config: GrpoConfig) -> np.ndarray:
-    """The advantages of the judge's accuracy against the other names that it could have given: float32 [P, G]."""
-    cards = [groups[p].cards[g] for p, g in np.argwhere(valued_PG)]
+def _judged(groups: Sequence[Group], there_PG: np.ndarray, config: GrpoConfig) -> np.ndarray:
+    """The advantages of the judge's accuracy against the other names that it could have given: float32 [P, G].
+
+    there_PG: what has a value and is trained on; rates are of no others, or a favourite would gain by those left out.
+    """
+    cards = [groups[p].cards[g] for p, g in np.argwhere(there_PG)]
     right_NJ = np.array([[bool(card.facts[f"right/{name}"]) for name in FIGHTERS] for card in cards], float)
     right_NJ = right_NJ.reshape(-1, len(FIGHTERS))
     winners = [card.facts["winner"] for card in cards]
     chosen_N = np.array([FIGHTERS.index(name) if name in FIGHTERS else -1 for name in winners], int)
     *right_J, count = np.sum(gather([*right_NJ.sum(axis=0).tolist(), len(cards)]), axis=0)
     rates_J = np.array(right_J) / max(count, 1)
-    found_PG = np.zeros(valued_PG.shape, np.float32)
-    found_PG[valued_PG] = choice_advantages(
-        right_NJ, chosen_N, rates_J, config.scale, config.std_floor, config.baseline
-    )
+    found_PG = np.zeros(there_PG.shape, np.float32)
+    found_PG[there_PG] = choice_advantages(right_NJ, chosen_N, rates_J, config.scale, config.std_floor, config.baseline)
     return found_PG
 
 

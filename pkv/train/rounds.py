@@ -109,7 +109,14 @@ def _whole_trace(config: Config, user: Sequence[str]) -> dict[str, float]:
     for name, share in shares.items():
         if not 0.0 <= share <= 1.0:
             raise UserError(f"grpo.whole_trace.{name}: expected a share from 0 to 1, got {share:g}")
-    return dict.fromkeys(shares, 1.0) if config.grpo.credit == "sequence" else shares
+    if config.grpo.credit == "sequence":
+        shares = dict.fromkeys(shares, 1.0)
+    if config.grpo.judge_baseline == "rates" and shares["judge_accuracy"]:  # a fighter would be paid for rivals' errors
+        raise UserError(
+            "grpo.judge_baseline: rates is for the judge's own tokens; expected credit: block, and no judge_accuracy "
+            "in grpo.whole_trace"
+        )
+    return shares
 
 
 def check_requirement(round_: RoundConfig, evaluations: Sequence[Mapping[str, Any]]) -> None:
