@@ -274,6 +274,22 @@ def test_a_demonstration_ends_as_the_template_ends_an_answer(config_file, tmp_pa
     assert policy.tokenizer.stop_ids == (0, 2) and all(one.response[-1] == 2 for one in said)
 
 
+def test_a_demonstration_longer_than_a_row_is_drawn_anew(config_file):
+    """One of many thousands: a run must not end for it, in the middle of its warm-up."""
+    tokenizer = Tokenizer.load(config_file.parent / "model")
+    policy, chosen = SimpleNamespace(system="Compete.", tokenizer=tokenizer), problems("train", 20)
+    drawn = lambda row: demonstrations(  # noqa: E731
+        load_config(config_file, ["--warmup.demonstrations=40", f"--grpo.row_tokens={row}"]), 0, chosen, policy
+    )
+    sizes = [one.size for one in drawn(100_000)]
+    most = int(np.quantile(sizes, 0.9))
+    fitting = [one.size for one in drawn(most)]
+    assert max(sizes) > most >= max(fitting) and len(fitting) == 40
+    assert fitting[0] == sizes[0] or sizes[0] > most  # what fits is what it was
+    with pytest.raises(UserError, match=r"^grpo.row_tokens: 100 is too short for a demonstration, .*: raise it$"):
+        drawn(100)
+
+
 def test_a_lora_run_is_a_model_though_its_checkpoints_hold_adapters_only(whole_lora, config_file):
     config = load_config(config_file, LORA)
     manifest = checkpoint.verify(whole_lora / "checkpoints", 5)

@@ -14,23 +14,37 @@ from pkv.grpo import Sequence as TrainingSequence
 from pkv.records import Problem
 from pkv.train.demonstrations import can_demonstrate, demonstrate
 
+MOST_DRAWS = 20  # of one problem's demonstration
+
 
 def demonstrations(config: Config, step: int, problems: Sequence[Problem], policy: Policy) -> list[TrainingSequence]:
-    """The demonstrations of one warm-up step, a function of seed and step only. Raises UserError."""
+    """The demonstrations of one warm-up step, a function of seed and step only. Raises UserError.
+
+    One that is too long for a row, which is rare, is drawn anew.
+    """
     draw = random.Random(f"{config.seed}/warm-up/{step}")
     solvable = [problem for problem in problems if can_demonstrate(problem)]
     if not solvable:
         raise UserError(
             f"warmup.steps: competitions can be written for arithmetic problems only, not {config.data.train}"
         )
-    sequences = []
-    for problem in draw.choices(solvable, k=config.warmup.demonstrations):
+    chosen = draw.choices(solvable, k=config.warmup.demonstrations)
+    return [_fitting(problem, draw, config, policy) for problem in chosen]
+
+
+def _fitting(problem: Problem, draw: random.Random, config: Config, policy: Policy) -> TrainingSequence:
+    prompt = render(policy.tokenizer, problem.question, policy.system)
+    for _ in range(MOST_DRAWS):
         response = policy.tokenizer.encode(demonstrate(problem, draw, config.warmup))
         response = np.append(response, policy.tokenizer.turn_end).astype(np.int32)
-        prompt = render(policy.tokenizer, problem.question, policy.system)
         ones = np.ones(len(response), np.float32)
-        sequences.append(TrainingSequence(prompt, response, ones, np.zeros_like(ones)))
-    return sequences
+        sequence = TrainingSequence(prompt, response, ones, np.zeros_like(ones))
+        if sequence.size <= config.grpo.row_tokens:
+            return sequence
+    raise UserError(
+        f"grpo.row_tokens: {config.grpo.row_tokens} is too short for a demonstration, the last of {MOST_DRAWS} of one "
+        f"problem has {sequence.size} tokens with its prompt: raise it"
+    )
 
 
 def warmup_learning_rate(config: Config, step: int) -> float:
