@@ -28,7 +28,7 @@ from pkv.mesh import BATCH_AXES, make_mesh
 from pkv.model import Arch, Params, join, split
 from pkv.model.arithmetic import update_flops
 from pkv.rates import matrix_tflops, read_gbs
-from pkv.sampling import Completion, Engine, Request, WarmUp, device_bytes, row_keys
+from pkv.sampling import Completion, Engine, Request, compile_ahead, device_bytes, row_keys
 from pkv.tracking import Clock, Progress
 from pkv.train.journal import device_peaks_gb, peak_memory_gb
 
@@ -170,8 +170,7 @@ def sampling_run(task: Task) -> Job:
     engine = Engine(arch, config.sampling, policy.tokenizer.stop_ids, mesh, config.model.dtype)
     weights, requests = engine.load(policy.params), draw_requests(task, draw_prompts(task, policy.tokenizer))
     del policy  # its weights are another copy
-    if jax.default_backend() != "cpu":  # where programs are many, and each takes long: beside each other
-        WarmUp(engine)(weights, requests)
+    compile_ahead(engine, weights, requests)
 
     def run(clock: Clock) -> list[int]:
         with clock("sample"):

@@ -16,10 +16,13 @@ from tiny_sampling import ARCH, CONFIG, MESHES, PARAMS, STOPS, assert_same, one_
 from pkv.competition import Tokenizer, train_tokenizer
 from pkv.competition.watch import stop_strings
 from pkv.config import LoraConfig, MeshConfig
+from pkv.evaluate.measures import policy_kl
+from pkv.grpo import Sequence, pack
+from pkv.grpo.packing import Layout
 from pkv.mesh import make_mesh
 from pkv.model import forward, freezer, init_adapters, init_params, join, load_params, logits, read_arch
 from pkv.model.pages import WRITING
-from pkv.records import Verdict
+from pkv.records import Rollout, Verdict
 from pkv.sampling import Engine, Request, row_keys
 from pkv.sampling.laying import form_of
 
@@ -239,6 +242,27 @@ def test_what_all_prompts_begin_with_is_prefilled_once(monkeypatch, stacked):
     assert lengths.count(32) == 2 and set(lengths) == {32, 64}, "whole pages of 16 once a mesh; the rest, padded"
 
 
+def test_a_prompt_by_itself_reads_what_all_prompts_begin_with_if_that_is_known(monkeypatch):
+    """As refills do: with no programs of their own, and the same tokens."""
+    head = np.random.default_rng(1).integers(10, 200, 40).astype(np.int32)
+    asked = [dataclasses.replace(one, prompt=np.concatenate([head, one.prompt])) for one in requests()]
+    engine, lengths = Engine(ARCH, CONFIG, STOPS, one_device(), beginning=head), []
+    prefix = engine.programs.prefix
+
+    def seen(weights, tokens):
+        lengths.append(len(tokens))
+        return prefix(weights, tokens)
+
+    monkeypatch.setattr(engine.programs, "prefix", seen)
+    weights = engine.load(PARAMS)
+    together = {(c.request, c.sample): c for c in engine.sample(weights, asked)}
+    for number, one in enumerate(asked):
+        assert_same(run(asked=[one]), alone := {(0, c.sample): c for c in engine.sample(weights, [one])})
+        assert_same(alone, {(0, s): c for (r, s), c in together.items() if r == number})
+    assert lengths == [32] * 4
+    assert list(engine.sample(weights, [])) == []
+
+
 @pytest.mark.parametrize("chunk", [16, 48])
 def test_prefill_in_chunks_changes_nothing(monkeypatch, chunk):
     asked = [dataclasses.replace(one, prompt=np.tile(one.prompt, 9)) for one in requests()]
@@ -296,6 +320,24 @@ def test_a_watch_cuts_forces_and_ends(segment, mesh):
         assert heard[done.request, done.sample] == done.tokens.tolist()
         exact = logprobs_by_forward(asked[done.request].prompt, done.tokens)
         np.testing.assert_allclose(done.policy_logprobs, exact, atol=1e-4)
+
+
+def test_what_the_filters_would_not_have_drawn_can_be_forced_and_trained_beside():
+    """Its log-probability is -inf, which no number that the trainer or a log sees may come from."""
+    asked = [dataclasses.replace(one, watch=Script, max_new_tokens=20) for one in requests()]
+    rollouts, packed = [], []
+    for done in run(dataclasses.replace(CONFIG, top_k=2), asked).values():
+        np.testing.assert_array_equal(np.isneginf(done.logprobs), done.forced & np.isneginf(done.logprobs))
+        rollouts.append(Rollout("p", 0, done.tokens, done.logprobs, done.policy_logprobs, "stop", forced=done.forced))
+        ones = np.ones(len(done.tokens), np.float32)
+        packed.append(Sequence(asked[done.request].prompt, done.tokens, ones, done.logprobs, done.forced))
+    assert any(np.isneginf(one.logprobs).any() for one in rollouts), "the case must show it"
+    for batch in pack(packed, Layout(64, 4)):
+        assert all(np.isfinite(array).all() for array in vars(batch).values())
+        assert batch.mask.sum() > 0
+    assert all(np.isfinite(policy_kl(one)) for one in rollouts)
+    nothing = dataclasses.replace(rollouts[0], forced=np.ones(len(rollouts[0].tokens), bool))
+    assert policy_kl(nothing) is None
 
 
 @pytest.mark.parametrize("segment", [1, 4, 32])

@@ -13,7 +13,7 @@ from tiny_sampling import ARCH, CONFIG, MESHES, PARAMS, STOPS, assert_same, one_
 
 from pkv.config import UserError
 from pkv.mesh import make_mesh
-from pkv.sampling import Engine, Request, WarmUp, rehearse, row_keys
+from pkv.sampling import Engine, Request, WarmUp, compile_ahead, rehearse, row_keys
 from pkv.sampling.rehearsal import Call, Rehearsal
 from pkv.sampling.schedule import Schedule
 
@@ -272,6 +272,20 @@ def test_after_a_warm_up_rollouts_to_the_end_of_their_budget_compile_nothing(mes
     from_the_host = engine.programs.restore._cache_size()  # of rows that come back: what is left to compile then
     assert engine.compilations - before == from_the_host
     assert warm_up(weights, asked) == 0
+
+
+def test_commands_compile_ahead_where_compiling_takes_long(monkeypatch):
+    engine = Engine(ARCH, CONFIG, (), one_device())
+    weights, asked = engine.load(PARAMS), requests()
+    before = engine.compilations
+    compile_ahead(engine, weights, asked)
+    assert engine.compilations == before, "a CPU has each program when it comes"
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    compile_ahead(engine, weights, asked)
+    ahead = engine.compilations
+    assert ahead > before
+    list(engine.sample(weights, asked))
+    assert engine.compilations == ahead
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -29,6 +30,7 @@ from pkv.mesh import make_mesh
 from pkv.model import read_config, split
 from pkv.records import Prompt, Rollout
 from pkv.rewards import ScoringPool
+from pkv.sampling import rehearse
 from pkv.train import loop
 from pkv.train.interrupts import stop_requests
 from pkv.train.journal import check_stepped
@@ -76,6 +78,23 @@ def test_rollouts_and_evaluations_of_a_stage_are_compiled_before_it(config_file,
     with ScoringPool(first.weights, first.length_optimum, setup.config.rewards) as scoring:
         loop.measure(setup, run, state, first, scoring, "before first")
     assert setup.heldout_engine.compilations == measuring
+
+
+def test_a_rounds_refills_are_compiled_before_it_too(config_file, tmp_path):
+    """However many groups lack a signal; what all prompts begin with is as long for one prompt as for all."""
+    flags = ["--grpo.refills=1", '--grpo.signal=["correctness"]', "--grpo.prompts=4"]
+    setup, asked = build(load_config(config_file, flags)), []
+    run, state = open_training(setup, tmp_path / "run", fresh=False)
+    listening = {engine: lambda _, requests: asked.append(requests) for engine in (setup.engine, setup.heldout_engine)}
+    _, first, _ = stages(setup.config)
+    dataclasses.replace(setup, compile_ahead=listening).warm_up(state, first, 2)
+    assert [len(requests) for requests in asked] == [4, len(setup.heldout), 2, 1]
+    beginnings = {
+        next(call.arguments[0].shape for call in rehearse(setup.engine, requests) if call.name == "prefix")
+        for requests in asked
+    }
+    assert len(beginnings) == 1
+    run.close()
 
 
 def test_a_run_leaves_what_the_contract_says(whole):

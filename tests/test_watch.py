@@ -221,6 +221,20 @@ def test_of_two_stop_strings_in_a_piece_the_one_that_is_whole_first_counts(bytel
     assert done and bytelevel.decode(row) == "a 24"
 
 
+def test_a_stop_string_that_spells_a_control_token_is_that_token_too(bytelevel):
+    """As people give <|im_end|>: in the text that stop strings are found in, such a token has no characters."""
+    (spelling, number), *_ = bytelevel.control_ids.items()
+    before = tokens_of(bytelevel, [tuple("a 24")])
+    for size in (1, 50):
+        row, _, done = roll(stop_strings(bytelevel, ["nope", spelling])(), [*before, number, 5], [size])
+        assert done and row == [*before, number]
+        row, _, done = roll(stop_strings(bytelevel, [spelling, "4"])(), [*before, number, 5], [size])
+        assert done and row == before, "what comes first counts"
+        spelled = [*before, *bytelevel.encode_inside(spelling).tolist(), 5]
+        row, _, done = roll(stop_strings(bytelevel, [spelling])(), spelled, [size])
+        assert done and bytelevel.decode(row) == "a 24" + spelling
+
+
 @pytest.mark.parametrize("strings", [[""], ["a", ""], ["\ufffd"]])
 def test_a_stop_string_without_text_is_the_users_mistake(bytelevel, strings):
     with pytest.raises(UserError, match="stop string"):

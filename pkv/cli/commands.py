@@ -68,9 +68,11 @@ class Eval:
 
         problems = open_source(self.data, self.limit)
         from pkv.config import RewardConfig, RoundConfig
-        from pkv.evaluate import evaluate, render_prompts
+        from pkv.evaluate import evaluate, render_prompts, requests_for
         from pkv.evaluate.answering import open_model
+        from pkv.hosts import share
         from pkv.rewards import DEFAULT_WEIGHTS, ScoringPool
+        from pkv.sampling import compile_ahead
         from pkv.tracking import Progress
 
         with ScoringPool(DEFAULT_WEIGHTS, RoundConfig().length_optimum, RewardConfig()) as scoring:
@@ -78,9 +80,12 @@ class Eval:
             prompts = render_prompts(responder.source.tokenizer, problems, responder.system)
             longest = max(len(prompt.tokens) for prompt in prompts)
             budget = responder.new_tokens(longest, self.max_new_tokens)
+            source = responder.source_for(longest + budget)
+            requests = requests_for(source, share(prompts), self.samples, budget, self.seed, "compile ahead")
+            compile_ahead(source.engine, source.weights, requests)
             with Progress(len(prompts) * self.samples, "eval") as progress:
                 evaluation = evaluate(
-                    responder.source_for(longest + budget),
+                    source,
                     prompts,
                     scoring,
                     samples=self.samples,

@@ -61,6 +61,11 @@ class Tokenizer:
             pad = self.stop_ids[0] if self.stop_ids else 0
         self.pad_id: int = pad
 
+    @property
+    def control_ids(self) -> dict[str, int]:
+        """The ids of control tokens by how they are spelled; in no text that `decode` or a stream gives."""
+        return {token.content: number for number, token in self._control.items()}
+
     @classmethod
     def load(cls, path_or_hub_id: str | Path, light: bool = False) -> Tokenizer:
         """Open the tokenizer of a Hugging Face directory or hub id; no code of the repository is ever run.

@@ -22,7 +22,8 @@ _TAIL = 64  # characters of a line that are kept: a tag, and the backslashes or 
 def stop_strings(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[], Watch]:
     """Watches that end a row at the first token with which its text contains one of the strings; that token stays.
 
-    Raises UserError for an empty string, and for one with U+FFFD, which stands for bytes that are no text.
+    A string that spells a control token, as "<|im_end|>", is that token too. Raises UserError for an empty string, and
+    for one with U+FFFD, which stands for bytes that are no text.
     """
     for string in strings:
         if not string or "\ufffd" in string:
@@ -76,6 +77,7 @@ class _StopStrings:
 
     def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]) -> None:
         self._strings = strings
+        self._controls = {tokenizer.control_ids[string] for string in strings if string in tokenizer.control_ids}
         self._reach = max(map(len, strings), default=1) - 1
         self._stream, self._tail = tokenizer.stream(), ""
 
@@ -83,9 +85,11 @@ class _StopStrings:
         parts = [self._stream.feed(token) for token in tokens.tolist()]
         text = self._tail + "".join(parts)
         stops = [text.index(string) + len(string) for string in self._strings if string in text]
-        if stops:
-            reached = len(self._tail) + np.cumsum([len(part) for part in parts])
-            return Verdict(int(np.searchsorted(reached, min(stops))) + 1, _NONE, True)
+        reached = len(self._tail) + np.cumsum([len(part) for part in parts])
+        ends = [int(np.searchsorted(reached, stop)) for stop in stops]
+        ends += [at for at, token in enumerate(tokens.tolist()) if token in self._controls]
+        if ends:
+            return Verdict(min(ends) + 1, _NONE, True)
         self._tail = text[max(0, len(text) - self._reach) :]
         return Verdict(len(tokens), _NONE, False)
 

@@ -18,7 +18,7 @@ from pkv.config import SamplingConfig, UserError, describe
 from pkv.evaluate.groups import Source
 from pkv.evaluate.policy import load_policy, sampling_mesh, usual_dtype
 from pkv.model import Arch
-from pkv.sampling import Engine, Request, row_keys
+from pkv.sampling import Engine, Request, compile_ahead, row_keys
 
 DEFAULT_NEW_TOKENS = 1024
 
@@ -167,6 +167,7 @@ def sample(
     keys = row_keys(seed, "sample", responder.source.step, [str(line.id) for line in lines], samples)
     requests = [_request(responder, line, key, max_new_tokens) for line, key in zip(lines, keys, strict=True)]
     source = responder.source_for(max(len(request.prompt) + request.max_new_tokens for request in requests))
+    compile_ahead(source.engine, source.weights, requests)
     for done in source.engine.sample(source.weights, requests):
         yield {
             "id": lines[done.request].id,

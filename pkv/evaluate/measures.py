@@ -12,7 +12,7 @@ import numpy as np
 
 from pkv.evaluate.groups import Source, sample_groups
 from pkv.hosts import share, together
-from pkv.records import FIGHTERS, Group, Prompt
+from pkv.records import FIGHTERS, Group, Prompt, Rollout
 from pkv.rewards import ScoringPool
 
 JUDGE = ("any_right", "majority_right", "right", "disagree", "gain")
@@ -59,7 +59,7 @@ def evaluate(
 def measured(groups: Sequence[Group]) -> list[Row]:
     """Plain numbers of every rollout: all that metrics need of it, and what hosts tell each other.
 
-    rewards: name -> value or None. failed: name -> why. facts: some of the scorecard's. kl_policy: nats a token.
+    rewards: name -> value or None. failed: name -> why. facts: some of the scorecard's. kl_policy: see `policy_kl`.
     """
     return [
         {
@@ -71,11 +71,17 @@ def measured(groups: Sequence[Group]) -> list[Row]:
             "tokens": len(rollout.tokens),
             "finish": rollout.finish,
             "policy_step": rollout.policy_step,
-            "kl_policy": float(np.mean(rollout.logprobs - rollout.policy_logprobs)),
+            "kl_policy": policy_kl(rollout),
         }
         for group in groups
         for rollout, card in zip(group.rollouts, group.cards, strict=True)
     ]
+
+
+def policy_kl(rollout: Rollout) -> float | None:
+    """How far what was sampled from lies from the policy, nats a token that was drawn; None where all were forced."""
+    drawn = np.ones(len(rollout.tokens), bool) if rollout.forced is None else ~rollout.forced
+    return float(np.mean((rollout.logprobs - rollout.policy_logprobs)[drawn])) if drawn.any() else None
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, float]:

@@ -279,4 +279,4 @@ def _place(batch: Batch, here: tuple[int, slice], branch: int, sequence: Sequenc
     batch.mask[here] = chosen
     batch.weights[here] = chosen * weight
     batch.advantages[here] = sequence.advantages * chosen
-    batch.sampler_logprobs[here] = sequence.logprobs * chosen
+    batch.sampler_logprobs[here] = np.where(chosen > 0, sequence.logprobs, 0)  # -inf where it could not be drawn

@@ -19,7 +19,8 @@ class Greedy:
 @dataclass(frozen=True)
 class Nucleus:
     """A draw at some temperature. filtered: keep top_k tokens (0: all), of these the smallest set holding top_p, and of
-    these the ones that have at least min_p of the likeliest one's probability.
+    these the ones that have at least min_p of the likeliest one's probability; what is as likely as the last one kept
+    is kept too.
     """
 
     filtered: bool
@@ -49,7 +50,8 @@ def draw(
 ) -> Drawn:
     """Draw the token that will stand at `positions_B` in each row; the row's key is folded with that position.
 
-    forced_B: tokens that stand there whatever is drawn, with the log-probabilities of such a draw; -1 where none.
+    forced_B: tokens that stand there whatever is drawn, with the log-probabilities of such a draw, -inf where it could
+    not be; -1 where none.
 
     A draw needs one uniform number a row (inverse of the distribution function), not one for each vocabulary entry.
     """

@@ -67,16 +67,27 @@ class Prefix(NamedTuple):
 
 
 class Engine:
-    """Sampling for one architecture on one mesh; of several hosts each samples its own requests on its part of it."""
+    """Sampling for one architecture on one mesh; of several hosts each samples its own requests on its part of it.
+
+    beginning: token ids with which the prompts of all calls begin, if that is known: calls of few prompts, or of one,
+    then read the same pages as large ones and need no programs of their own.
+    """
 
     def __init__(
-        self, arch: Arch, config: SamplingConfig, stop_ids: Sequence[int], mesh: Mesh, dtype: str = "float32"
+        self,
+        arch: Arch,
+        config: SamplingConfig,
+        stop_ids: Sequence[int],
+        mesh: Mesh,
+        dtype: str = "float32",
+        beginning: np.ndarray | None = None,
     ) -> None:
         whole, mesh = mesh, own_part(mesh)
         config = dataclasses.replace(config, slots=max(1, config.slots * mesh.size // whole.size))
         self._config, self._mesh, self._dtype = config, mesh, jnp.dtype(dtype)
         self.programs = Programs(arch, config, stop_ids, mesh, dtype, whole)
         self._stops = np.asarray(list(stop_ids), np.int32)
+        self._beginning = [] if beginning is None else [beginning]
         self._shards, self._places = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
         self._least, self._page_bytes = min(LEAST_ROWS, config.slots), self.programs.page_bytes()
         self._found: list[float] = []  # shares of the free memory, also by rehearsals
@@ -124,7 +135,8 @@ class Engine:
         check(requests)
         usage = self.usage = Usage()
         page = self.programs.page
-        prefix = _common_prefix([request.prompt for request in requests], page)
+        shared = common_beginning([*(request.prompt[:-1] for request in requests), *self._beginning])
+        prefix = shared[: len(shared) // page * page]  # of one prompt by itself none: its rows share its pages anyway
         own, prompts = (
             Pool(self._shards, self._places, page, from_end=at_end and self.programs.fixed) for at_end in (False, True)
         )
@@ -246,18 +258,12 @@ class Engine:
         return found
 
 
-def _common_prefix(prompts: Sequence[np.ndarray], page: int) -> np.ndarray:
-    """What all prompts begin with, in whole pages; nothing when there is but one, which shares its pages anyway.
-
-    At least one token of each prompt stays for its rows.
-    """
-    if len(prompts) < 2:
-        return prompts[0][:0] if prompts else np.zeros(0, np.int32)
-    shortest = min(map(len, prompts)) - 1
-    heads = np.stack([prompt[:shortest] for prompt in prompts])
+def common_beginning(texts: Sequence[np.ndarray]) -> np.ndarray:
+    """What all token ids begin with, int32 [T]; nothing when there is but one."""
+    shortest = min(map(len, texts), default=0) if len(texts) > 1 else 0
+    heads = np.stack([text[:shortest] for text in texts]) if shortest else np.zeros((1, 0), np.int32)
     differs = (heads != heads[0]).any(axis=0)
-    common = int(differs.argmax()) if differs.any() else shortest
-    return prompts[0][: common // page * page].astype(np.int32)
+    return heads[0][: int(differs.argmax()) if differs.any() else shortest].astype(np.int32)
 
 
 def _free_bytes(mesh: Mesh) -> float:

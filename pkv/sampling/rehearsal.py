@@ -179,6 +179,13 @@ class WarmUp:
         return len(calls)
 
 
+def compile_ahead(engine: Engine, weights: Params, requests: Sequence[Request]) -> None:
+    """Compile what one call will need, the largest first, where that takes long: beside each other, and what doesn't
+    fit fails before anything was said. On a CPU each program is compiled when it comes."""
+    if jax.default_backend() != "cpu":
+        WarmUp(engine)(weights, requests)
+
+
 def _threads() -> ThreadPoolExecutor:
     """As many programs are compiled beside each other; each takes two cores or so, and some memory."""
     return ThreadPoolExecutor(max(1, min(cores() // 2, MOST_THREADS)), "compiling")

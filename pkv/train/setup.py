@@ -26,9 +26,11 @@ from pkv.hub import pinned
 from pkv.mesh import make_mesh
 from pkv.model import Params, join, read_config, split
 from pkv.records import Batch, Problem, Prompt
-from pkv.sampling import Engine, WarmUp
+from pkv.sampling import Engine, WarmUp, common_beginning
 from pkv.train.rounds import Stage, signal_rewards, stages
 from pkv.train.run import Run, made_with, open_run
+
+SOME = 64  # prompts of training that tell, with the held-out ones, what all prompts begin with
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,13 @@ class Setup:
         measuring = dataclasses.replace(source, engine=self.heldout_engine)
         asked = [(measuring, self.heldout, self.config.evaluate.samples)]
         if stage.round is not None:
-            prompts = self.draw_prompts(step, self.grpo.prompts, dict)
-            asked.insert(0, (source, prompts, stage.round.samples or self.grpo.samples))
+            prompts, samples = (
+                self.draw_prompts(step, self.grpo.prompts, dict),
+                stage.round.samples or self.grpo.samples,
+            )
+            asked.insert(0, (source, prompts, samples))
+            for halvings in range(1, len(prompts).bit_length() if self.grpo.refills else 1):
+                asked.append((source, prompts[: len(prompts) >> halvings], samples))  # as many may lack a signal
         for place, prompts, samples in asked:
             of_host = hosts.share(prompts)
             requests = requests_for(place, of_host, samples, stage.max_new_tokens, self.config.seed, "compile ahead")
@@ -162,8 +169,10 @@ def build(config: Config) -> Setup:
     at_test = dataclasses.replace(
         config.sampling, temperature=config.evaluate.temperature, top_p=1.0, top_k=0, min_p=0.0
     )
-    engine = Engine(arch, config.sampling, stops, mesh, dtype)
-    heldout_engine = engine if at_test == config.sampling else Engine(arch, at_test, stops, mesh, dtype)
+    some = render_prompts(policy.tokenizer, problems[:: -(-len(problems) // SOME)], policy.system)
+    beginning = common_beginning([prompt.tokens for prompt in (*prompts, *some)])
+    engine = Engine(arch, config.sampling, stops, mesh, dtype, beginning)
+    heldout_engine = engine if at_test == config.sampling else Engine(arch, at_test, stops, mesh, dtype, beginning)
     _, frozen = split(policy.params)
     reference = reference_weights(policy.params, config.model.dtype) if config.grpo.loss.kl_weight else None
     return Setup(
