@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from fractions import Fraction
 
 import pytest
@@ -112,6 +113,23 @@ def test_mistakes_are_mended_or_passed_over_and_the_judge_is_right(scorer):
     mended = [card.rewards[f"reflection_{name}"].value > 0.3 for card in cards for name in FIGHTERS]
     assert 0.2 < mean(wrong) < 0.4
     assert 0.05 < mean(mended) < 0.2
+
+
+def test_the_judge_works_out_what_each_fighter_ends_with_before_it_names_one(scorer):
+    """What a model learns to say must be true, and stand in the fighters' blocks: else it would learn to guess."""
+    wrong = 0
+    for _, trace, card in scored(scorer, dataclasses.replace(HONEST, mistakes=0.4), 200):
+        ruling = trace.block_text("result") or ""
+        said = re.findall(r"The (\w+) ends with [\w ]+: (\d+)([-+*/])(\d+)=(\d+), (right|wrong)\.", ruling)
+        assert tuple(name for name, *_ in said) == FIGHTERS
+        for name, a, sign, b, value, verdict in said:
+            worked = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) // int(b)}[sign]
+            assert worked == int(value) and f"{a}{sign}{b}=" in (trace.block_text(name) or "")
+            assert (verdict == "right") == card.facts[f"right/{name}"]
+            wrong += verdict == "wrong"
+        assert f"I name the {card.facts['winner']}." in ruling
+        assert card.rewards["judge_reasoning"].value == 1.0
+    assert wrong > 100
 
 
 def test_a_fighter_that_errs_has_mostly_stopped_a_step_too_early(scorer):

@@ -158,23 +158,35 @@ def _speak(name: str, attempts: dict[str, Attempt], given: str, draw: random.Ran
 
 
 def _reverse(step: Step) -> dict[str, str | int]:
-    """The equation that undoes a step's last operation: 20/5=4 gives 4*5=20."""
-    at = max(step.left.rfind(operator) for operator in UNDONE)
-    before, undone, operand = step.left[:at], UNDONE[step.left[at]], step.left[at + 1 :]
-    known = int(before) if before.isdigit() else _undo(step.value, undone, int(operand))
-    return {"left": f"{step.value}{undone}{operand}", "value": known}
+    """The equation that undoes a step's operation: 20/5=4 gives 4*5=20."""
+    known, operator, operand = _parts(step)
+    return {"left": f"{step.value}{UNDONE[operator]}{operand}", "value": known}
 
 
-def _undo(value: int, operator: str, operand: int) -> int:
-    return {"+": value + operand, "-": value - operand, "*": value * operand, "/": value // operand}[operator]
+def _worked_out(step: Step) -> int:
+    """What a step's left side comes to, whatever its writer said."""
+    known, operator, operand = _parts(step)
+    return {"+": known + operand, "-": known - operand, "*": known * operand, "/": known // operand}[operator]
+
+
+def _parts(step: Step) -> tuple[int, str, int]:
+    at = next(at for at, sign in enumerate(step.left) if sign in UNDONE)
+    return int(step.left[:at]), step.left[at], int(step.left[at + 1 :])
 
 
 def _judge(attempts: dict[str, Attempt], winner: str, gold: int) -> str:
-    said = ["Beep. " + ", ".join(f"{name} {attempts[name].answer}" for name in FIGHTERS) + "."]
+    """What each fighter ends with, worked out once more, before it is called right or wrong; then the choice.
+
+    So every word that is hard to say follows from what stands right before it: a small model can learn to look.
+    """
+    said = ["Beep."]
+    for name in FIGHTERS:
+        last = attempts[name].steps[-1]
+        verdict = "right" if attempts[name].answer == gold else "wrong"
+        said.append(f"The {name} ends with {last.finds}: {last.left}={_worked_out(last)}, {verdict}.")
     wrong = [name for name in FIGHTERS if attempts[name].answer != gold]
     said.append(f"The {wrong[0]} cannot count." if wrong else "How dull.")
-    last = attempts[winner].steps[-1]
-    said.append(f"I check the {winner}: {last.left}={gold}.")
+    said.append(f"I name the {winner}.")
     return " ".join(said)
 
 
