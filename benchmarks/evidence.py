@@ -23,12 +23,12 @@ MINIBATCHES = ("--grpo.minibatches=4",)
 # What differs from the tiny config's recipe, as flags.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "as shipped": (),
-    "sequence credit": ("--grpo.credit=sequence",),
+    "sequence credit": ("--grpo.credit=sequence", "--grpo.judge_baseline=alike"),
     "unfloored std": ("--grpo.scale=std",),
     "no reflection reward": ("--rounds.aha.weights.reflection=0.0", "--rounds.longer.weights.reflection=0.0"),
     "no copying reward": tuple(f"--rounds.{name}.weights.originality=0.0" for name in STEPS),
     "no length reward": ("--rounds.longer.weights.length=0.0",),
-    "judge against rates": ("--grpo.judge_baseline=rates",),
+    "judge against its like": ("--grpo.judge_baseline=alike",),
     "GSPO": GSPO,
     "CISPO": CISPO,
     "Dr.GRPO": ("--grpo.loss.normalise=constant", "--grpo.scale=none"),

@@ -34,6 +34,7 @@ def demonstrations(config: Config, step: int, problems: Sequence[Problem], polic
 
 def _fitting(problem: Problem, draw: random.Random, config: Config, policy: Policy) -> TrainingSequence:
     prompt = render(policy.tokenizer, problem.question, policy.system)
+    sizes = []
     for _ in range(MOST_DRAWS):
         response = policy.tokenizer.encode(demonstrate(problem, draw, config.warmup))
         response = np.append(response, policy.tokenizer.turn_end).astype(np.int32)
@@ -41,9 +42,10 @@ def _fitting(problem: Problem, draw: random.Random, config: Config, policy: Poli
         sequence = TrainingSequence(prompt, response, ones, np.zeros_like(ones))
         if sequence.size <= config.grpo.row_tokens:
             return sequence
+        sizes.append(sequence.size)
     raise UserError(
-        f"grpo.row_tokens: {config.grpo.row_tokens} is too short for a demonstration, the last of {MOST_DRAWS} of one "
-        f"problem has {sequence.size} tokens with its prompt: raise it"
+        f"grpo.row_tokens: {config.grpo.row_tokens} is too short for a demonstration, of {MOST_DRAWS} of one problem the "
+        f"shortest has {min(sizes)} tokens with its prompt: raise it"
     )
 
 
