@@ -44,8 +44,8 @@ def _fitting(problem: Problem, draw: random.Random, config: Config, policy: Poli
             return sequence
         sizes.append(sequence.size)
     raise UserError(
-        f"grpo.row_tokens: {config.grpo.row_tokens} is too short for a demonstration, the shortest of {MOST_DRAWS} of one "
-        f"problem has {min(sizes)} tokens with its prompt: raise it"
+        f"grpo.row_tokens: {config.grpo.row_tokens} is too short for a demonstration, the shortest of {MOST_DRAWS} of "
+        f"one problem has {min(sizes)} tokens with its prompt: raise it"
     )
 
 
