@@ -47,7 +47,7 @@ check() {
     check_shape
     if [[ $verb == run || $verb == babysit ]]; then must_be_given "$verb" "${#arguments[@]}"; fi
     if [[ $verb == babysit ]]; then must_last /mnt/pkv "${arguments[@]}"; fi
-    case $verb in setup | run | babysit) pin_commit ;; esac
+    case $verb in setup | run) pin_commit ;; babysit) pin_commit && pack ;; esac
 }
 
 # The verbs whose commands are the same for both.

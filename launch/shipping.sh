@@ -120,7 +120,9 @@ pin_commit() {
     echo "NOTICE: what is not committed stays here; shipped is $commit" >&2
 }
 
-# Put HEAD into `bundle`.
+# Put the pinned commit into `bundle`, once: HEAD may be elsewhere when a lost machine is replaced, days later.
+packed=false
 pack() {
-    perform mkdir -p build && perform git bundle create --quiet "$bundle" HEAD
+    $packed || { perform mkdir -p build && perform git bundle create --quiet "$bundle" HEAD; } || return
+    packed=true
 }

@@ -41,6 +41,19 @@ def test_the_same_commit_and_lock_come_to_every_worker(launch):
         assert "--editable .[report,tpu]" in (home / "pip").read_text()
 
 
+def test_a_machine_that_replaces_a_lost_one_gets_the_pinned_commit_wherever_head_is_by_then(launch):
+    script = """
+        source launch/shipping.sh
+        allow_dirty=true
+        pin_commit && pack
+        git -c user.name=a -c user.email=a@b commit --quiet --allow-empty -m later
+        pack && git bundle list-heads "$bundle" && echo "$commit" && git rev-parse HEAD
+    """
+    done = subprocess.run(["bash", "-euc", script], cwd=launch.repository, capture_output=True, text=True, check=True)
+    shipped, _, pinned, later = done.stdout.split()
+    assert shipped == pinned != later
+
+
 def test_a_lock_constrains_what_is_installed(launch, tmp_path):
     home = launch.folder / "homes/w0"
     shutil.copytree(launch.repository / "launch", home / "pkv/launch")

@@ -63,7 +63,7 @@ def candidates(work: Work, wanted: Slice) -> Iterator[Change]:
     Small tensor axes come first: what is sent for them is sent in every layer; fsdp takes the rest of a slice, since it
     holds the state; slices are data parallel. Rows are spread further by position when nothing else is left.
     """
-    chips, arch, spread = wanted.chips // wanted.slices, work.arch, work.config.mesh.sequence
+    chips, arch, spread = wanted.chips // wanted.slices, work.arch, max(1, work.config.mesh.sequence)  # -1: the rest
     for sequence, rows in itertools.product(
         (spread, 2 * spread, 4 * spread), dict.fromkeys((work.config.grpo.micro_rows, 1))
     ):

@@ -104,7 +104,7 @@ def in_words(plan: Plan) -> str:
         lines += [
             "",
             f"{plan.hours:.1f} hours, {plan.dollars:,.0f} dollars at {price:.2f} a chip and hour; evaluations, "
-            "compilation and checkpoints not counted.",
+            "compilation, checkpoints and refills not counted; every step has its round's last budget.",
             "Times are estimates by roofline, never measured; they assume "
             + ", ".join(f"{name} {value:g}" for name, value in ASSUMED.items())
             + ".",
