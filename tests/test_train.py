@@ -97,6 +97,15 @@ def test_a_rounds_refills_are_compiled_before_it_too(config_file, tmp_path):
     run.close()
 
 
+def test_a_training_prompt_that_leaves_no_room_is_said_before_the_first_step(config_file, tmp_path):
+    """Else the step that draws it ends the run, and so it would whenever the run goes on."""
+    data = tmp_path / "train.jsonl"
+    questions = [*(f"{n} + 1?" for n in range(100)), "1 + " * 2000 + "1?"]
+    data.write_text("".join(json.dumps({"question": one, "answer": "1"}) + "\n" for one in questions))
+    with pytest.raises(UserError, match=r"prompts and max_new_tokens need [0-9,]+: raise it or lower them"):
+        build(load_config(config_file, ["--data.train", str(data), "--warmup.steps=0"]))
+
+
 def test_a_run_leaves_what_the_contract_says(whole):
     assert [line["step"] for line in lines(whole)] == [0, 1, 2, 3, 4]
     assert [line["round"] for line in lines(whole)] == ["warm-up"] * 2 + ["first"] * 2 + ["second"]

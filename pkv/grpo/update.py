@@ -273,10 +273,13 @@ class Learner:
             now, entropy = self._predict(join(params, frozen), micro, segments)
             old = micro.get("old_logprobs", jax.lax.stop_gradient(now))
             sampler = old if isinstance(loss, Supervised) else micro["sampler_logprobs"]
-            logprobs = Logprobs(now, old, sampler, micro.get("reference_logprobs"))
+            # What isn't trained on may be far off in one of them, and 0 times the exponential of that is no number.
+            four = now, old, sampler, micro.get("reference_logprobs")
+            trained = micro["mask"] > 0
+            logprobs = Logprobs(*(one if one is None else jnp.where(trained, one, 0.0) for one in four))
             average = partial(sequence_means, mask_BT=micro["mask"], branches_BT=micro["branches"])
             losses = token_losses(loss, logprobs, entropy, micro["advantages"], average)
-            difference = old - sampler
+            difference = logprobs.old - logprobs.sampler
             watched = losses._asdict() | {
                 "entropy": entropy,
                 "kl_sampler": jnp.exp(difference) - difference - 1,

@@ -157,7 +157,9 @@ def build(config: Config) -> Setup:
     mesh = make_mesh(config.mesh)
     policy = load_policy(config.model.path, mesh, system=config.prompt.system, model=config.model, seed=config.seed)
     prompts = render_prompts(policy.tokenizer, heldout, policy.system)
-    needed = max(len(prompt.tokens) for prompt in prompts) + longest
+    wordiest = sorted(problems, key=lambda problem: -len(problem.question))[:SOME]
+    wordy = render_prompts(policy.tokenizer, wordiest, policy.system)
+    needed = max(len(prompt.tokens) for prompt in (*prompts, *wordy)) + longest
     for name, limit in (
         ("grpo.row_tokens", config.grpo.row_tokens),
         ("the model's context", policy.arch.max_positions),
