@@ -274,9 +274,9 @@ class Learner:
             old = micro.get("old_logprobs", jax.lax.stop_gradient(now))
             sampler = old if isinstance(loss, Supervised) else micro["sampler_logprobs"]
             # What isn't trained on may be far off in one of them, and 0 times the exponential of that is no number.
-            four = now, old, sampler, micro.get("reference_logprobs")
-            trained = micro["mask"] > 0
-            logprobs = Logprobs(*(one if one is None else jnp.where(trained, one, 0.0) for one in four))
+            trained = lambda one: jnp.where(micro["mask"] > 0, one, 0.0)  # noqa: E731
+            reference = trained(micro["reference_logprobs"]) if "reference_logprobs" in micro else None
+            logprobs = Logprobs(trained(now), trained(old), trained(sampler), reference)
             average = partial(sequence_means, mask_BT=micro["mask"], branches_BT=micro["branches"])
             losses = token_losses(loss, logprobs, entropy, micro["advantages"], average)
             difference = logprobs.old - logprobs.sampler
