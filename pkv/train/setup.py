@@ -30,7 +30,7 @@ from pkv.sampling import Engine, WarmUp, common_beginning
 from pkv.train.rounds import Stage, signal_rewards, stages
 from pkv.train.run import Run, made_with, open_run
 
-SOME = 64  # prompts of training that tell, with the held-out ones, what all prompts begin with
+SOME = 64  # prompts of training that tell, with the held-out ones, what all begin with and how long they get
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,8 @@ class Setup:
         measuring = dataclasses.replace(source, engine=self.heldout_engine)
         asked = [(measuring, self.heldout, self.config.evaluate.samples)]
         if stage.round is not None:
-            prompts, samples = (
-                self.draw_prompts(step, self.grpo.prompts, dict),
-                stage.round.samples or self.grpo.samples,
-            )
+            prompts = self.draw_prompts(step, self.grpo.prompts, dict)
+            samples = stage.round.samples or self.grpo.samples
             asked.insert(0, (source, prompts, samples))
             for halvings in range(1, len(prompts).bit_length() if self.grpo.refills else 1):
                 asked.append((source, prompts[: len(prompts) >> halvings], samples))  # as many may lack a signal
