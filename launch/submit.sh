@@ -2,12 +2,14 @@
 # A pkv command as a job of a scheduler, at the commit that is checked out here.
 #   bash launch/submit.sh WHERE NAME [options] [--env NAME=VALUE]... [--dry-run] [--allow-dirty] -- train CONFIG --run
 #   slurm  [--nodes N] [--gpus N, of a node] [--cpus N, of a node: 4 a GPU] [--partition P] [--account A]
-#          [--time D-HH:MM:SS]                                                                        by slurm.sbatch
+#          [--time D-HH:MM:SS] [--grace SECONDS, before that time's end]                              by slurm.sbatch
 #          --run as a whole path, which all nodes see; the code runs from a copy of the commit in build/
 #   gke    --accelerator tpu-v6e-slice --topology 4x4 --claim VOLUME [--slices N] [--chips N, of a machine] [--image I]
-#          [--spot] [--max-restarts N]; --run below /mnt/pkv, where the claim is mounted              by gke_jobset.yaml
+#          [--spot] [--max-restarts N] [--grace SECONDS, from a pod's SIGTERM to its end]             by gke_jobset.yaml
+#          --run below /mnt/pkv, where the claim is mounted
 #   sky    --accelerator tpu-v6e-8 --bucket BUCKET [--runtime VERSION] [--spot: a managed job that recovers]
 #          --run below /mnt/pkv, where the bucket is mounted                                            by skypilot.yaml
+# --grace, 600 unless given, must exceed a step and its checkpoint, with which pkv leaves.
 # Checked against fakes of sbatch, kubectl and sky only.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,6 +18,8 @@ source launch/shipping.sh
 
 nodes=1 gpus=8 cpus='' partition='' account='' time=''
 accelerator='' topology='' claim='' slices=1 chips=4 image=python:3.12 max_restarts=10 bucket='' runtime='' spot=false
+# Twice what qwen2.5-14b's steps are planned to take on the smallest slices; for a scale-down GKE waits no longer.
+grace=600
 whole='[1-9][0-9]*'
 word='[A-Za-z0-9][-_.A-Za-z0-9]*'
 
@@ -23,8 +27,8 @@ options() {
     local known flags=''
     where=${1-}
     case $where in
-    slurm) known="--nodes --gpus --cpus --partition --account --time" ;;
-    gke) known="--accelerator --topology --claim --slices --chips --image --max-restarts" flags=--spot ;;
+    slurm) known="--nodes --gpus --cpus --partition --account --time --grace" ;;
+    gke) known="--accelerator --topology --claim --slices --chips --image --max-restarts --grace" flags=--spot ;;
     sky) known="--accelerator --bucket --runtime" flags=--spot ;;
     '' | help | -h | --help) usage && exit 0 ;;
     *) stop "$where: no such scheduler; expected slurm, gke or sky" ;;
@@ -35,6 +39,16 @@ options() {
     read_options " of $where" "--env $known" "$flags" "$@"
     must_be_given "$where" "${#arguments[@]}"
     check_environment
+    must_match --grace "$grace" '[1-9][0-9]{0,4}' "seconds, more than a step and its checkpoint take"
+}
+
+# seconds_of TIME: of D-HH:MM:SS, HH:MM:SS or minutes.
+seconds_of() {
+    local days=0 hours minutes seconds
+    if [[ $1 == *-* ]]; then days=${1%-*}; fi
+    IFS=: read -r hours minutes seconds <<<"${1#*-}"
+    if [[ -z $minutes ]]; then minutes=$hours hours=0 seconds=0; fi
+    echo "$((((10#$days * 24 + 10#$hours) * 60 + 10#$minutes) * 60 + 10#$seconds))"
 }
 
 # filled TEMPLATE KEY VALUE...: the file with every @KEY@ replaced, without its comment.
@@ -93,12 +107,17 @@ on_slurm() {
     must_match --time "$time" '|([0-9]+-)?[0-9]+:[0-9]{2}:[0-9]{2}|[1-9][0-9]*' "D-HH:MM:SS, HH:MM:SS or minutes"
     if [[ -n $partition ]]; then limits+=(--partition="$partition"); fi
     if [[ -n $account ]]; then limits+=(--account="$account"); fi
-    if [[ -n $time ]]; then limits+=(--time="$time"); fi
+    if [[ -n $time ]]; then
+        (($(seconds_of "$time") > grace)) ||
+            stop "--time $time: expected more than --grace, $grace s: so long before its end pkv is told to leave"
+        limits+=(--time="$time")
+    fi
     [[ $(run_folder "${arguments[@]}") == /* || ${arguments[0]} != train ]] ||
         stop "--run: expected a whole path that all nodes see, such as $PWD/runs/$name"
     pack
     with_environment sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node=1 --gpus-per-node="$gpus" \
-        --cpus-per-task="$cpus" ${limits[@]+"${limits[@]}"} launch/slurm.sbatch "$commit" "${arguments[@]}"
+        --cpus-per-task="$cpus" --signal="INT@$grace" ${limits[@]+"${limits[@]}"} \
+        launch/slurm.sbatch "$commit" "${arguments[@]}"
 }
 
 on_gke() {
@@ -122,8 +141,8 @@ on_gke() {
     perform mkdir -p build
     # A ConfigMap holds 1 MiB; without tests and pictures the code is a quarter of that.
     perform git archive --format=tar.gz --output="$archive" HEAD "${parts[@]}"
-    filled launch/gke_jobset.yaml NAME "$name" COMMIT "$commit" RESTARTS "$max_restarts" SLICES "$slices" \
-        HOSTS "$hosts" ACCELERATOR "$accelerator" TOPOLOGY "$topology" SPOT "$selector" IMAGE "$image" CHIPS "$chips" \
+    filled launch/gke_jobset.yaml NAME "$name" COMMIT "$commit" RESTARTS "$max_restarts" GRACE "$grace" \
+        SLICES "$slices" HOSTS "$hosts" ACCELERATOR "$accelerator" TOPOLOGY "$topology" SPOT "$selector" IMAGE "$image" CHIPS "$chips" \
         CLAIM "$claim" CODE "$code" FROM "[$from]" ARGUMENTS "[$(yaml_strings "${arguments[@]}")]" | written "$file"
     if $dry_run || ! kubectl get configmap "$code" >/dev/null 2>&1; then
         perform kubectl create configmap "$code" --from-file=pkv.tar.gz="$archive"

@@ -203,6 +203,8 @@ def test_a_dry_run_prints_what_would_be_run(launch):
         (("submit.sh", "slurm", "a1", "--", "train", "tiny", "--run", "runs/a"), "--run: expected a whole path"),
         (("submit.sh", "slurm", "a1", "--gpus", "many", *TRAIN), "--gpus: got many"),
         (("submit.sh", "slurm", "a1", "--time", "soon", *TRAIN), "--time: got soon"),
+        (("submit.sh", "slurm", "a1", "--grace", "0", *TRAIN), "--grace: got 0, expected seconds"),
+        (("submit.sh", "gke", "a1", *V6E, "--grace", "2m", *TRAIN), "--grace: got 2m, expected seconds"),
         (("submit.sh", "slurm", "a1", "--topology", "4x4", *TRAIN), "--topology: unknown option of slurm"),
         (("submit.sh", "gke", "a1", "--accelerator", "v6e", *TRAIN), "--accelerator: got v6e"),
         (("submit.sh", "gke", "a1", *V6E, "--max-restarts", "010", *TRAIN), "--max-restarts: got 010"),

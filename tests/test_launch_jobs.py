@@ -18,9 +18,8 @@ def test_slurm_gets_a_task_a_node_and_the_commit(launch):
     run = ["train", "my config", "--run", "/scratch/a"]
     launch("submit.sh", "slurm", "a1", "--nodes", 2, "--gpus", 4, "--time", "1-00:00:00", "--", *run)
     (call,) = launch.calls()
-    assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4", "--cpus-per-task=16", "--time=1-00:00:00"} <= set(
-        call
-    )
+    wanted = {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4", "--cpus-per-task=16", "--time=1-00:00:00"}
+    assert wanted | {"--signal=INT@600"} <= set(call)
     script = call.index("launch/slurm.sbatch")
     assert call[script + 1 :] == [launch.commit, *run]
     # Slurm runs a copy of the script, in the directory where it was submitted.
@@ -63,11 +62,37 @@ def test_gke_gets_a_pod_a_machine_and_the_code_of_the_commit(launch):
     assert container["env"] == [{"name": "PKV_COMMIT", "value": launch.commit}] and container["envFrom"] == []
 
 
+GKE = ("gke", "a1", "--accelerator", "tpu7x", "--topology", "2x2x1", "--claim", "c")
+
+
+def jobset(launch) -> dict:
+    return yaml.safe_load((launch.repository / "build/a1.yaml").read_text())
+
+
+def pod_of(found: dict) -> dict:
+    return found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+
+
+def test_a_step_has_the_time_to_end_that_a_person_gives_it(launch):
+    launch("submit.sh", "slurm", "a1", "--grace", 900, "--time", "20", *TRAIN)
+    assert "--signal=INT@900" in launch.calls()[0]
+    launch("submit.sh", *GKE, "--grace=900", *TRAIN)
+    assert pod_of(jobset(launch))["terminationGracePeriodSeconds"] == 900
+    launch("submit.sh", *GKE, *TRAIN)
+    assert pod_of(jobset(launch))["terminationGracePeriodSeconds"] == 600
+    for short in ("10", "00:10:00", "0-00:09:08"):
+        said = launch("submit.sh", "slurm", "a1", "--time", short, *TRAIN, code=2).stderr
+        assert f"--time {short}: expected more than --grace, 600 s" in said and said.count("\n") == 1
+    launch("submit.sh", "slurm", "a1", "--time", "1-00:00:00", *TRAIN)
+    # What stands in the file would be lost to the command line, and mislead.
+    assert "#SBATCH --signal" not in (launch.repository / "launch/slurm.sbatch").read_text()
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ("slurm", "a1"),
-        ("gke", "a1", "--accelerator", "tpu7x", "--topology", "2x2x1", "--claim", "c"),
+        GKE,
         ("sky", "a1", "--accelerator", "H100:8", "--bucket", "runs", "--spot"),
     ],
     ids=lambda words: words[0],
@@ -79,8 +104,7 @@ def test_a_secret_comes_to_pkv_and_to_no_command_line_or_file(launch, words):
     if words[0] == "gke":
         secret = yaml.safe_load(given)
         assert secret["kind"] == "Secret" and secret["stringData"] == {"TOKEN": token}
-        found = yaml.safe_load((launch.repository / "build/a1.yaml").read_text())
-        (container,) = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+        (container,) = pod_of(jobset(launch))["containers"]
         assert container["envFrom"] == [{"secretRef": {"name": secret["metadata"]["name"]}}]
     else:
         assert given == token
@@ -95,7 +119,7 @@ def test_names_stay_names_in_yaml(launch, word):
     launch("submit.sh", "gke", word, *gke, *TRAIN)
     found = yaml.safe_load((launch.repository / f"build/{word}.yaml").read_text())
     assert found["metadata"]["name"] == word
-    pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    pod = pod_of(found)
     assert pod["containers"][0]["image"] == "20241231"
     assert pod["volumes"][1]["persistentVolumeClaim"] == {"claimName": word}
     launch("submit.sh", "sky", word, "--accelerator", "H100", "--bucket", "2024-12-31", *TRAIN)
