@@ -6,7 +6,8 @@
 #          --run as a whole path, which all nodes see; the code runs from a copy of the commit in build/
 #   gke    --accelerator tpu-v6e-slice --topology 4x4 --claim VOLUME [--slices N] [--chips N, of a machine] [--image I]
 #          [--spot] [--max-restarts N] [--grace SECONDS, from a pod's SIGTERM to its end]             by gke_jobset.yaml
-#          --run below /mnt/pkv, where the claim is mounted
+#          --run below /mnt/pkv, where the claim is mounted; JobSet 0.10 or newer. Of a v5e or v6e 2x4 the default of 4
+#          chips makes two pods, --chips 8 the one machine that pkv plan assumes
 #   sky    --accelerator tpu-v6e-8 --bucket BUCKET [--runtime VERSION] [--spot: a managed job that recovers]
 #          --run below /mnt/pkv, where the bucket is mounted                                            by skypilot.yaml
 # --grace, 600 unless given, must exceed a step and its checkpoint, with which pkv leaves.
@@ -142,8 +143,9 @@ on_gke() {
     # A ConfigMap holds 1 MiB; without tests and pictures the code is a quarter of that.
     perform git archive --format=tar.gz --output="$archive" HEAD "${parts[@]}"
     filled launch/gke_jobset.yaml NAME "$name" COMMIT "$commit" RESTARTS "$max_restarts" GRACE "$grace" \
-        SLICES "$slices" HOSTS "$hosts" ACCELERATOR "$accelerator" TOPOLOGY "$topology" SPOT "$selector" IMAGE "$image" CHIPS "$chips" \
-        CLAIM "$claim" CODE "$code" FROM "[$from]" ARGUMENTS "[$(yaml_strings "${arguments[@]}")]" | written "$file"
+        SLICES "$slices" HOSTS "$hosts" ACCELERATOR "$accelerator" TOPOLOGY "$topology" SPOT "$selector" \
+        IMAGE "$image" CHIPS "$chips" CLAIM "$claim" CODE "$code" FROM "[$from]" \
+        ARGUMENTS "[$(yaml_strings "${arguments[@]}")]" | written "$file"
     if $dry_run || ! kubectl get configmap "$code" >/dev/null 2>&1; then
         perform kubectl create configmap "$code" --from-file=pkv.tar.gz="$archive"
     fi

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import launching
@@ -86,6 +88,49 @@ def test_a_step_has_the_time_to_end_that_a_person_gives_it(launch):
     launch("submit.sh", "slurm", "a1", "--time", "1-00:00:00", *TRAIN)
     # What stands in the file would be lost to the command line, and mislead.
     assert "#SBATCH --signal" not in (launch.repository / "launch/slurm.sbatch").read_text()
+
+
+def test_a_mistake_ends_a_jobset_and_a_preemption_is_not_counted(launch):
+    launch("submit.sh", *GKE, *TRAIN)
+    found = jobset(launch)
+    job = found["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["template"]["spec"]["restartPolicy"] == "Never"  # or Kubernetes refuses the policy
+    (name,) = (container["name"] for container in job["template"]["spec"]["containers"])
+    code = {"containerName": name, "operator": "In"}
+    assert job["podFailurePolicy"]["rules"] == [
+        {"action": "FailJob", "onExitCodes": {**code, "values": [2]}},
+        # JobSet's schema wants the status, which Job's own has a default for.
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"action": "FailJob", "onExitCodes": {**code, "values": [130]}},
+    ]
+    messages = {  # Kubernetes' own, of a job that fails by its policy
+        "Container pkv for pod a/b-2 failed with exit code 2 matching FailJob rule at index 0": "FailJobSet",
+        "Container pkv for pod a/b-2 failed with exit code 130 matching FailJob rule at index 2": "Restart",
+        "Pod a/b-2 has condition DisruptionTarget matching FailJob rule at index 1": "Restart",
+    }
+    rules = found["spec"]["failurePolicy"]["rules"]
+    assert all(rule["onJobFailureReasons"] == ["PodFailurePolicy"] for rule in rules)
+    for message, wanted in messages.items():
+        patterns = [(rule["action"], rule.get("onJobFailureMessagePatterns", [""])) for rule in rules]
+        first = next(action for action, each in patterns if any(re.search(one, message) for one in each))
+        assert first == (wanted if wanted == "FailJobSet" else "RestartJobSetAndIgnoreMaxRestarts")
+
+
+@pytest.mark.parametrize(
+    ("setup", "code", "started"),
+    [("exit 0", 2, True), ("exit 2", 1, False), ("kill -TERM $PPID", 130, False)],
+    ids=("a mistake of pkv's user", "an installation that failed", "asked to leave meanwhile"),
+)
+def test_a_pod_ends_with_2_only_where_pkv_does(launch, setup, code, started):
+    launch("submit.sh", *GKE, *TRAIN)
+    (container,) = pod_of(jobset(launch))["containers"]
+    script = re.sub(r"(?<=\s)/(pkv|code)\b", rf"{launch.folder}/\1", container["command"][2])
+    worker = f"[[ $1 == exec ]] || {{ {setup}; exit; }}\necho started\nexit 2\n"
+    write_program(launch.folder / "code/launch/worker.sh", worker)
+    archive = ["tar", "-czf", "pkv.tar.gz", "launch"]
+    subprocess.run(archive, cwd=launch.folder / "code", check=True)
+    done = subprocess.run(["bash", "-c", script, "pkv"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "started" in done.stdout) == (code, started), done.stderr
 
 
 @pytest.mark.parametrize(
