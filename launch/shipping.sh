@@ -39,6 +39,16 @@ must_be_name() {
     must_match "$1" "$2" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' "a letter, then letters, digits, hyphens, lower case, up to 40"
 }
 
+# runtime_of TYPE: the TPU software that Google names for a slice.
+runtime_of() {
+    case $1 in
+    v4-*) echo tpu-ubuntu2204-base ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    esac
+}
+
 # must_be_given WHO COUNT: stop without a pkv command.
 must_be_given() {
     (($2)) || stop "$1: expected a pkv command behind --, as in: -- train CONFIG --run /mnt/pkv/NAME"

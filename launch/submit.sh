@@ -155,16 +155,14 @@ on_gke() {
 
 on_sky() {
     local kind=gpu file=build/$name.yaml pair secrets=()
-    case $accelerator in
-    tpu-v5litepod-*) : "${runtime:=v2-alpha-tpuv5-lite}" ;;
-    tpu-v5p-*) : "${runtime:=v2-alpha-tpuv5}" ;;
-    tpu-v6e-*) : "${runtime:=v2-alpha-tpuv6e}" ;;
-    esac
     if [[ $accelerator == tpu-* ]]; then kind=tpu; fi
     must_match --accelerator "$accelerator" "tpu-(v4|v5litepod|v5p|v6e)-$whole|[A-Z][-A-Za-z0-9]*(:$whole)?" \
         "a TPU such as tpu-v6e-8 or GPUs such as H100:8"
     must_match --bucket "$bucket" '[a-z0-9][-_.a-z0-9]{1,61}[a-z0-9]' "a bucket's name, without gs://"
-    must_match --runtime "${runtime:=none}" '[a-z0-9][-.a-z0-9]*' "a TPU software version such as v2-alpha-tpuv6e"
+    if [[ $kind == tpu ]]; then
+        must_match --runtime "${runtime:=$(runtime_of "${accelerator#tpu-}")}" '[a-z0-9][-.a-z0-9]*' \
+            "a TPU software version such as v2-alpha-tpuv6e"
+    fi
     must_last /mnt/pkv "${arguments[@]}"
     pack
     filled launch/skypilot.yaml NAME "$name" ACCELERATOR "$accelerator" RUNTIME "$runtime" SPOT "$spot" \

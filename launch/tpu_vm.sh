@@ -30,13 +30,7 @@ check_shape() {
     type=${type/#v5e-/v5litepod-}
     must_match --type "$type" '(v4|v5litepod|v5p|v6e)-[1-9][0-9]*' "a slice such as v5litepod-32, v5p-16 or v6e-8"
     must_match --slices "$slices" '[1-9][0-9]*' "a whole number"
-    case ${runtime:+given}${type%-*} in
-    v4) runtime=tpu-ubuntu2204-base ;;
-    v5litepod) runtime=v2-alpha-tpuv5-lite ;;
-    v5p) runtime=v2-alpha-tpuv5 ;;
-    v6e) runtime=v2-alpha-tpuv6e ;;
-    esac
-    must_match --runtime "$runtime" '[a-z0-9][-.a-z0-9]*' "a TPU software version such as v2-alpha-tpuv6e"
+    must_match --runtime "${runtime:=$(runtime_of "$type")}" '[a-z0-9][-.a-z0-9]*' "a TPU software version such as v2-alpha-tpuv6e"
 }
 
 # queued VERB ARGUMENTS...

@@ -172,8 +172,11 @@ def test_names_stay_names_in_yaml(launch, word):
     assert found["name"] == word and found["file_mounts"]["/mnt/pkv"]["name"] == "2024-12-31"
 
 
-@pytest.mark.parametrize(("accelerator", "kind"), [("tpu-v6e-16", "tpu"), ("H100:8", "gpu")])
-def test_skypilot_gets_the_bundle_and_a_bucket(launch, accelerator, kind):
+SKY = [("tpu-v6e-16", "v2-alpha-tpuv6e"), ("tpu-v4-8", "tpu-ubuntu2204-base"), ("H100:8", None)]
+
+
+@pytest.mark.parametrize(("accelerator", "version"), SKY)
+def test_skypilot_gets_the_bundle_and_a_bucket(launch, accelerator, version):
     words = ("sky", "a1", "--accelerator", accelerator, "--bucket", "my-runs")
     launch("submit.sh", *words, *TRAIN, "--name", "it's")
     launch("submit.sh", *words, "--spot", *TRAIN)
@@ -181,7 +184,7 @@ def test_skypilot_gets_the_bundle_and_a_bucket(launch, accelerator, kind):
     assert first[1] == "launch" and second[1:3] == ["jobs", "launch"]
     launch("submit.sh", *words, *TRAIN, "--name", "it's")
     found = yaml.safe_load((launch.repository / "build/a1.yaml").read_text())
-    runtime = {"runtime_version": "v2-alpha-tpuv6e"} if kind == "tpu" else None
+    runtime, kind = ({"runtime_version": version}, "tpu") if version else (None, "gpu")
     assert found["resources"].get("accelerator_args") == runtime and found["resources"]["use_spot"] is False
     assert Path(found["file_mounts"]["~/pkv.bundle"]).is_file()
     assert found["file_mounts"]["/mnt/pkv"]["name"] == "my-runs" and launch.commit in found["setup"]
