@@ -46,7 +46,11 @@ check() {
     check_environment
     check_shape
     if [[ $verb == run || $verb == babysit ]]; then must_be_given "$verb" "${#arguments[@]}"; fi
-    if [[ $verb == babysit ]]; then must_last /mnt/pkv "${arguments[@]}"; fi
+    if [[ $verb == babysit ]]; then
+        must_last /mnt/pkv "${arguments[@]}"
+        [[ -n $prepare ]] || stop "--prepare: expected a command that mounts a bucket or a disk at /mnt/pkv, as a" \
+            "machine that is made anew has none there; --prepare true, where a startup script of yours mounts it"
+    fi
     case $verb in setup | run) pin_commit ;; babysit) pin_commit && pack ;; esac
 }
 
@@ -79,9 +83,9 @@ soon() {
     "$@" </dev/null
 }
 
+# ask_jobs [RUN]
 ask_jobs() {
-    # shellcheck disable=SC2016
-    on_workers all 'bash pkv/launch/worker.sh status 2>/dev/null || echo "job: none, $(hostname)"'
+    on_workers all "$(quoted bash pkv/launch/worker.sh status "$@") 2>/dev/null || echo \"job: none, \$(hostname)\""
 }
 
 status() {
@@ -119,15 +123,18 @@ begin() {
 
 # Look every so many seconds; what was preempted is made anew, and the same pkv command resumes from its checkpoint.
 babysit() {
-    local state jobs seen last='' looks=0 restarts=0 fresh=true mistakes=0
+    local state jobs seen last='' looks=0 restarts=0 fresh=true mistakes=0 heard=false run saved reached=0
+    run=$(run_folder "${arguments[@]}")
     if $dry_run; then babysit_in_words && return; fi
     while true; do
         state=$(soon state_of_machines) || state=UNKNOWN
         jobs=
-        if [[ $state == ACTIVE ]]; then jobs=$(soon ask_jobs) || jobs=; fi
+        if [[ $state == ACTIVE ]]; then jobs=$(soon ask_jobs "$run") || jobs=; fi
         seen="$state$({ grep -o 'job: [a-z]*[ 0-9]*' || true; } <<<"$jobs" | sort | uniq -c | tr -s ' \n' ' ')"
         if [[ $seen != "$last" ]]; then looks=0 last=$seen; fi
         say "$seen" && ((++looks))
+        saved=$({ grep -o 'saved [0-9]*' || echo saved 0; } <<<"$jobs" | cut -d ' ' -f 2 | sort -n | tail -n 1)
+        if ((saved > reached)); then restarts=0 reached=$saved; fi
         case $state/$jobs in
         NONE/*) survive create create_machines ;;
         SUSPENDED/* | PREEMPTED/* | TERMINATED/* | FAILED/*)
@@ -156,8 +163,12 @@ babysit() {
             ;;
         ACTIVE/*"job: none"*) survive "setup and run" begin ;;
         ACTIVE/*"job: exited 0"*) say "done; the machines stay, and cost, until they are deleted" && return ;;
-        ACTIVE/* | UNKNOWN/*) survive "asking" false ;;
+        ACTIVE/* | UNKNOWN/*)
+            # Who was heard before is out of reach for a while, such as from a laptop; to leave would save nothing.
+            if $heard; then say "no answer; asked again in $every s"; else survive "asking" false; fi
+            ;;
         esac
+        if [[ $jobs == *"job: "* ]]; then heard=true; fi
         sleep "$every"
     done
 }
@@ -180,10 +191,11 @@ count_mistake() {
     fresh=false
 }
 
-# count_restart WHY: one more, or the end; `restarts` is babysit's.
+# count_restart WHY: one more, or the end; `restarts` is babysit's, 0 again with each new checkpoint.
 count_restart() {
-    ((restarts < max_restarts)) || give_up "$1, after $restarts restarts; --max-restarts $max_restarts reached"
-    say "$1; restart $((++restarts)) of at most $max_restarts"
+    ((restarts < max_restarts)) ||
+        give_up "$1, after $restarts restarts without a new checkpoint; --max-restarts $max_restarts reached"
+    say "$1; restart $((++restarts)) of at most $max_restarts without a new checkpoint"
     last=
 }
 
@@ -193,10 +205,11 @@ give_up() {
 }
 
 babysit_in_words() {
-    echo "# every $every s:" && soon state_of_machines && soon ask_jobs
+    echo "# every $every s:" && soon state_of_machines && soon ask_jobs "$run"
     echo "# where nothing is there:" && create_machines
     echo "# where nothing was started yet:" && begin
-    echo "# after a preemption, at most $max_restarts times:" && delete_machines && create_machines
+    echo "# after a preemption, at most $max_restarts times without a new checkpoint:"
+    delete_machines && create_machines
 }
 
 # act: the verb that was asked for.

@@ -9,9 +9,10 @@
 #   stop     pkv saves its step and leaves; the slice stays
 #   delete
 #   babysit  what create, setup and run take, [--max-restarts N] [--every SECONDS]: does all three, makes a preempted
-#            slice anew and runs the same command, which resumes; ends when pkv has, or when two starts in a row end
-#            with code 2 on every worker. --run must be below /mnt/pkv, and --prepare must mount a bucket there: the
-#            slice's own disks go with it.
+#            slice anew and runs the same command, which resumes; ends when pkv has, when two starts in a row end with
+#            code 2 on every worker, or after N restarts (10) without a new checkpoint. Where nobody answers any more it
+#            goes on asking. --run must be below /mnt/pkv, and --prepare must mount a bucket there: the slice's own
+#            disks go with it.
 # Checked against a fake gcloud only, never yet with a real slice. queued-resources ssh and scp take --node=all in
 # gcloud's reference; Ubuntu 22.04's python3.11 package is taken where the image has no newer one.
 set -euo pipefail
@@ -30,7 +31,8 @@ check_shape() {
     type=${type/#v5e-/v5litepod-}
     must_match --type "$type" '(v4|v5litepod|v5p|v6e)-[1-9][0-9]*' "a slice such as v5litepod-32, v5p-16 or v6e-8"
     must_match --slices "$slices" '[1-9][0-9]*' "a whole number"
-    must_match --runtime "${runtime:=$(runtime_of "$type")}" '[a-z0-9][-.a-z0-9]*' "a TPU software version such as v2-alpha-tpuv6e"
+    must_match --runtime "${runtime:=$(runtime_of "$type")}" '[a-z0-9][-.a-z0-9]*' \
+        "a TPU software version such as v2-alpha-tpuv6e"
 }
 
 # queued VERB ARGUMENTS...

@@ -5,7 +5,7 @@
 #   run COMMIT WHERE tpu PKV...    the same in the background, log and exit code in ~/pkv-job; WHERE, unless it is -,
 #                                  must be a mount: what is written there outlives this machine
 #   resume COMMIT WHERE tpu PKV... the same, unless it runs
-#   status · stop · logs LINES [--follow]
+#   status [RUN] · stop · logs LINES [--follow]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
@@ -90,8 +90,9 @@ job() {
     echo "$code" >"$job/exit"
 }
 
+# status [RUN]: with the last step that is saved in that directory.
 status() {
-    local state=none
+    local state=none saved=''
     if running; then
         state=running
     elif [[ -e $job/stopped ]]; then
@@ -99,7 +100,10 @@ status() {
     elif [[ -s $job/pid ]]; then
         state="exited $(cat "$job/exit" 2>/dev/null || echo 137)" # killed together with the one that writes it
     fi
-    echo "job: $state, $(hostname), commit $(git rev-parse --short HEAD)"
+    if [[ -n ${1-} ]]; then
+        saved=$({ find "$1/checkpoints" -maxdepth 1 -regex '.*/[0-9]+' -printf '%f\n' || true; } | sort -n | tail -n 1)
+    fi
+    echo "job: $state, $(hostname), commit $(git rev-parse --short HEAD)${saved:+, saved $saved}"
 }
 
 # SIGTERM to pkv alone: it ends its step, saves it and leaves; those who score for it are its own to end. One that has
@@ -121,7 +125,7 @@ setup) setup "${@:2}" ;;
 exec) execute "${@:2}" ;;
 run | resume) start "${@:2}" ;;
 job) job "${@:2}" ;;
-status) status ;;
+status) status "${@:2}" ;;
 stop) end_job ;;
 logs) logs "${@:2}" ;;
 *) stop "$verb: expected setup, exec, run, resume, status, stop or logs" ;;

@@ -51,8 +51,8 @@ if words[:1] == ["get"]:
 if name == "srun":
     at = words.index("bash")
     os.execvp("bash", words[at:])
-if "describe" in words and (state := answer("states")) == "NONE":
-    sys.exit("ERROR: NOT_FOUND: no such resource")
+if "describe" in words and (state := answer("states")) in ("NONE", "OFFLINE"):
+    sys.exit("ERROR: NOT_FOUND: no such resource" if state == "NONE" else "ERROR: there was a problem with the network")
 elif "describe" in words:
     print(state)
 elif os.path.exists(f"{{folder}}/broken") and answer("broken") in " ".join(words):
@@ -174,7 +174,7 @@ def launch(repository, tmp_path) -> Iterator[Launch]:
 
 HERE = ("--zone", "us-east5-b")
 VM = ("tpu_vm.sh", "create", "a1", *HERE, "--type", "v6e-8")
-BABYSIT = ("tpu_vm.sh", "babysit", "a1", *HERE, "--type", "v6e-8", "--spot", "--every", 1)
+BABYSIT = ("tpu_vm.sh", "babysit", "a1", *HERE, "--type", "v6e-8", "--spot", "--every", 1, "--prepare", "true")
 TRAIN = ("--", "train", "tiny", "--run", "/mnt/pkv/a")
 GCE = ("--zone", "us-central1-c", "--project", "project-1")
 

@@ -134,7 +134,7 @@ EVERY = [
     *[("tpu_gce.sh", verb, "a1", *GCE) for verb in ("setup", "logs", "status", "stop", "delete")],
     *[("tpu_gce.sh", "create", "a1", *GCE, "--topology", shape) for shape in ("2x2x1", "2x2x2")],
     ("tpu_gce.sh", "run", "a1", *GCE, *TRAIN),
-    ("tpu_gce.sh", "babysit", "a1", *GCE, "--topology", "2x2x2", *TRAIN),
+    ("tpu_gce.sh", "babysit", "a1", *GCE, "--topology", "2x2x2", "--prepare", "true", *TRAIN),
     ("submit.sh", "slurm", "a1", *TRAIN),
     ("submit.sh", "gke", "a1", *V6E, *TRAIN),
     ("submit.sh", "sky", "a1", "--accelerator", "tpu-v6e-8", "--bucket", "runs", *TRAIN),
@@ -190,6 +190,8 @@ def test_a_dry_run_prints_what_would_be_run(launch):
         ((*BABYSIT, "--", "train", "tiny"), "--run: got '', expected a directory below /mnt/pkv"),
         ((*BABYSIT, "--", "train", "tiny", "--run", "runs/a"), "on a bucket or a persistent disk"),
         ((*BABYSIT, "--", "eval", "m"), "expected a command that resumes"),
+        ((*BABYSIT, "--prepare", "", *TRAIN), "--prepare: expected a command that mounts a bucket"),
+        (("tpu_gce.sh", "babysit", "a1", *GCE, "--topology", "2x2x2", *TRAIN), "--prepare: expected a command"),
         ((*BABYSIT, "--every", "0", *TRAIN), "--every: got 0"),
         ((*BABYSIT, "--max-restarts", "x", *TRAIN), "--max-restarts: got x"),
         ((*BABYSIT, "--max-restarts", "08", *TRAIN), "--max-restarts: got 08"),
@@ -249,6 +251,7 @@ def test_tpu7x_commands_go_to_every_machine_of_the_group(launch):
 
 PARTS = ["resource-policies", "instance-templates", "instance-groups"]
 GROUP = ("a1", *GCE, "--topology", "2x2x2")
+BABYSIT_GROUP = ("tpu_gce.sh", "babysit", *GROUP, "--every", 1, "--prepare", "true", *TRAIN)
 
 
 def parts(launch, verb: str) -> list[str]:
@@ -288,7 +291,7 @@ def test_a_question_that_fails_is_not_taken_for_absence(launch):
     launch("tpu_gce.sh", "create", *GROUP)
     launch.answers(broken=["instance-groups managed list"], machines=[""])
     launch("tpu_gce.sh", "delete", "a1", *GCE, code=1)
-    done = launch("tpu_gce.sh", "babysit", *GROUP, "--every", 1, *TRAIN, code=1)
+    done = launch(*BABYSIT_GROUP, code=1)
     assert "asking failed 10 times" in done.stderr
     assert parts(launch, "create") == PARTS and parts(launch, "delete") == []
 
@@ -297,7 +300,7 @@ def test_tpu7x_is_babysat_too(launch):
     up, one = "a1-x:RUNNING a1-y:RUNNING", "a1-x:RUNNING"
     launch.answers(machines=["", one, up, up, "a1-x:RUNNING a1-y:TERMINATED", *[one] * 10, up])
     launch.answers(jobs=["job: running, a", "job: running, b", "job: exited 0, a"])
-    done = launch("tpu_gce.sh", "babysit", *GROUP, "--every", 1, *TRAIN)
+    done = launch(*BABYSIT_GROUP)
     assert parts(launch, "create") == PARTS * 3 and parts(launch, "delete") == PARTS[::-1] * 2
     assert "machines PREEMPTED; restart 1" in done.stdout and "machines missing; restart 2" in done.stdout
 

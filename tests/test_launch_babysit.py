@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import launching
 import pytest
-from launching import BABYSIT, TRAIN
+from launching import BABYSIT, HERE, TRAIN
 
 launch, repository = launching.launch, launching.repository  # fixtures
 
@@ -81,3 +81,34 @@ def test_babysitting_gives_up_when_nothing_works(launch):
     launch.answers(states=["ACTIVE"], jobs=["nobody answers"])
     done = launch(*BABYSIT, *TRAIN, code=1)
     assert "asking failed 10 times; given up" in done.stderr
+
+
+def test_a_network_that_is_out_for_long_ends_nothing_once_workers_were_heard(launch):
+    launch.answers(
+        states=["ACTIVE", *["OFFLINE"] * 30, "ACTIVE"],
+        jobs=[RUNNING, *["nobody answers"] * 30, RUNNING, DONE],
+    )
+    done = launch(*BABYSIT, *TRAIN)
+    assert done.stdout.count("no answer; asked again") == 60 and "done; the machines stay" in done.stdout
+    assert set(launch.verbs()) == {"describe", "status"}
+
+
+def test_only_restarts_without_a_new_checkpoint_are_counted(launch):
+    preempted = ["SUSPENDED", "ACTIVE"]
+    launch.answers(states=preempted * 6, jobs=[*(f"{RUNNING}, saved {step}" for step in range(8, 13)), DONE])
+    done = launch(*BABYSIT, "--max-restarts", 2, *TRAIN)
+    assert launch.verbs().count("create") == 6 and done.stdout.count("restart 1 of at most 2") == 6
+    launch.answers(states=preempted * 6, jobs=[f"{RUNNING}, saved 12"])
+    done = launch(*BABYSIT, "--max-restarts", 2, *TRAIN, code=1)
+    assert "after 2 restarts without a new checkpoint" in done.stderr
+    assert "worker.sh status /mnt/pkv/a 2>/dev/null" in str(launch.calls())
+
+
+def test_a_worker_says_the_last_step_that_is_saved(launch):
+    launch("tpu_vm.sh", "setup", "a1", *HERE)
+    home, run = launch.folder / "homes/w0", launch.folder / "a run"
+    for steps, said in ((), ""), (("9", "20", "21.orbax-checkpoint-tmp"), ", saved 20"):
+        for step in steps:
+            (run / "checkpoints" / step).mkdir(parents=True)
+        done = launch(home / "pkv/launch/worker.sh", "status", run, HOME=str(home))
+        assert done.stdout.endswith(f"commit {launch.commit[:7]}{said}\n")
