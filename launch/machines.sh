@@ -39,7 +39,7 @@ check() {
     must_match --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]|[a-z]+-[a-z]+[0-9]+-ai[0-9]+[a-z]' "a zone such as us-east5-b"
     [[ -z $project ]] ||
         must_match --project "$project" '([a-z][-.a-z0-9]*:)?[a-z][-a-z0-9]{4,28}[a-z0-9]' "a project id"
-    must_match --worker "$worker" "all|$whole" "a number or all"
+    must_match --worker "$worker" "(($whole)/)?(all|$whole)" "a number or all, of several slices as in 1/0"
     must_match --lines "$lines" "$whole" "a whole number"
     must_match --max-restarts "$max_restarts" "$whole" "a whole number"
     must_match --every "$every" '[1-9][0-9]*' "seconds, at least 1"

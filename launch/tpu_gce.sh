@@ -17,6 +17,7 @@ topology='' image=ubuntu-accel-2404-amd64-tpu-tpu7x disk=200 hosts=0 found=''
 shape_options="--topology --image --disk"
 
 check_shape() {
+    [[ $worker != */* ]] || stop "--worker: got $worker, expected a number or all, as there are no slices"
     [[ -n $project ]] || stop "--project: expected a project id; the placement policy is named by it"
     case $verb in create | delete | status | babysit) ;; *) return 0 ;; esac
     if [[ $verb == delete || $verb == status ]] && [[ -z $topology ]]; then return 0; fi
@@ -131,7 +132,10 @@ workers() {
     fi
     local names
     names=$(list name | sort) && [[ -n $names ]] || stop "$name: no machines in $zone; create them first"
-    if [[ $1 == all ]]; then printf '%s\n' "$names"; else sed -n "$(($1 + 1))p" <<<"$names"; fi
+    if [[ $1 != all ]]; then
+        names=$(sed -n "$(($1 + 1))p" <<<"$names") && [[ -n $names ]] || stop "--worker $1: $name has not so many"
+    fi
+    printf '%s\n' "$names"
 }
 
 # everywhere WHICH COMMAND...: at the same time on each, with MACHINE replaced by its name; fails where one does.

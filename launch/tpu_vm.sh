@@ -4,7 +4,7 @@
 #   create   --type v5litepod-32 [--spot] [--slices N] [--runtime VERSION]
 #   setup    [--prepare COMMAND] [--allow-dirty]     the commit to every worker, and an environment from its lock
 #   run      [--env NAME=VALUE]... -- train CONFIG --run /mnt/pkv/NAME ...       in the background, on every worker
-#   logs     [--worker N] [--lines N] [--follow]
+#   logs     [--worker N, of several slices SLICE/N] [--lines N] [--follow]
 #   status   of the slice and of pkv on each worker
 #   stop     pkv saves its step and leaves; the slice stays
 #   delete
@@ -70,9 +70,9 @@ state_of_machines() {
 }
 
 on_workers() {
-    local node=all
-    if [[ $1 != all ]]; then node=0; fi
-    queued ssh "$name" --node="$node" --worker="$1" --command="$2" "${alive[@]/#/--ssh-flag=}"
+    local node=0
+    case $1 in */*) node=${1%/*} ;; all) node=all ;; esac
+    queued ssh "$name" --node="$node" --worker="${1#*/}" --command="$2" "${alive[@]/#/--ssh-flag=}"
 }
 
 copy_to_workers() {

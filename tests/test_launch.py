@@ -91,6 +91,16 @@ def test_a_run_starts_in_the_background_says_how_it_is_and_stops(launch):
     assert launch("tpu_vm.sh", "stop", "a1", *HERE).stdout.count("job: stopped") == 2  # babysit leaves it alone
 
 
+def test_logs_are_those_of_the_slice_and_worker_that_are_named(launch):
+    launch("tpu_vm.sh", "setup", "a1", *HERE)
+    launch("tpu_vm.sh", "run", "a1", *HERE, "--", "exit-0")
+    for given, node, worker in (("1", 0, "1"), ("2/1", 2, "1"), ("2/all", 2, "all"), ("all", "all", "all")):
+        launch("tpu_vm.sh", "logs", "a1", *HERE, "--worker", given)
+        assert {f"--node={node}", f"--worker={worker}"} <= set(launch.calls()[-1])
+    launch.answers(machines=["a1-x:RUNNING a1-y:RUNNING"])
+    assert "--worker 2: a1 has not so many" in launch("tpu_gce.sh", "logs", "a1", *GCE, "--worker", 2, code=2).stderr
+
+
 def test_a_run_needs_its_commit_and_a_mount(launch):
     launch("tpu_vm.sh", "setup", "a1", *HERE)
     (launch.folder / "no_mounts").touch()
@@ -187,6 +197,8 @@ def test_a_dry_run_prints_what_would_be_run(launch):
         (("tpu_vm.sh", "run", "a1", *HERE, "--env", "A", *TRAIN), "--env: got no =, expected NAME=VALUE"),
         (("submit.sh", "sky", "a1", "--env", "1=A", *TRAIN), "--env: got 1=, expected NAME=VALUE"),
         (("tpu_vm.sh", "logs", "a1", *HERE, "--worker", "x"), "--worker: got x"),
+        (("tpu_vm.sh", "logs", "a1", *HERE, "--worker", "all/1"), "--worker: got all/1, expected a number or all"),
+        (("tpu_gce.sh", "logs", "a1", *GCE, "--worker", "1/0"), "--worker: got 1/0, expected a number"),
         ((*BABYSIT, "--", "train", "tiny"), "--run: got '', expected a directory below /mnt/pkv"),
         ((*BABYSIT, "--", "train", "tiny", "--run", "runs/a"), "on a bucket or a persistent disk"),
         ((*BABYSIT, "--", "eval", "m"), "expected a command that resumes"),
