@@ -166,8 +166,9 @@ def compare(facts: Mapping[str, Any]) -> None:
 def watched() -> Iterator[None]:
     """While the block runs, the end of another host ends this one within SILENT_S, saying which one and why.
 
-    A host whose block fails tells the others. One that leaves without a word is known by its silence. Of the first
-    host's sudden end JAX itself tells, as that host keeps the service.
+    A host whose block fails tells the others. One that leaves without a word is known by its silence. The first host
+    keeps the service that all go by: when its process dies while its machine lives, JAX ends the others at once by an
+    abort, in words of its own, before anything here could speak.
     """
     if jax.process_count() == 1:
         yield
@@ -200,12 +201,15 @@ def _watch(client: Any, done: threading.Event) -> None:
     me, count, beats = jax.process_index(), jax.process_count(), 0
     heard = dict.fromkeys(range(count), ("", time.monotonic()))
     while not done.wait(BEAT_S):
-        beats += 1
         try:
-            _say(client, "beat", str(beats))
+            if beats:  # of these questions the only one with a limit; its answer is known
+                client.blocking_key_value_get(f"{_place()}beat/{me}", round(1000 * SILENT_S))
+            _say(client, "beat", str(beats := beats + 1))
             said = {key.removeprefix(_place()): text for key, text in client.key_value_dir_get(_place())}
-        except jax.errors.JaxRuntimeError:
-            continue  # the first host is gone, of which JAX tells
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error) and not done.is_set():
+                _leave(_silent(0))
+            continue  # the first host's process is gone, of which JAX tells
         now = time.monotonic()
         for number in range(count):
             if number == me:
@@ -215,7 +219,11 @@ def _watch(client: Any, done: threading.Event) -> None:
             if heard[number][0] != (beat := said.get(f"beat/{number}", "")):
                 heard[number] = beat, now
             elif now - heard[number][1] > SILENT_S and not done.is_set():
-                _leave(f"nothing was heard of host {number} for {SILENT_S:.0f} s: it is gone, or its network is")
+                _leave(_silent(number))
+
+
+def _silent(number: int) -> str:
+    return f"nothing was heard of host {number} for {SILENT_S:.0f} s: it is gone, or its network is"
 
 
 def _say(client: Any, what: str, text: str) -> None:
