@@ -109,11 +109,18 @@ run_folder() {
     done | tail -n 1
 }
 
+# must_go_on WORDS...: stop where each restart would remove what the last one made.
+must_go_on() {
+    [[ " $* " != *" --fresh "* ]] ||
+        stop "--fresh: a restart would begin anew, and remove what was trained; leave it out, or name another --run"
+}
+
 # must_last WHERE WORDS...: stop unless the pkv command trains into a directory that outlives the machines.
 must_last() {
     local where=$1 folder
     shift
     [[ ${1-} == train ]] || stop "expected a command that resumes behind --, as in: -- train CONFIG --run $where/NAME"
+    must_go_on "$@"
     folder=$(run_folder "$@")
     [[ $folder == "$where"/?* ]] ||
         stop "--run: got $(quoted "$folder"), expected a directory below $where, on a bucket or a persistent disk:" \

@@ -115,6 +115,7 @@ on_slurm() {
     fi
     [[ $(run_folder "${arguments[@]}") == /* || ${arguments[0]} != train ]] ||
         stop "--run: expected a whole path that all nodes see, such as $PWD/runs/$name"
+    must_go_on "${arguments[@]}" # a job is requeued
     pack
     with_environment sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node=1 --gpus-per-node="$gpus" \
         --cpus-per-task="$cpus" --signal="INT@$grace" ${limits[@]+"${limits[@]}"} \

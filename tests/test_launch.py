@@ -214,6 +214,8 @@ def test_a_dry_run_prints_what_would_be_run(launch):
         ((*BABYSIT, "--", "train", "tiny"), "--run: got '', expected a directory below /mnt/pkv"),
         ((*BABYSIT, "--", "train", "tiny", "--run", "runs/a"), "on a bucket or a persistent disk"),
         ((*BABYSIT, "--", "eval", "m"), "expected a command that resumes"),
+        ((*BABYSIT, *TRAIN, "--fresh"), "--fresh: a restart would begin anew"),
+        (("submit.sh", "slurm", "a1", *TRAIN, "--fresh"), "--fresh: a restart would begin anew"),
         ((*BABYSIT, "--prepare", "", *TRAIN), "--prepare: expected a command that mounts a bucket"),
         (("tpu_gce.sh", "babysit", "a1", *GCE, "--topology", "2x2x2", *TRAIN), "--prepare: expected a command"),
         ((*BABYSIT, "--every", "0", *TRAIN), "--every: got 0"),
