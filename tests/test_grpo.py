@@ -434,13 +434,22 @@ def test_importance_weights_are_truncated_and_carry_no_gradient():
 # The update.
 
 
-def change(learner: Learner, *minibatches, loss=CLIPPED, epochs: int = 1):
-    state = learner.init(init_params(ARCH, jax.random.key(0)))
+def change(learner: Learner, *minibatches, loss=CLIPPED, epochs: int = 1, arch: Arch = ARCH):
+    """What an update makes of the weights, its statistics, and the gradient of its first step."""
+    state = learner.init(init_params(arch, jax.random.key(0)))
+    gradient = jax.device_get(learner.gradient(state.params, minibatches[0], loss)[0])
     state, statistics = learner.update(state, minibatches, loss, 1e-2, epochs)
-    return jax.device_get(state.params), statistics
+    return jax.device_get(state.params), statistics, gradient
 
 
 def assert_same(a, b) -> None:
+    """Leaf by leaf the gradient, which a step of Adam would make signs of, and what the update came to."""
+
+    def close(x, y):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * np.abs(y).max())
+
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(a[2])) > 1e-3
+    jax.tree.map(close, a[2], b[2])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5), a[0], b[0])
     assert a[1] == pytest.approx(b[1], rel=1e-3, abs=1e-5)
 
@@ -469,13 +478,11 @@ def test_responses_behind_one_prompt_are_as_good_as_apart(loss, window):
     def changed(shared):
         trainer = Learner(arch, ModelConfig(), OptimizerConfig(), one_device())
         micros = pack(given, layout(share_prompts=shared, normalise=loss.normalise))
-        state = trainer.init(init_params(arch, jax.random.key(0)))
-        state, statistics = trainer.update(state, [micros], loss, 1e-2, 2)
-        return jax.device_get(state.params), statistics, sum((micro.segments > 0).sum() for micro in micros)
+        return change(trainer, micros, loss=loss, epochs=2, arch=arch), sum(int((m.segments > 0).sum()) for m in micros)
 
-    apart, together = changed(False), changed(True)
-    assert_same(apart[:2], together[:2])
-    assert together[2] < apart[2], "tokens that are computed"
+    (apart, computed_apart), (together, computed_together) = changed(False), changed(True)
+    assert_same(apart, together)
+    assert computed_together < computed_apart, "tokens"
 
 
 def test_an_update_by_cudnn_is_the_same(monkeypatch, plain):
@@ -562,6 +569,12 @@ def test_one_and_four_micro_batches_are_equal(plain):
     assert_same(plain, change(learner(), batches))
 
 
+def test_what_is_not_trained_on_may_be_any_distance_apart(plain):
+    (batch,) = pack(sequences(), layout())
+    far = np.where(batch.mask > 0, batch.sampler_logprobs, -200.0).astype(np.float32)
+    assert_same(plain, change(learner(), [dataclasses.replace(batch, sampler_logprobs=far)]))
+
+
 def test_the_gradient_is_what_an_update_applies(plain):
     trainer, weights = learner(), init_params(ARCH, jax.random.key(0))
     gradient, statistics = trainer.gradient(weights, pack(sequences(), layout(24, 1)), CLIPPED)
@@ -595,9 +608,7 @@ def test_rows_spread_over_devices_by_position_give_the_same_gradient(mesh, kv_he
     def changed(mesh):
         trainer = Learner(arch, ModelConfig(), OptimizerConfig(), mesh)
         micros = pack(sequences(12), layout(rows_multiple=4, time_multiple=4, share_prompts=True))
-        state = trainer.init(init_params(arch, jax.random.key(0)))
-        state, statistics = trainer.update(state, [micros], loss, 1e-2)
-        return jax.device_get(state.params), statistics
+        return change(trainer, micros, loss=loss, arch=arch)
 
     assert_same(changed(one_device()), changed(make_mesh(mesh)))
 
@@ -615,7 +626,7 @@ def test_muon_is_equal_on_one_and_eight_devices():
 
 def test_muon_steps_orthogonally_in_every_matrix_of_a_layer_and_like_adam_elsewhere(plain):
     before = jax.device_get(init_params(ARCH, jax.random.key(0)))
-    after, _ = change(learner(optimizer="muon"), pack(sequences(), layout()))
+    after, *_ = change(learner(optimizer="muon"), pack(sequences(), layout()))
     step = jax.tree.map(np.subtract, after, before)
     for matrix in step["layers"]["ffn"]["gate"]:  # [D, F] of each layer
         values = np.linalg.svd(matrix, compute_uv=False)
@@ -626,8 +637,8 @@ def test_muon_steps_orthogonally_in_every_matrix_of_a_layer_and_like_adam_elsewh
 
 def test_several_epochs_hold_on_to_the_first_ones_policy():
     far = [Sequence(s.prompt, s.response, np.ones_like(s.advantages), s.logprobs) for s in sequences()]
-    _, first = change(learner(), pack(far, layout()), epochs=1)
-    _, third = change(learner(), pack(far, layout()), epochs=3)
+    _, first, _ = change(learner(), pack(far, layout()), epochs=1)
+    _, third, _ = change(learner(), pack(far, layout()), epochs=3)
     assert first["clipped_low"] == first["clipped_high"] == 0.0, "exactly on-policy: every ratio is 1"
     assert third["clipped_high"] > 0.05, "after two updates ratios have left the clip range"
 
@@ -635,8 +646,8 @@ def test_several_epochs_hold_on_to_the_first_ones_policy():
 def test_later_minibatches_are_held_against_the_first_policy_too():
     far = [Sequence(s.prompt, s.response, np.ones_like(s.advantages), s.logprobs) for s in sequences()]
     one = pack(far, layout())
-    _, twice = change(learner(), one, one)
-    _, epochs = change(learner(), one, epochs=2)
+    _, twice, _ = change(learner(), one, one)
+    _, epochs, _ = change(learner(), one, epochs=2)
     assert twice == pytest.approx(epochs, rel=1e-5)
     assert twice["clipped_high"] > 0
 
@@ -736,7 +747,7 @@ def test_positive_advantages_make_their_tokens_likelier():
         Sequence(s.prompt, s.response, np.full(len(s.response), 1.0 if i < 2 else -1.0, np.float32), s.logprobs)
         for i, s in enumerate(given)
     ]
-    params, _ = change(learner(), pack(given, layout()))
+    params, *_ = change(learner(), pack(given, layout()))
     before = init_params(ARCH, jax.random.key(0))
 
     def total(params, s):

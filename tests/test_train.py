@@ -261,6 +261,58 @@ def test_a_run_made_by_another_config_is_refused(whole, config_file):
         train(load_config(config_file, ["--grpo.samples", "2"]), whole)
 
 
+def test_a_requirement_that_is_not_met_can_be_lowered_in_its_run(whole, config_file, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match="rounds that haven't begun may be changed"):
+        train(load_config(config_file, ["--rounds.second.require={format: 2.0}"]), folder)
+    with pytest.raises(UserError, match=r"rounds.0.learning_rate is 1e-06 there and 0.1 here"):
+        train(load_config(config_file, ["--rounds.first.learning_rate=0.1"]), folder)
+    train(load_config(config_file), folder)
+    assert lines(folder) == lines(whole)
+    assert lines(folder, "evaluations.jsonl") == lines(whole, "evaluations.jsonl")
+    assert (folder / "config.yaml").read_text() == (whole / "config.yaml").read_text()
+
+
+def test_a_requirement_of_the_first_round_is_open_until_it_begins_but_not_what_measured_the_warm_up(
+    whole, config_file, tmp_path
+):
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match=r"rounds.first.require.format: at least 2 is required"):
+        train(load_config(config_file, ["--rounds.first.require={format: 2.0}"]), folder)
+    with pytest.raises(UserError, match=r"rounds.0.max_new_tokens is 24 there and 16 here"):
+        train(load_config(config_file, ["--rounds.first.max_new_tokens=16"]), folder)
+    train(load_config(config_file), folder)
+    assert lines(folder) == lines(whole)
+
+
+def test_a_finished_run_is_given_another_round(whole, config_file, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    config = yaml.safe_load(config_file.read_text())
+    config["rounds"].append(config["rounds"][1] | {"name": "third", "max_new_tokens": 40})
+    longer = config_file.with_name("longer.yaml")
+    longer.write_text(yaml.safe_dump(config))
+    train(load_config(longer), folder)
+    assert lines(folder)[:-1] == lines(whole) and lines(folder)[-1]["round"] == "third"
+    assert [one["name"] for one in lines(folder, "evaluations.jsonl")[-2:]] == ["before third", "after third"]
+    with pytest.raises(UserError, match=r"rounds.2.name is 'third' there and None here"):
+        train(load_config(config_file), folder)
+
+
+def test_a_start_that_was_measured_is_measured_anew_where_its_round_changes(whole, config_file, tmp_path, monkeypatch):
+    def dies(setup, run, state, stage, number, scoring, step=loop.grpo_step):
+        if stage.name == "second":
+            raise KeyboardInterrupt
+        return step(setup, run, state, stage, number, scoring)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "grpo_step", dies)
+        train(load_config(config_file, ["--rounds.second.max_new_tokens=16"]), folder)
+    assert lines(folder, "evaluations.jsonl")[-1]["name"] == "before second"
+    train(load_config(config_file), folder)
+    assert lines(folder, "evaluations.jsonl") == lines(whole, "evaluations.jsonl")
+
+
 def test_a_directory_with_something_else_in_it_is_refused(config_file, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     for fresh in (False, True):

@@ -142,7 +142,8 @@ def check_stepped(policy: Mapping[str, float], run: Run, step: int) -> None:
     if run.skipped >= MOST_SKIPPED:
         raise UserError(
             f"step {step}: the gradient was not finite {run.skipped} times in a row, and nothing is learnt any more; "
-            "lower the learning rate or optimizer.clip_norm, and go on from an earlier checkpoint"
+            "train in another --run directory from what `pkv export` gives of this one, with a lower learning rate or "
+            "optimizer.clip_norm"
         )
 
 

@@ -136,5 +136,5 @@ def check_requirement(round_: RoundConfig, evaluations: Sequence[Mapping[str, An
         if metrics[name] < least:
             raise UserError(
                 f"{where}: at least {least:g} is required, held-out it is {metrics[name]:.3f}; "
-                "train the stage before it for longer, or lower the requirement"
+                "lower that, or put another round before it: rounds that haven't begun may be changed"
             )

@@ -28,10 +28,12 @@ from pkv.hosts import gather, leads, share
 from pkv.hub import pinned
 from pkv.records import Problem, Rollout
 from pkv.tracking import Tracker, cut_lines, read_jsonl, write_rollouts
+from pkv.train.rounds import before
 from pkv.train.waiting import as_arrays, from_arrays
 
-# Knobs that change how a run goes, not what it computes: they may differ when it goes on.
+# Knobs that change how a run goes, not what it computes: they may differ when it goes on, as rounds to come may.
 FREE = ("checkpoint.", "mesh.", "rewards.workers", "evaluate.shown")
+EVALUATIONS = "evaluations.jsonl"
 PACKAGES = ("pkv", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 ACCELERATORS = ("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 
@@ -46,7 +48,7 @@ class Run:
         self.skipped = 0  # steps in a row whose gradient wasn't finite
         self.waiting: Sampled | None = None  # the next step's rollouts, where they are sampled before this one's end
         self._pass_rates: dict[str, float] | None = None
-        self._evaluations = folder / "evaluations.jsonl"
+        self._evaluations = folder / EVALUATIONS
         if self.tracker is not None:
             cut_lines(self._evaluations, step + 1)  # one made at this very step is kept
         gather("opened")  # what will be written again is gone before anybody writes
@@ -167,8 +169,8 @@ def _shares_right(values: Mapping[str, Sequence[float | None]]) -> dict[str, flo
 def open_run(config: Config, folder: Path, policy: Policy, model_config: Mapping[str, Any], fresh: bool) -> Run:
     """The run in `folder`: gone on with if it was made by this config, started if there is none, or anew if `fresh`.
 
-    Raises UserError for a folder that holds something else, or a run made by another config; and where hosts don't see
-    the same one.
+    Rounds that haven't begun are taken from this config. Raises UserError for a folder that holds something else, or a
+    run made by another config; and where hosts don't see the same one.
     """
     (step, made), *_ = gather(_make(config, folder, policy, model_config, fresh) if leads() else None)
     file = folder / "config.yaml"
@@ -189,8 +191,8 @@ def _make(
     if _is_run(file) and fresh:
         shutil.rmtree(folder)
     elif _is_run(file):
-        _check_same(config, file)
-        return checkpoint.latest(folder / "checkpoints") or 0, file.read_text(encoding="utf-8")
+        step = checkpoint.latest(folder / "checkpoints") or 0
+        return step, _gone_on_with(config, file, step)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: is not empty and holds no run of pkv; name another directory with --run")
     model = folder / RUN_MODEL
@@ -199,9 +201,13 @@ def _make(
     (model / SYSTEM_FILE).write_text(policy.system, encoding="utf-8")
     policy.tokenizer.save(model)
     described = as_plain(config) | {MADE_WITH: made_with() | {"model": pinned(config.model.path)}}
-    text = yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
+    text = _as_yaml(described)
     file.write_text(text, encoding="utf-8")
     return 0, text
+
+
+def _as_yaml(described: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
 
 
 def _is_run(file: Path) -> bool:
@@ -215,18 +221,46 @@ def _is_run(file: Path) -> bool:
     return isinstance(found, dict) and MADE_WITH in found
 
 
-def _check_same(config: Config, file: Path) -> None:
-    before = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
-    now = _flat(as_plain(config))
-    if model := before.get(f"{MADE_WITH}.model"):  # a hub id may mean another commit by now
-        before["model.path"], now["model.path"] = model, pinned(config.model.path)
-    for key in [*now, *before]:
-        if key.startswith((*FREE, MADE_WITH)) or before.get(key) == now.get(key):
+def _gone_on_with(config: Config, file: Path, step: int) -> str:
+    """The text of a run's config.yaml, with the rounds to come as `config` has them. Raises UserError where what has
+    begun differs."""
+    text = file.read_text(encoding="utf-8")
+    made, wanted = yaml.safe_load(text), as_plain(config)
+    there, here = (_flat(each | {"rounds": _settled(made, each["rounds"], step)}) for each in (made, wanted))
+    if model := there.get(f"{MADE_WITH}.model"):  # a hub id may mean another commit by now
+        there["model.path"], here["model.path"] = model, pinned(config.model.path)
+    for key in [*here, *there]:
+        if key.startswith((*FREE, MADE_WITH)) or there.get(key) == here.get(key):
             continue
         raise UserError(
-            f"{file.parent}: was made by another config: {key} is {before.get(key)!r} there and {now.get(key)!r} here; "
+            f"{file.parent}: was made by another config: {key} is {there.get(key)!r} there and {here.get(key)!r} here; "
             "use --fresh to start anew, or another --run directory"
         )
+    if made["rounds"] == wanted["rounds"]:
+        return text
+    _forget_starts(file.parent / EVALUATIONS, step)
+    text = _as_yaml(made | {"rounds": wanted["rounds"]})
+    file.write_text(text, encoding="utf-8")
+    return text
+
+
+def _settled(made: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], step: int) -> list[dict[str, Any]]:
+    """Of `rounds` what may not differ from what a run was made with, after so many steps: those that have begun, and
+    the first one, by which a warm-up is measured, but for what it requires."""
+    found, first = [], made["warmup"]["steps"]
+    for was, round_ in zip(made["rounds"], rounds, strict=False):
+        if first < step:
+            found.append(dict(round_))
+        elif not found and step:
+            found.append({name: knob for name, knob in round_.items() if name != "require"})
+        first += was["steps"]
+    return found
+
+
+def _forget_starts(file: Path, step: int) -> None:
+    """Leave out how rounds that change began: they are measured anew."""
+    kept = [one for one in read_jsonl(file) if one["step"] < step or not one["name"].startswith(before(""))]
+    file.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in kept), encoding="utf-8")
 
 
 def _flat(node: Any, path: str = "") -> dict[str, Any]:
