@@ -17,7 +17,7 @@ from pkv.records import FIGHTERS
 from pkv.tracking import read_jsonl
 
 STEPS = {"format": 25, "aha": 15, "longer": 30}
-GSPO = ("--grpo.loss.surrogate=gspo", "--grpo.loss.clip_low=3e-4", "--grpo.loss.clip_high=4e-4")
+GSPO = ("--grpo.loss.surrogate=gspo",)
 CISPO = ("--grpo.loss.surrogate=cispo",)
 MINIBATCHES = ("--grpo.minibatches=4",)
 # What differs from the tiny config's recipe, as flags.

@@ -25,6 +25,7 @@ LOSSES = {
     "dual clip": {"loss_type": "dapo", "delta": 1.4},
     "k3": {"loss_type": "dapo", "beta": 0.1},
     "entropy": {"loss_type": "dapo", "entropy": 0.05},
+    "importance": {"loss_type": "dapo", "beta": 0.1, "cap": 1.2},  # vLLM's weights, "token_truncate" in TRL's words
 }
 
 
@@ -38,7 +39,8 @@ def trl_loss(
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        use_vllm=False,
+        use_vllm="cap" in kind,
+        vllm_importance_sampling_correction=True,
         use_adaptive_entropy=False,
         beta=kind.get("beta", 0.0),
         entropy_coef=kind.get("entropy", 0.0),
@@ -52,6 +54,8 @@ def trl_loss(
         _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, entropies, None),
         **{name: kind[name] for name in ("loss_type", "importance_sampling_level", "epsilon_low", "epsilon_high")},
     )
+    weights = torch.exp(inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"])
+    inputs = inputs | {"importance_sampling_ratio": weights.clamp(max=kind.get("cap", 1.0))}
     return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
@@ -63,6 +67,7 @@ def main() -> None:
     now = old + 0.4 * torch.randn(shape, generator=draw)
     reference = old + 0.3 * torch.randn(shape, generator=draw)
     entropies, advantages = torch.rand(shape, generator=draw), torch.randn(len(LENGTHS), generator=draw)
+    sampler = old + 0.3 * torch.randn(shape, generator=draw)
     ids = torch.zeros(shape, dtype=torch.long)
     inputs = {
         "prompt_ids": ids[:, :1],
@@ -72,6 +77,7 @@ def main() -> None:
         "advantages": advantages,
         "old_per_token_logps": old,
         "ref_per_token_logps": reference,
+        "sampling_per_token_logps": sampler,
         "num_items_in_batch": mask.sum(),
     }
     losses = {}
@@ -85,6 +91,7 @@ def main() -> None:
         "now": now,
         "old": old,
         "reference": reference,
+        "sampler": sampler,
         "entropies": entropies,
         "advantages": advantages,
     }

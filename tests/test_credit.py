@@ -191,6 +191,9 @@ def test_truncated_responses_may_be_masked():
     given = [group({"correctness": [1.0, 0.0]}, finish=["stop", "length"])]
     assert len(credited(given, {"correctness": 1.0}).sequences) == 2
     assert len(credited(given, {"correctness": 1.0}, mask_truncated=True).sequences) == 1
+    silent = [*given, group({"correctness": [1.0, 0.0]}, finish=["length", "length"])]
+    found = credited(silent, {"correctness": 1.0}, mask_truncated=True)
+    assert found.silent == 0.5, "what gives no gradient is replaced"
 
 
 def test_a_total_is_one_scalar_for_all_tokens():

@@ -382,7 +382,7 @@ def test_cispo_holds_weights_and_gives_every_token_its_gradient():
 
 
 def test_gspo_gives_a_sequence_one_ratio():
-    loss, advantages = PolicyLoss("gspo"), jnp.ones(5)
+    loss, advantages = PolicyLoss("gspo", clip_low=0.2, clip_high=0.28), jnp.ones(5)
     ratio = float(np.exp(np.mean(np.log(RATIO))))
 
     def total(now):
@@ -393,6 +393,8 @@ def test_gspo_gives_a_sequence_one_ratio():
     np.testing.assert_allclose(jax.grad(total)(now), [-ratio] * 5, rtol=1e-6)
     far = now + 1.0
     assert not jax.grad(total)(far).any() and losses_of(loss, far, OLD, OLD, advantages).clipped_high.all()
+    usual = [losses_of(PolicyLoss("gspo"), OLD + off, OLD, OLD, advantages) for off in (3e-4, 5e-4)]
+    assert not usual[0].clipped_high.any() and usual[1].clipped_high.all(), "4e-4, unless it is given"
 
 
 def test_divergences_by_hand():
@@ -468,7 +470,9 @@ def test_packed_and_unpacked_updates_are_equal(plain):
     assert_same(plain, change(learner(), alone))
 
 
-@pytest.mark.parametrize("loss", [CLIPPED, PolicyLoss("gspo", reject=1.5), PolicyLoss(normalise="sequences")])
+@pytest.mark.parametrize(
+    "loss", [CLIPPED, PolicyLoss("gspo", clip_low=0.2, clip_high=0.28, reject=1.5), PolicyLoss(normalise="sequences")]
+)
 @pytest.mark.parametrize("window", [None, 5])
 def test_responses_behind_one_prompt_are_as_good_as_apart(loss, window):
     arch = dataclasses.replace(ARCH, window=window, local_layers=(True, False) if window else ())

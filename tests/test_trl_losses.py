@@ -25,6 +25,7 @@ OURS = {
     "dual clip": PolicyLoss(clip_high=0.2, dual_clip=1.4),
     "k3": PolicyLoss(clip_high=0.2, kl="k3", kl_weight=0.1),
     "entropy": PolicyLoss(clip_high=0.2, entropy=0.05),
+    "importance": PolicyLoss(clip_high=0.2, kl="k3", kl_weight=0.1, importance_cap=1.2),
 }
 
 
@@ -51,7 +52,8 @@ def test_losses_and_gradients_are_trls(name):
 
         def summed(now, batch=batch, placed=placed):
             reference = placed(given["reference"]) if loss.kl_weight else None
-            logprobs = Logprobs(now, placed(given["old"]), placed(given["old"]), reference)
+            sampler = placed(given["sampler" if name == "importance" else "old"])
+            logprobs = Logprobs(now, placed(given["old"]), sampler, reference)
             average = lambda x: sequence_means(x, mask_BT=batch.mask, branches_BT=batch.branches)  # noqa: E731
             found = token_losses(loss, logprobs, placed(given["entropies"]), jnp.asarray(batch.advantages), average)
             return (found.loss * batch.weights).sum()

@@ -130,8 +130,9 @@ class PolicyLoss:
     # clipped: PPO's, with DAPO's higher upper clip (arXiv 2503.14476, equation 8); gspo: clips the ratio of the whole
     # sequence (2507.18071, equation 13); cispo: clips the weight of the gradient, and drops no token (2506.13585, 4).
     surrogate: Literal["clipped", "gspo", "cispo"] = "clipped"
-    clip_low: float = 0.2  # how far a ratio may leave 1 below, in clipped and gspo; for gspo 3e-4 is usual,
-    clip_high: float = 0.28  # and above; for gspo 4e-4
+    # How far a ratio may leave 1 below, and above; 0: what is usual, 0.2 and 0.28, and 3e-4 and 4e-4 for gspo.
+    clip_low: float = 0.0
+    clip_high: float = 0.0
     cap: float = 5.0  # cispo's largest weight
     dual_clip: float = 0.0  # with A < 0 the surrogate is at least this times A (1912.09729, equation 5); 0: off
     importance_cap: float = 2.0  # truncated importance sampling, per token, against the sampler's log-probabilities

@@ -40,7 +40,7 @@ class TokenLosses(NamedTuple):
     """The loss of each token and what is worth watching, each of the tokens' shape.
 
     clipped_low, clipped_high: 1 where the clip took the gradient away (cispo: held the weight), with the ratio below or
-    above. rejected: 1 in a rejected sequence. kl_reference: the k3 estimate; 0 without a reference.
+    above. rejected: 1 in a rejected sequence. kl_reference: the k3 estimate, where there is a reference.
     """
 
     loss: jax.Array
@@ -120,7 +120,8 @@ def cispo(
 
 def _clip(loss: PolicyLoss, ratio: jax.Array, advantages: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     free = ratio * advantages
-    held = jnp.clip(ratio, 1 - loss.clip_low, 1 + loss.clip_high) * advantages
+    usual_low, usual_high = USUAL_CLIPS[loss.surrogate]
+    held = jnp.clip(ratio, 1 - (loss.clip_low or usual_low), 1 + (loss.clip_high or usual_high)) * advantages
     surrogate, binding = jnp.minimum(free, held), free > held
     if loss.dual_clip:
         worst = loss.dual_clip * advantages
@@ -130,11 +131,15 @@ def _clip(loss: PolicyLoss, ratio: jax.Array, advantages: jax.Array) -> tuple[ja
     return surrogate, low.astype(jnp.float32), high.astype(jnp.float32)
 
 
+USUAL_CLIPS = {"clipped": (0.2, 0.28), "gspo": (3e-4, 4e-4)}  # DAPO, arXiv 2503.14476, 4.1; GSPO, 2507.18071, 5.1
 SURROGATES = {"clipped": clipped, "gspo": gspo, "cispo": cispo}
 
 
 def k1(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
-    """log p − log q: unbiased (Schulman, Approximating KL Divergence, 2020, as are k2 and k3)."""
+    """log p − log q: unbiased (Schulman, Approximating KL Divergence, 2020, as are k2 and k3).
+
+    In the reward it is each token's own, without what follows from it: its gradient is k2's, on average.
+    """
     return logprobs - reference
 
 

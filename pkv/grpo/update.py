@@ -137,8 +137,8 @@ class Learner:
         A step whose gradient isn't finite, or without any token to train on, changes nothing. Statistics, means over
         the trained tokens and over the steps that changed something, if any did: loss, entropy (nats), clipped_low,
         clipped_high and rejected (shares), kl_sampler (mean of r - log r - 1 with r the ratio of the trainer's to the
-        sampler's probability), kl_reference, gradient_norm (before clipping); and skipped, the share of steps whose
-        gradient wasn't finite. Raises ValueError for a loss whose reference the learner lacks.
+        sampler's probability), kl_reference (of a loss that has one), gradient_norm (before clipping); and skipped, the
+        share of steps whose gradient wasn't finite. Raises ValueError for a loss whose reference the learner lacks.
         """
         held_to_reference = isinstance(loss, PolicyLoss) and loss.kl_weight > 0
         if held_to_reference and self._reference is None:
@@ -218,7 +218,10 @@ class Learner:
         sums = (jax.tree.map(jnp.zeros_like, params), {name: jnp.zeros(()) for name in STATISTICS})
         for micro in micros:
             sums = self._gradient(params, self._frozen, sums, micro, max(tokens, 1.0), loss=loss, segments=segments)
-        return sums
+        gradient, statistics = sums
+        if not any("reference_logprobs" in micro for micro in micros):
+            del statistics["kl_reference"]  # 0 would say that the policy hasn't moved
+        return gradient, statistics
 
     def _tokens(self, minibatches: Sequence[Sequence[Batch]]) -> list[float]:
         """How many each minibatch trains, of all hosts."""

@@ -137,6 +137,8 @@ def build(config: Config) -> Setup:
         raise UserError("model.path: missing; name a Hugging Face directory or a hub id")
     if not stages(config):
         raise UserError("rounds: nothing to do; give warmup.steps or a round with steps")
+    if not config.sampling.temperature and any(round_.steps for round_ in config.rounds):
+        raise UserError("sampling.temperature: at 0 a group's rollouts are all the same, and teach nothing; give 1")
     problems = open_source(config.data.train)
     heldout = open_source(config.data.heldout, config.evaluate.problems)
     _check_apart(problems, heldout)
