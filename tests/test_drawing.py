@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pkv.sampling import row_keys
-from pkv.sampling.drawing import Nucleus, _search, draw, invert
+from pkv.sampling.drawing import Nucleus, _search, _truncate, draw, invert
 
 
 def test_draws_follow_the_distribution():
@@ -63,3 +63,18 @@ def test_top_k_top_p_and_min_p_keep_what_they_say():
     by_m = draw(Nucleus(True, 0), *args, jnp.float32(1), jnp.float32(0.25))
     assert set(np.unique(by_m.tokens)) == {0, 1, 2}, "0.15 is more than a quarter of 0.5, 0.1 is less"
     np.testing.assert_allclose(by_m.logprobs, np.log(np.array([50, 25, 15]) / 90)[np.asarray(by_m.tokens)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [0, 4])  # 4: scores are quarters, so that many are equal
+@pytest.mark.parametrize("top_k, top_p, min_p", [(0, 0.95, 0), (20, 0.9, 0), (20, 1, 0), (0, 1, 0.1), (9, 0.5, 0.02)])
+def test_what_is_kept_is_what_sorting_would_keep(steps, top_k, top_p, min_p):
+    scores = np.random.default_rng(0).normal(size=(8, 3000)).astype(np.float32)
+    scores = np.round(steps * scores) / steps if steps else scores
+    scores -= scores.max(axis=1, keepdims=True)
+    kept = np.isfinite(_truncate(jnp.asarray(scores), top_k, jnp.float32(top_p), jnp.float32(min_p)))
+    for row, of_row in zip(scores.astype(float), kept, strict=True):
+        ordered = np.sort(row)[::-1]
+        ordered = ordered[ordered >= ordered[top_k - 1]] if top_k else ordered
+        shares = np.exp(ordered) / np.exp(ordered).sum()
+        least = ordered[(np.cumsum(shares) - shares < top_p) | (top_p == 1)].min()
+        np.testing.assert_array_equal(of_row, (row >= least) & (np.exp(row) >= min_p))

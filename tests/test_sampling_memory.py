@@ -181,10 +181,14 @@ def test_without_a_limit_the_memory_that_is_available_counts(monkeypatch, tmp_pa
     run()
 
 
+@pytest.mark.parametrize("limit", ["tokens", "memory"])
 @pytest.mark.parametrize("common, rows", [(0, 4), (80, 2)])
-def test_prompts_that_are_prefilled_at_once_stay_within_their_tokens(monkeypatch, common, rows):
+def test_prompts_that_are_prefilled_at_once_stay_within_their_tokens(monkeypatch, common, rows, limit):
     """Of 64 tokens and what comes before them; seven prompts are no power of two, but the rows of a program are."""
-    monkeypatch.setattr("pkv.sampling.engine.PREFILL_TOKENS", 400)
+    if limit == "tokens":
+        monkeypatch.setattr("pkv.sampling.engine.PREFILL_TOKENS", 400)
+    else:  # of all that there is memory for an eighth
+        monkeypatch.setattr(Engine, "_most_pages", lambda engine: 8 * 400 // engine.programs.page)
     draw, keys = np.random.default_rng(0), row_keys(0, "at once", 0, [str(n) for n in range(7)], 1)
     head = draw.integers(10, 200, common)
     prompts = [np.concatenate([head, draw.integers(10, 200, 40)]).astype(np.int32) for _ in keys]

@@ -31,6 +31,7 @@ from pkv.sampling.schedule import Completion, Fresh, Request, Rows, Schedule, Se
 LEAST_ROWS = 4  # the batch does not shrink below this
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 PREFILL_TOKENS = 16_384  # of a shard in one program, what all prompts begin with in every row, at most
+PREFILL_SHARE = 8  # and at most as many as fit into an eighth of the pages' memory, beside which its own cache stands
 MEMINFO = Path("/proc/meminfo")
 SHARE_OF_FREE = 0.8  # of a device's free memory for keys and values, when no limit is set
 
@@ -156,7 +157,7 @@ class Engine:
             schedule.drop_prompts()
             arena.fit()
             schedule.extend(fresh)
-            self._prefill(weights, start, arena, requests, fresh)
+            self._prefill(weights, start, arena, requests, fresh, schedule.most)
             for row in fresh.returned:
                 arena.bring_back(row)
             rows, segment = self._visit(weights, schedule, start, arena, usage)
@@ -195,9 +196,9 @@ class Engine:
         return jax.device_put(array, NamedSharding(self._mesh, spec))
 
     def _prefill(
-        self, weights: Params, start: Prefix | None, arena: Arena, requests: Sequence[Request], fresh: Fresh
+        self, weights: Params, start: Prefix | None, arena: Arena, requests: Sequence[Request], fresh: Fresh, most: int
     ) -> None:
-        """The keys and values of prompts that come for the first time, or again, into their pages."""
+        """The keys and values of prompts that come for the first time, or again, into their pages; most: that fit."""
         before = 0 if start is None else start.length
         by_shard: list[list[tuple[int, Held]]] = [[] for _ in range(self._shards)]
         for request, held in fresh.prompts:
@@ -210,7 +211,8 @@ class Engine:
         width = round_up(max(lengths), multiple)
         width = width if width <= PREFILL_CHUNK else -(-width // PREFILL_CHUNK) * PREFILL_CHUNK
         width = -(-width // self.programs.page) * self.programs.page
-        at_once = 1 << (max(1, PREFILL_TOKENS // (before + width)).bit_length() - 1)  # as `count`, a power of two
+        tokens = min(PREFILL_TOKENS, most * self.programs.page // PREFILL_SHARE)
+        at_once = 1 << (max(1, tokens // (before + width)).bit_length() - 1)  # as `count`, a power of two
         for first in range(0, max(map(len, by_shard)), at_once):
             parts = [part[first : first + at_once] for part in by_shard]
             count = 1 << (max(map(len, parts)) - 1).bit_length()
