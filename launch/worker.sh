@@ -81,15 +81,13 @@ start() {
     echo "started: $(hostname)"
 }
 
-# The background process of `start`: pkv is its child, so that its exit code is known. What scored for a pkv that was
-# killed or aborted would live on: it goes with this process's group, and this process too.
+# The background process of `start`: pkv is its child, so that its exit code is known.
 job() {
     local code=0
     bash launch/worker.sh exec "$@" &
     echo "$!" >"$job/pid" || { kill "$!" && exit 1; }
     wait "$!" || code=$?
     echo "$code" >"$job/exit"
-    kill -KILL -- "-$$"
 }
 
 # status [RUN]: with the last step that is saved in that directory.

@@ -501,6 +501,37 @@ def test_a_pool_scores_like_the_scorer(scorer, workers):
     assert [trace.truncated for trace, _ in found] == [False, False, False, True]
 
 
+KILLED = """
+import multiprocessing, os, signal
+from pkv.config import RewardConfig
+from pkv.records import Problem
+from pkv.rewards import DEFAULT_WEIGHTS, ScoringPool
+
+if __name__ == "__main__":
+    pool = ScoringPool(DEFAULT_WEIGHTS, 64, RewardConfig(workers=2))
+    for future in [pool.submit(Problem("p", "1 + 1", "2"), "") for _ in range(4)]:
+        future.result()
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_who_scores_leaves_when_who_asked_was_killed(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    said = subprocess.run([sys.executable, tmp_path / "killed.py"], stdout=subprocess.PIPE, text=True, timeout=120)
+    pids = said.stdout.split()
+    assert pids and said.returncode == -9
+    until = time.monotonic() + 30
+    while any(works(pid) for pid in pids):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def works(pid: str) -> bool:
+    stat = Path("/proc", pid, "stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def write_lines(path: Path, *records: dict) -> Path:
     path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n")
     return path

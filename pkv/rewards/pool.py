@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Mapping
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from functools import partial
@@ -106,7 +108,16 @@ def _score(
 def _start_worker(weights: Mapping[str, float], length_optimum: int, config: RewardConfig) -> None:
     global _scorer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends its workers
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _scorer = Scorer(weights, length_optimum, config)
+
+
+def _leave_with_parent() -> None:
+    """End where the parent was killed: it didn't say so, and who waits for work would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(
