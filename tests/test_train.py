@@ -525,7 +525,7 @@ def test_a_run_whose_gradient_is_never_finite_stops_with_a_remedy():
     run = SimpleNamespace(skipped=0)
     for skipped in (1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.25, 1.0, 1.0, 1.0, 1.0):
         check_stepped({"skipped": skipped}, run, 3)
-    with pytest.raises(UserError, match=r"5 times in a row.*lower the learning rate"):
+    with pytest.raises(UserError, match=r"5 times in a row.*with a lower learning rate"):
         check_stepped({"skipped": 1.0}, run, 3)
 
 
