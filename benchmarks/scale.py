@@ -17,8 +17,9 @@ from pkv.config import find_config, load_config
 from pkv.model import param_shapes
 from pkv.plan import model_shape, work_of
 from pkv.plan.chips import Chip, Slice, read_slice
+from pkv.plan.collectives import NETWORK
 from pkv.plan.programs import Work
-from pkv.plan.roofline import Spread, link_seconds, micro_batches, network_seconds, step_seconds
+from pkv.plan.roofline import Spread, micro_batches, sent_seconds, step_seconds
 from pkv.sampling.engine import SHARE_OF_FREE
 
 CHIPS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -54,7 +55,9 @@ def gradient_sent(work: Work, weights: float, data: int, fsdp: int, tensor: int,
     return over_data + over_fsdp + over_tensor
 
 
-def placed(work: Work, wanted: Slice, weights: float, tensor: int, rollouts: int) -> tuple[Work, Spread, float] | str:
+def placed(
+    work: Work, wanted: Slice, weights: float, tensor: int, rollouts: int
+) -> tuple[Work, Spread, dict[str, float]] | str:
     """The step's work, how it is spread and what a micro-batch sends; or why it can't be.
 
     fsdp is as small as the state allows with half of the memory left, and data takes the rest.
@@ -84,7 +87,9 @@ def placed(work: Work, wanted: Slice, weights: float, tensor: int, rollouts: int
     row = work.config.grpo.row_tokens
     spread = Spread(wanted.chips, shards, tensor, 1, sampled, weights * 4 / fsdp / tensor, kv_token, kv, (shards, row))
     data = shards // fsdp // wanted.slices
-    return work, spread, gradient_sent(work, weights, data, fsdp, tensor, row)
+    over_slices = 2 * weights * 2 / fsdp / tensor * (wanted.slices - 1) / wanted.slices  # in 16 bits, as compiled
+    sent = {NETWORK: over_slices, "links": gradient_sent(work, weights, data, fsdp, tensor, row)}
+    return work, spread, sent
 
 
 def divisors(number: int) -> list[int]:
@@ -113,7 +118,7 @@ def row(case: Case, chips: int, weak: bool) -> str:
     # A micro-batch has a row for each shard: one whose shards have no row to train on are idle in it.
     seconds = step_seconds(work, spread, wanted, {"gradient": sent})
     micros = micro_batches(work, spread, work.longest)
-    sending = micros * (link_seconds(sent, wanted.chip) + network_seconds(spread, wanted))
+    sending = micros * sent_seconds(sent, wanted)
     idle = max(1.0, spread.shards / rollouts)
     update = (seconds.update - sending) * idle + sending
     step = seconds.total - seconds.update + update

@@ -27,13 +27,13 @@ from pkv.model.families import family_of
 from pkv.model.layout import by_path
 from pkv.plan import as_record, model_shape, read_slice, work_of
 from pkv.plan.arithmetic import activations
-from pkv.plan.collectives import sent_bytes
+from pkv.plan.collectives import NETWORK, sent_bytes
 from pkv.plan.compiled import Program, compile_program, refused_bytes
 from pkv.plan.models import TABLE
 from pkv.plan.planning import described_mesh
 from pkv.plan.planning import plan as plan_of
 from pkv.plan.programs import Gpu, Programs, Task, bytes_on_chip, policy_shapes, reference_shapes, sampling_shapes
-from pkv.plan.roofline import ASSUMED, Spread, decode_step_seconds, network_seconds, rows_at_once
+from pkv.plan.roofline import ASSUMED, Spread, decode_step_seconds, rows_at_once, sent_seconds
 from pkv.plan.search import candidates
 from pkv.sampling import Engine
 
@@ -176,6 +176,29 @@ GATHER = "ENTRY %main (a: f32[4]) -> f32[8] {\n  ROOT %g = f32[8]{0} all-gather(
 )
 def test_groups_of_chips_are_read_in_every_way_that_they_are_written(groups, chips):
     assert sent_bytes(GATHER.replace("GROUPS", groups)) == {"all-gather": 32 * (chips - 1) / chips}
+
+
+SLICES = """
+ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
+  %s = (bf16[64,128]{1,0}, u32[], token[]) send(%a, %t), channel_id=2, is_host_transfer=true, frontend_attributes={HOW}
+  %done = token[] send-done(%s), channel_id=2, is_host_transfer=true, frontend_attributes={HOW}
+  %r = (bf16[64,128]{1,0}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true, frontend_attributes={HOW}
+  ROOT %ar = bf16[64,128]{1,0} all-reduce(%b), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+"""
+HOW = '_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3}x{0:3}",_xla_megascale_transfer_type='
+
+
+def test_what_goes_over_slices_is_counted_once_and_apart_from_links():
+    size = 64 * 128 * 2
+    sent = sent_bytes(SLICES.replace("HOW", HOW + '"ALL_REDUCE"'))
+    assert sent == {NETWORK: 2 * size * 2 / 3, "all-reduce": size}
+    wanted = read_slice("3xv5e:4x8")  # its machines have four chips each
+    over_links = size / (wanted.chip.link_gbs * 1e9 * ASSUMED["link_share"])
+    over_network = 4 * 2 * size * 2 / 3 / (wanted.chip.dcn_gbs * 1e9 * ASSUMED["link_share"])
+    assert sent_seconds(sent, wanted) == pytest.approx(over_links + over_network)
+    with pytest.raises(ValueError, match=r"over slices can.t be read: .*ALL_GATHER"):
+        sent_bytes(SLICES.replace("HOW", HOW + '"ALL_GATHER"'))
 
 
 def test_groups_that_cannot_be_read_are_no_guess():
@@ -347,13 +370,6 @@ def test_on_a_gpu_layers_apart_are_a_copy_of_what_is_trained_in_any_dtype(config
 @pytest.mark.parametrize("flags", [("--sampling.attention", "triton"), ("--model.attention", "cudnn")])
 def test_a_gpus_kernels_can_be_planned_where_there_is_none(flags):
     assert kinds_on_one_gpu("qwen2.5-0.5b", "h100:1", *flags) == kinds_on_one_gpu("qwen2.5-0.5b", "h100:1")
-
-
-def test_slices_add_their_gradients_up_over_their_machines_network():
-    one, two = read_slice("v5e:4x8"), read_slice("2xv5e:4x8")
-    assert network_seconds(SPREAD, one) == 0
-    rate = two.chip.dcn_gbs * 1e9 * ASSUMED["link_share"] / 4  # its machines have four chips each
-    assert network_seconds(SPREAD, two) == pytest.approx(2e6 / rate)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ _SENT = {
     "ragged-all-to-all": lambda size, g: size * (g - 1) / g,
     "collective-permute": lambda size, g: size,
 }
+NETWORK = "over slices"  # the kind of what goes over the data centre's network, and not over links
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 _ARRAY = re.compile(r"\b([a-z]+\d+(?:e\dm\d(?:fn)?)?|pred)\[([\d,]*)\]")
@@ -24,6 +25,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
 _OPERATION = re.compile(r"\s([a-z][a-z0-9-]*)\(")
 _CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":\s*"?(\d+)')
+_OVER_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="ALL_REDUCE"')
 _CHAIN = re.compile(r"channel_id=(\d+),.*frontend_attributes=\{[^}]*chain_id=")
 _LOOP = re.compile(r"\bcondition=%?([\w.-]+), body=%?([\w.-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.-]+))")
@@ -44,11 +46,13 @@ class _Computation:
 
 
 def sent_bytes(text: str) -> dict[str, float]:
-    """Bytes that each chip sends in one call of a compiled program, by kind of collective.
+    """Bytes that each chip sends in one call of a compiled program, by kind of collective; `NETWORK` is a kind.
 
-    text: from `Compiled.as_text()`. A loop whose turns the compiler doesn't say is taken to count up to the constant in
-    its condition: the sampler's may end before, when no row is left. A TPU does some collectives piece by piece among
-    other work, and every piece stands in the text as the whole one: such a chain counts as often as it begins.
+    text: from `Compiled.as_text()`. What chips of several slices add up is first summed in each slice, and then handed
+    to the network, by which a TPU's program has a `send` and a `recv`: its collectives are of one slice alone. A loop
+    whose turns the compiler doesn't say is taken to count up to the constant in its condition: the sampler's may end
+    before, when no row is left. A TPU does some collectives piece by piece among other work, and every piece stands in
+    the text as the whole one: such a chain counts as often as it begins.
     """
     computations, entry = _read(text)
     total: dict[str, float] = {}
@@ -98,6 +102,9 @@ def _note(computation: _Computation, instruction: str) -> None:
     if operation is None:
         return
     kind = operation[1].removesuffix("-start")
+    if kind == "send" and "_xla_megascale" in instruction:
+        sent = computation.sent.get(NETWORK, 0.0) + _over_slices(instruction, instruction[: operation.start()])
+        computation.sent[NETWORK] = sent
     if kind in _SENT and not operation[1].endswith("-done"):
         result, group = instruction[: operation.start()], _group_size(instruction)
         sizes = list(_sizes(result))
@@ -119,6 +126,14 @@ def _note(computation: _Computation, instruction: str) -> None:
         computation.calls += [name.strip().lstrip("%") for name in (one or several).split(",")]
     if constant := _CONSTANT.match(instruction):
         computation.largest = max(computation.largest, float(constant[1]))
+
+
+def _over_slices(instruction: str, result: str) -> float:
+    """Bytes that a chip sends of a sum over slices."""
+    found = _OVER_SLICES.search(instruction)
+    if found is None:
+        raise ValueError(f"what is sent over slices can't be read: {instruction.strip()}")
+    return _SENT["all-reduce"](next(_sizes(result)), len(found[1].split(",")))
 
 
 def _sizes(result: str) -> Iterator[float]:

@@ -14,7 +14,7 @@ from pkv.config import UserError
 from pkv.plan.chips import Slice
 from pkv.plan.collectives import sent_bytes
 from pkv.plan.programs import Task
-from pkv.plan.roofline import compute_seconds, link_seconds, memory_rate
+from pkv.plan.roofline import compute_seconds, memory_rate, sent_seconds
 
 HOLES = 0.03  # of temporary memory, lost between arrays: 0.017 and 0.018 in the two gradients that were looked into
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
@@ -71,7 +71,7 @@ def compile_program(task: Task, wanted: Slice) -> Program:
     seconds = max(
         compute_seconds(task.flops, wanted.chips, wanted.chip),
         moved / memory_rate(wanted.chip),
-    ) + link_seconds(sum(sent.values()), wanted.chip)
+    ) + sent_seconds(sent, wanted)
     return Program(
         task.name, task.phase, kinds, limit, task.flops, sent, seconds, float(memory.host_temp_size_in_bytes)
     )

@@ -180,7 +180,7 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
             if not patient and not program.fits:
                 whole = False
                 break
-    sent = {program.name: sum(program.sent.values()) for program in found}
+    sent = {program.name: program.sent for program in found}
     rounds = []
     for round_ in (round_ for round_ in work.config.rounds if round_.steps):
         alone = dataclasses.replace(work, config=dataclasses.replace(work.config, rounds=(round_,)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pkv.model.arithmetic import forward_flops, update_flops
 from pkv.plan.chips import Chip, Slice
+from pkv.plan.collectives import NETWORK
 from pkv.plan.programs import Work
 
 ASSUMED: Mapping[str, float] = {
@@ -83,6 +84,16 @@ def link_seconds(sent: float, chip: Chip, collectives: int = 0) -> float:
     return sent / (chip.link_gbs * 1e9 * ASSUMED["link_share"]) + collectives * ASSUMED["collective_s"]
 
 
+def sent_seconds(sent: Mapping[str, float], wanted: Slice) -> float:
+    """What a chip sends by kind: over its links and, of several slices, by the network that its machine's chips share.
+
+    Each by itself, as if nothing overlapped.
+    """
+    over_slices, chip = sent.get(NETWORK, 0.0), wanted.chip
+    network = over_slices * wanted.host_chips / (chip.dcn_gbs * 1e9 * ASSUMED["link_share"])
+    return link_seconds(sum(sent.values()) - over_slices, chip) + network
+
+
 def compute_seconds(flops: float, chips: int, chip: Chip) -> float:
     """Long products, spread over all chips."""
     return flops / chips / (chip.tflops * 1e12 * ASSUMED["matrix_share"])
@@ -109,25 +120,18 @@ def micro_batches(work: Work, spread: Spread, budget: int) -> float:
     return max(1.0, tokens / (math.prod(spread.micro) * ASSUMED["packed"]))
 
 
-def network_seconds(spread: Spread, wanted: Slice) -> float:
-    """A micro-batch's gradient, added up over slices by the network that a machine's chips share."""
-    sent = 2 * spread.trained * (wanted.slices - 1) / wanted.slices * wanted.host_chips
-    return sent / (wanted.chip.dcn_gbs * 1e9 * ASSUMED["link_share"])
-
-
-def step_seconds(work: Work, spread: Spread, wanted: Slice, sent: Mapping[str, float]) -> Seconds:
-    """A step of the one round of `work`. sent: bytes from a chip in one call of each program, 0 where not known."""
+def step_seconds(work: Work, spread: Spread, wanted: Slice, sent: Mapping[str, Mapping[str, float]]) -> Seconds:
+    """A step of the one round of `work`. sent: bytes from a chip in one call of each program, by kind."""
     config, chip, budget = work.config, wanted.chip, work.longest
     rows, mean = rows_at_once(work, spread, budget), ASSUMED["mean_response"] * budget
     # As many tokens of each place as the queue has, and at least those of the longest response.
     steps = max(float(budget), config.grpo.prompts * work.samples / spread.shards * mean / rows)
-    token_sent = sent.get("decode", 0.0) / config.sampling.segment  # a call of it is a segment
+    token_sent = sum(sent.get("decode", {}).values()) / config.sampling.segment  # a call of it is a segment
     decode = steps * decode_step_seconds(work, spread, chip, rows, work.prompt_tokens + mean / 2, token_sent)
     prompts = forward_flops(work.arch, [(work.prompt_tokens, 0)] * config.grpo.prompts)
     update = compute_seconds(step_flops(work, budget) * again(work), wanted.chips, chip)
-    a_micro = link_seconds(sent.get("gradient", 0.0), chip) + network_seconds(spread, wanted)
-    update += micro_batches(work, spread, budget) * config.grpo.epochs * a_micro
-    reshard = link_seconds(sent.get("reshard", 0.0), chip) + spread.sampled / memory_rate(chip)
+    update += micro_batches(work, spread, budget) * config.grpo.epochs * sent_seconds(sent.get("gradient", {}), wanted)
+    reshard = sent_seconds(sent.get("reshard", {}), wanted) + spread.sampled / memory_rate(chip)
     return Seconds(
         compute_seconds(prompts, wanted.chips, chip), decode, reshard, update + work.steps * apply_seconds(spread, chip)
     )
