@@ -178,6 +178,22 @@ def test_groups_of_chips_are_read_in_every_way_that_they_are_written(groups, chi
     assert sent_bytes(GATHER.replace("GROUPS", groups)) == {"all-gather": 32 * (chips - 1) / chips}
 
 
+SCATTER = """
+%all-reduce-scatter.7 (a: f32[64]) -> f32[16] {
+  %r = f32[64]{0} all-reduce(%a), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %d = f32[16]{0} dynamic-slice(%r, %i), dynamic_slice_sizes={16}
+}
+
+ENTRY %main (a: f32[64]) -> f32[16] {
+  ROOT %f = f32[16]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.7
+}
+"""
+
+
+def test_a_sum_of_which_each_chip_keeps_a_part_sends_half_of_a_whole_one():
+    assert sent_bytes(SCATTER) == {"reduce-scatter": 64 * 4 * 3 / 4}
+
+
 SLICES = """
 ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
   %s = (bf16[64,128]{1,0}, u32[], token[]) send(%a, %t), channel_id=2, is_host_transfer=true, frontend_attributes={HOW}

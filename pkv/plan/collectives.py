@@ -25,6 +25,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
 _OPERATION = re.compile(r"\s([a-z][a-z0-9-]*)\(")
 _CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":\s*"?(\d+)')
+_SCATTER = "all-reduce-scatter"  # a fusion that a TPU does as a reduce-scatter: of an all-reduce's two rounds the first
 _OVER_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="ALL_REDUCE"')
 _CHAIN = re.compile(r"channel_id=(\d+),.*frontend_attributes=\{[^}]*chain_id=")
 _LOOP = re.compile(r"\bcondition=%?([\w.-]+), body=%?([\w.-]+)")
@@ -93,6 +94,9 @@ def _read(text: str) -> tuple[dict[str, _Computation], str]:
             entry = name if line.startswith("ENTRY ") else entry
         elif match := _INSTRUCTION.match(line):
             _note(current, match[2])
+    for name, computation in found.items():
+        if name.startswith(_SCATTER) and "all-reduce" in computation.sent:
+            computation.sent["reduce-scatter"] = computation.sent.pop("all-reduce") / 2
     return found, entry
 
 
