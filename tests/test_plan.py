@@ -33,7 +33,7 @@ from pkv.plan.models import TABLE
 from pkv.plan.planning import described_mesh
 from pkv.plan.planning import plan as plan_of
 from pkv.plan.programs import Gpu, Programs, Task, bytes_on_chip, policy_shapes, reference_shapes, sampling_shapes
-from pkv.plan.roofline import ASSUMED, Spread, decode_step_seconds, rows_at_once, sent_seconds
+from pkv.plan.roofline import ASSUMED, Spread, compute_seconds, decode_step_seconds, rows_at_once, sent_seconds
 from pkv.plan.search import candidates
 from pkv.sampling import Engine
 
@@ -329,6 +329,17 @@ def test_a_decode_step_reads_weights_and_keys_once():
     alone = dataclasses.replace(SPREAD, tensor=1, sampled=8e9, kv_token=1000.0)
     seconds = decode_step_seconds(work, alone, chip, 2, 300, sent=0.0)
     assert seconds == pytest.approx((8e9 + 2 * 300 * 1000) / (chip.hbm_gbs * 1e9 * ASSUMED["memory_share"]))
+
+
+@pytest.mark.parametrize(("topology", "times"), [("t4:1", 1), ("a100-40gb:1", 2), ("h100:1", 2), ("v5e:1x1", 1)])
+def test_products_are_timed_in_the_dtype_that_they_run_in(topology, times):
+    """TF32 has half of bfloat16's rate; a T4 has neither, and a TPU rounds to bfloat16."""
+    chip = read_slice(topology).chip
+    assert compute_seconds(1e15, 1, chip, "float32") == pytest.approx(
+        times * compute_seconds(1e15, 1, chip, "bfloat16")
+    )
+    of_t4 = read_slice("t4:1").chip
+    assert compute_seconds(8.1e12 * ASSUMED["matrix_share"], 1, of_t4, "bfloat16") == pytest.approx(1)
 
 
 def test_what_waits_on_the_host_is_what_stands_between_layers():

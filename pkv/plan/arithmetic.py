@@ -52,7 +52,7 @@ def by_arithmetic(programs: Programs, work: Work, wanted: Slice, spread: Spread)
             limit,
             flops,
             {},
-            _seconds(wanted, kinds, flops),
+            _seconds(wanted, kinds, flops, work.config.model.dtype),
         )
         for name, (phase, kinds, flops) in parts.items()
     ]
@@ -89,6 +89,6 @@ def decode_logits(work: Work, spread: Spread) -> float:
     return 3 * rows * work.arch.vocab_size / spread.tensor * 4
 
 
-def _seconds(wanted: Slice, kinds: Mapping[str, float], flops: float) -> float:
+def _seconds(wanted: Slice, kinds: Mapping[str, float], flops: float, dtype: str) -> float:
     read = sum(size for kind, size in kinds.items() if kind not in ("slack", "keys and values", "activations"))
-    return max(compute_seconds(flops, wanted.chips, wanted.chip), read / memory_rate(wanted.chip))
+    return max(compute_seconds(flops, wanted.chips, wanted.chip, dtype), read / memory_rate(wanted.chip))

@@ -24,6 +24,7 @@ class Chip:
 
     kind: str
     tflops: float
+    tflops_32: float
     hbm_gib: float
     hbm_gbs: float
     link_gbs: float
@@ -31,6 +32,10 @@ class Chip:
     dcn_gbs: float
     dollars: float
     capability: float = 0.0
+
+    def products(self, dtype: str) -> float:
+        """Operations a second at most, of numbers in `dtype`."""
+        return 1e12 * (self.tflops_32 if dtype == "float32" else self.tflops)
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ class Program:
         return self.bytes_per_chip <= self.limit_bytes
 
 
-def compile_program(task: Task, wanted: Slice) -> Program:
-    """Compile for the slice.
+def compile_program(task: Task, wanted: Slice, dtype: str = "bfloat16") -> Program:
+    """Compile for the slice. dtype: of its products.
 
     What the compiler refuses for its memory is a program all the same, of as many bytes as it says that it needs.
     """
@@ -69,7 +69,7 @@ def compile_program(task: Task, wanted: Slice) -> Program:
     sent = {kind: size * task.times for kind, size in sent_bytes(text).items()}
     moved = task.times * (memory.argument_size_in_bytes + memory.output_size_in_bytes)
     seconds = max(
-        compute_seconds(task.flops, wanted.chips, wanted.chip),
+        compute_seconds(task.flops, wanted.chips, wanted.chip, dtype),
         moved / memory_rate(wanted.chip),
     ) + sent_seconds(sent, wanted)
     return Program(

@@ -175,7 +175,7 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
     tasks = _in_order(programs, kv if whole else None) if wanted.compiles and (whole or patient) else []
     with Progress(len(tasks), f"compiling for {wanted.name}") as progress:
         for task in tasks:
-            found.append(program := compile_program(task, wanted))
+            found.append(program := compile_program(task, wanted, work.config.model.dtype))
             progress.advance(1, program=task.name, gib_a_chip=program.bytes_per_chip / 2**30)
             if not patient and not program.fits:
                 whole = False

@@ -69,7 +69,7 @@ def rows_at_once(work: Work, spread: Spread, budget: int) -> float:
 def decode_step_seconds(work: Work, spread: Spread, chip: Chip, rows: float, length: float, sent: float) -> float:
     """One token of each of a shard's rows, whose responses are on average at `length`. sent: bytes a chip."""
     one = forward_flops(work.arch, [(length, 1)]) - forward_flops(work.arch, [(length - 1, 0)])
-    compute = rows * one / (spread.tensor * spread.sequence) / (chip.tflops * 1e12 * ASSUMED["matrix_share"])
+    compute = compute_seconds(rows * one, spread.tensor * spread.sequence, chip, work.config.model.dtype)
     read = (spread.sampled + rows * length * spread.kv_token) / memory_rate(chip)
     return max(compute, read) + link_seconds(sent, chip, _decode_collectives(work, spread))
 
@@ -94,9 +94,9 @@ def sent_seconds(sent: Mapping[str, float], wanted: Slice) -> float:
     return link_seconds(sum(sent.values()) - over_slices, chip) + network
 
 
-def compute_seconds(flops: float, chips: int, chip: Chip) -> float:
-    """Long products, spread over all chips."""
-    return flops / chips / (chip.tflops * 1e12 * ASSUMED["matrix_share"])
+def compute_seconds(flops: float, chips: int, chip: Chip, dtype: str) -> float:
+    """Long products of numbers in `dtype`, spread over all chips."""
+    return flops / chips / (chip.products(dtype) * ASSUMED["matrix_share"])
 
 
 def step_flops(work: Work, budget: int) -> float:
@@ -129,11 +129,15 @@ def step_seconds(work: Work, spread: Spread, wanted: Slice, sent: Mapping[str, M
     token_sent = sum(sent.get("decode", {}).values()) / config.sampling.segment  # a call of it is a segment
     decode = steps * decode_step_seconds(work, spread, chip, rows, work.prompt_tokens + mean / 2, token_sent)
     prompts = forward_flops(work.arch, [(work.prompt_tokens, 0)] * config.grpo.prompts)
-    update = compute_seconds(step_flops(work, budget) * again(work), wanted.chips, chip)
+    dtype = config.model.dtype
+    update = compute_seconds(step_flops(work, budget) * again(work), wanted.chips, chip, dtype)
     update += micro_batches(work, spread, budget) * config.grpo.epochs * sent_seconds(sent.get("gradient", {}), wanted)
     reshard = sent_seconds(sent.get("reshard", {}), wanted) + spread.sampled / memory_rate(chip)
     return Seconds(
-        compute_seconds(prompts, wanted.chips, chip), decode, reshard, update + work.steps * apply_seconds(spread, chip)
+        compute_seconds(prompts, wanted.chips, chip, dtype),
+        decode,
+        reshard,
+        update + work.steps * apply_seconds(spread, chip),
     )
 
 
