@@ -25,7 +25,7 @@ from pkv.mesh import AXES, fold, make_mesh, replicated
 from pkv.model import Arch, Kernel, freezer, init_adapters, init_params, join, param_shapes, split
 from pkv.model.families import family_of
 from pkv.model.layout import by_path
-from pkv.plan import as_record, model_shape, read_slice, work_of
+from pkv.plan import as_record, in_words, model_shape, read_slice, work_of
 from pkv.plan.arithmetic import activations
 from pkv.plan.collectives import NETWORK, sent_bytes
 from pkv.plan.compiled import Program, compile_program, refused_bytes
@@ -497,6 +497,30 @@ def test_gpus_are_planned_by_arithmetic_and_the_exit_code_is_the_verdict(capsys)
     assert found["dollars"] == pytest.approx(found["hours"] * 8 * read_slice("h100:8").chip.dollars)
     code, out, _ = plan(capsys, "qwen2.5-7b", "--topology", "t4:4")
     assert code == 3 and "nothing was compiled" in out and "Does not fit" in out and "sampling at rest needs" in out
+
+
+def test_a_rounds_hours_are_a_mean_over_its_budgets():
+    """Of equal parts of its steps; each budget alone is a round with that many new tokens."""
+    config = load_config("qwen2.5-7b", [])
+    grows = dataclasses.replace(config.rounds[-1], budgets=(4096,), max_new_tokens=7168)
+    alone = [dataclasses.replace(grows, budgets=(), max_new_tokens=tokens) for tokens in (4096, 7168)]
+    found = plan_of(dataclasses.replace(config, rounds=(grows, *alone)), "h100:8").rounds
+    both, small, large = (round_.hours for round_ in found)
+    assert small < large and both == pytest.approx((small + large) / 2)
+
+
+def test_the_machines_that_are_assumed_and_the_plans_own_time_are_said():
+    one = plan_of(load_config("qwen2.5-7b", []), "h100:8")
+    assert in_words(one).startswith("h100:8: 1 machine of 8 chips, as fsdp 2, tensor 4;")
+    assert f"Planned in {one.took_s:.0f} s." in in_words(one) and as_record(one)["took_s"] == one.took_s > 0
+    for topology, said in (
+        ("v5e:2x4", "1 machine of 8"),
+        ("v5e:4x4", "4 machines of 4"),
+        ("h100:16", "2 machines of 8"),
+    ):
+        found = dataclasses.replace(one, wanted=read_slice(topology))
+        assert in_words(found).startswith(f"{topology}: {said} chips")
+        assert [as_record(found)[key] for key in ("machines", "machine_chips")] == [int(said[0]), int(said[-1])]
 
 
 def test_the_room_can_be_called():

@@ -60,6 +60,10 @@ class Slice:
         return SLICED if self.chip.kind in TPUS else self.chip.host_chips
 
     @property
+    def machines(self) -> int:
+        return -(-self.chips // self.host_chips)
+
+    @property
     def compiles(self) -> bool:
         """Whether programs can be compiled for it here, with libtpu; for the others there is arithmetic only."""
         return self.chip.kind in TPUS

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import math
 import os
+import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from pkv.config import Config, UserError
+from pkv.config import Config, RoundConfig, UserError
 from pkv.mesh import BATCH_AXES, make_mesh
 from pkv.plan.arithmetic import SLACK, by_arithmetic
 from pkv.plan.chips import Slice, read_slice
@@ -31,7 +33,7 @@ AT_REST = "sampling at rest"  # all that is there before a row is, and what one 
 
 @dataclass(frozen=True)
 class Round:
-    """What a round takes: seconds of a step by phase, and hours."""
+    """What a round takes: seconds of a step by phase, on average over the round's budgets, and hours."""
 
     name: str
     steps: int
@@ -57,6 +59,7 @@ class Plan:
     micro: tuple[int, int]
     rounds: tuple[Round, ...]
     whole: bool
+    took_s: float
 
     @property
     def fits(self) -> bool:
@@ -95,11 +98,10 @@ def described_mesh(config: Config, wanted: Slice) -> Mesh:
             f"mesh: sequence × tensor = {ways}, and a machine of {wanted.name} has {wanted.host_chips} chips and "
             "samples by itself; make them a divisor of that"
         )
-    machines = wanted.chips // wanted.host_chips
-    if machines > config.grpo.prompts:
+    if wanted.machines > config.grpo.prompts:
         raise UserError(
-            f"grpo.prompts: {config.grpo.prompts} a step are too few for the {machines} machines of {wanted.name}, "
-            "each of which samples prompts of its own; raise it"
+            f"grpo.prompts: {config.grpo.prompts} a step are too few for the {wanted.machines} machines of "
+            f"{wanted.name}, each of which samples prompts of its own; raise it"
         )
     return mesh
 
@@ -149,6 +151,7 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
 
     patient: goes on when something doesn't fit. Raises UserError for a mesh or a config that can't be.
     """
+    began = time.perf_counter()
     context, needed = work.arch.max_positions, work.prompt_tokens + work.longest
     if needed > context:
         raise UserError(
@@ -181,12 +184,26 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
                 whole = False
                 break
     sent = {program.name: program.sent for program in found}
-    rounds = []
-    for round_ in (round_ for round_ in work.config.rounds if round_.steps):
-        alone = dataclasses.replace(work, config=dataclasses.replace(work.config, rounds=(round_,)))
-        rounds.append(Round(round_.name, round_.steps, step_seconds(alone, spread, wanted, sent)))
+    rounds = [
+        Round(round_.name, round_.steps, _round_seconds(work, round_, spread, wanted, sent))
+        for round_ in work.config.rounds
+        if round_.steps
+    ]
     rows = rows_at_once(work, spread, work.longest)
-    return Plan(wanted, dict(mesh.shape), tuple(found), kv, rows, programs.micro, tuple(rounds), whole)
+    took = time.perf_counter() - began
+    return Plan(wanted, dict(mesh.shape), tuple(found), kv, rows, programs.micro, tuple(rounds), whole, took)
+
+
+def _round_seconds(
+    work: Work, round_: RoundConfig, spread: Spread, wanted: Slice, sent: Mapping[str, Mapping[str, float]]
+) -> Seconds:
+    """A step's, as a mean over the round's budgets, each of which has an equal part of its steps."""
+    found = []
+    for budget in (*round_.budgets, round_.max_new_tokens):
+        alone = dataclasses.replace(round_, max_new_tokens=budget, budgets=())
+        part = dataclasses.replace(work, config=dataclasses.replace(work.config, rounds=(alone,)))
+        found.append(dataclasses.astuple(step_seconds(part, spread, wanted, sent)))
+    return Seconds(*map(statistics.fmean, zip(*found, strict=True)))
 
 
 def _in_order(programs: Programs, kv: float | None) -> list[Task]:

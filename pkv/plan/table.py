@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from pkv.plan.chips import Slice
 from pkv.plan.planning import Plan
 from pkv.plan.roofline import ASSUMED
 
@@ -18,6 +19,8 @@ def as_record(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "topology": plan.wanted.name,
         "chips": plan.wanted.chips,
+        "machines": plan.wanted.machines,
+        "machine_chips": plan.wanted.host_chips,
         "mesh": dict(plan.mesh),
         "limit_bytes": plan.tightest.limit_bytes,
         "kv_bytes": plan.kv_bytes,
@@ -46,6 +49,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
         "hours": plan.hours,
         "dollars": plan.dollars,
         "assumed": dict(ASSUMED),
+        "took_s": plan.took_s,
     }
 
 
@@ -67,7 +71,7 @@ def in_words(plan: Plan) -> str:
     limit, tight = plan.tightest.limit_bytes, plan.tightest
     margin = limit - tight.bytes_per_chip
     lines = [
-        f"{plan.wanted.name}: {plan.wanted.chips} chips as {mesh}; {limit / GIB:.2f} GiB each",
+        f"{plan.wanted.name}: {_machines(plan.wanted)}, as {mesh}; {limit / GIB:.2f} GiB a chip",
         "",
         f"GiB a chip while a program runs (micro-batches of {plan.micro[0]} × {plan.micro[1]} tokens)",
         *_aligned([head, *rows]),
@@ -104,12 +108,17 @@ def in_words(plan: Plan) -> str:
         lines += [
             "",
             f"{plan.hours:.1f} hours, {plan.dollars:,.0f} dollars at {price:.2f} a chip and hour; evaluations, "
-            "compilation, checkpoints and refills not counted; every step has its round's last budget.",
+            "compilation, checkpoints and refills not counted.",
             "Times are estimates by roofline, never measured; they assume "
             + ", ".join(f"{name} {value:g}" for name, value in ASSUMED.items())
             + ".",
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"Planned in {plan.took_s:.0f} s."])
+
+
+def _machines(wanted: Slice) -> str:
+    each = f"{wanted.host_chips} chip{'s' * (wanted.host_chips > 1)}"
+    return f"{wanted.machines} machines of {each}" if wanted.machines > 1 else f"1 machine of {each}"
 
 
 def _gib(size: float) -> str:
