@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from pkv.model import Arch, Kernel, freezer, init_adapters, init_params, join, p
 from pkv.model.families import family_of
 from pkv.model.layout import by_path
 from pkv.plan import as_record, in_words, model_shape, read_slice, work_of
-from pkv.plan.arithmetic import activations
+from pkv.plan.arithmetic import activations, sent_by_formula
 from pkv.plan.collectives import NETWORK, sent_bytes
 from pkv.plan.compiled import Program, compile_program, refused_bytes
 from pkv.plan.models import TABLE
@@ -313,7 +314,7 @@ def test_released_shapes_have_as_many_weights_as_their_names_say():
 
 
 SPREAD = Spread(
-    chips=8, shards=4, tensor=2, sequence=1, sampled=1e6, trained=2e6, kv_token=100.0, kv=1e9, micro=(4, 512)
+    chips=8, shards=4, fsdp=2, tensor=2, sequence=1, sampled=1e6, trained=2e6, kv_token=100.0, kv=1e9, micro=(4, 512)
 )
 
 
@@ -340,6 +341,46 @@ def test_products_are_timed_in_the_dtype_that_they_run_in(topology, times):
     )
     of_t4 = read_slice("t4:1").chip
     assert compute_seconds(8.1e12 * ASSUMED["matrix_share"], 1, of_t4, "bfloat16") == pytest.approx(1)
+
+
+def test_formulas_of_what_is_sent_by_hand():
+    """SPREAD is data 2, fsdp 2, tensor 2; a row of 512 tokens a shard, nine layers of 128 numbers, and two passes."""
+    work, eight = work_of(config_of(), ARCH), read_slice("h100:8")
+    sent = sent_by_formula(work, SPREAD, eight)
+    trained = 2e6 / 2  # a chip's, in 16 bits
+    assert sent["gradient"] == {
+        "fsdp": (2 * 1e6 + 2 * 2 * trained) / 2,
+        "data": 2 * trained / 2,
+        "tensor": 4 * 2 * 9 * 512 * 128 * 2 / 2,
+        NETWORK: 0,
+    }
+    rows = rows_at_once(work, SPREAD, 256) * work.config.sampling.segment
+    assert sent["decode"] == {"tensor": 2 * 2 * 9 * rows * 128 * 2 / 2} and sent["reshard"] == {"fsdp": 1e6 / 2}
+    assert sent_by_formula(work, SPREAD, read_slice("2xv5e:2x2"))["gradient"][NETWORK] == 2 * trained / 2
+    again = sent_by_formula(work_of(config_of(model={"remat": "all"}), ARCH), SPREAD, eight)["gradient"]
+    assert again["tensor"] == 1.5 * sent["gradient"]["tensor"]
+    of_four = dataclasses.replace(eight, chip=dataclasses.replace(eight.chip, host_chips=4))
+    crossing = sent_by_formula(work, SPREAD, of_four)["gradient"]  # two machines: two of four chips have a ring each
+    assert crossing[NETWORK] == sent["gradient"]["data"] * 2 / 4
+
+
+@pytest.mark.parametrize(
+    ("config", "topology", "tensor"),
+    [("qwen2.5-14b", "v6e:2x4", 4), ("qwen2.5-72b", "v5p:2x2x4", 4), ("qwen2.5-32b", "v5p:2x2x2", 4)],
+)
+def test_scale_on_paper_fits_where_compiled_plans_did(config, topology, tensor):
+    """See the configs' headers."""
+    file = Path(__file__).parents[1] / "benchmarks" / "scale.py"
+    spec = importlib.util.spec_from_file_location("scale", file)
+    scale = importlib.util.module_from_spec(spec)
+    sys.modules["scale"] = scale
+    spec.loader.exec_module(scale)
+    loaded, wanted = load_config(config, []), read_slice(topology)
+    work = work_of(loaded, model_shape(loaded.model.path))
+    assert not isinstance(scale.placed(work, wanted, tensor, 512), str)
+    many = dataclasses.replace(wanted, slices=512)
+    assert scale.placed(work, many, tensor, 512) == f"fewer than 2 rollouts for each of {many.machines} machines"
+    assert scale.placed(work, read_slice("v5e:2x2"), tensor, 512) == "does not fit"
 
 
 def test_what_waits_on_the_host_is_what_stands_between_layers():
@@ -495,6 +536,8 @@ def test_gpus_are_planned_by_arithmetic_and_the_exit_code_is_the_verdict(capsys)
     )  # weights in 32 bits over 8 chips; norms and a few heads' biases aren't spread over all
     assert gradient["kinds"]["weights"] == pytest.approx(each, rel=1e-3) == gradient["kinds"]["gradient"]
     assert found["dollars"] == pytest.approx(found["hours"] * 8 * read_slice("h100:8").chip.dollars)
+    sent = {program["name"]: sum(program["sent_bytes"].values()) for program in found["programs"]}
+    assert min(sent["gradient"], sent["decode"], sent["reshard"]) > 0
     code, out, _ = plan(capsys, "qwen2.5-7b", "--topology", "t4:4")
     assert code == 3 and "nothing was compiled" in out and "Does not fit" in out and "sampling at rest needs" in out
 

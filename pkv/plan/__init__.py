@@ -2,9 +2,9 @@
 
 Scale on paper, in words (tables: BENCHMARKS.md, by benchmarks/scale.py): at a fixed step of 512 rollouts decoding takes
 most of it, and from some 128 chips on hardly more than the longest response does, each of whose tokens reads all
-weights. With rollouts that grow with the chips, one prompt a machine at least, a step keeps its length, and collectives
-pass a tenth of it from 1,024 chips in slices of 256 on, whose gradient crosses a network. More chips want more
-rollouts a step, sampling one step off, weights in 8 bits, and a gradient that is sent once a step.
+weights. With rollouts that grow with the chips, one prompt a machine at least, a step keeps its length up to 4,096
+chips: of a gradient that crosses a network between slices a chip sends its own part, and fsdp makes that small. More
+chips want more rollouts a step, sampling one step off, and weights in 8 bits.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 Weights, moments, gradients, keys and values are a run's own arrays, and exact. Activations are counted as the formulas
 here say, to which a compiler adds and from which it takes: `SLACK` is what is left free for that. BENCHMARKS.md holds
-them against what an H200 took.
+them against what an H200 took, and what is sent against compiled programs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -15,9 +16,10 @@ from pkv.grpo.logprobs import MOST_LOGITS_ON_GPU
 from pkv.model import Kernel
 from pkv.model.arithmetic import forward_flops, update_flops
 from pkv.plan.chips import Slice
+from pkv.plan.collectives import NETWORK
 from pkv.plan.compiled import Program
 from pkv.plan.programs import Programs, Work
-from pkv.plan.roofline import Spread, compute_seconds, memory_rate, rows_at_once
+from pkv.plan.roofline import Spread, compute_seconds, memory_rate, rows_at_once, sent_seconds
 
 SLACK = 0.08  # of a chip's memory: what the driver takes, and what a compiler adds; launch/env.sh leaves as much free
 
@@ -44,6 +46,7 @@ def by_arithmetic(programs: Programs, work: Work, wanted: Slice, spread: Spread)
         "prefill": ("sample", state | sampled, forward_flops(work.arch, prompts)),
         "decode": ("sample", state | sampled | {"activations": decode_logits(work, spread)}, 0.0),
     }
+    sent, dtype = sent_by_formula(work, spread, wanted), work.config.model.dtype
     return [
         Program(
             name,
@@ -51,18 +54,47 @@ def by_arithmetic(programs: Programs, work: Work, wanted: Slice, spread: Spread)
             {kind: size for kind, size in kinds.items() if size},
             limit,
             flops,
-            {},
-            _seconds(wanted, kinds, flops, work.config.model.dtype),
+            sent.get(name, {}),
+            _seconds(wanted, kinds, flops, dtype) + sent_seconds(sent.get(name, {}), wanted),
         )
         for name, (phase, kinds, flops) in parts.items()
     ]
+
+
+def sent_by_formula(work: Work, spread: Spread, wanted: Slice) -> dict[str, dict[str, float]]:
+    """Bytes that a chip sends in one call of each program, by kind, all in the dtype of compute.
+
+    For a micro-batch's gradient: the weights, gathered over fsdp and sequence forward, again for rematerialisation, and
+    backward; what is trained of them, added up over the same and over data; and in every layer and pass two gathers and
+    two scatters over tensor of what stands between layers. For a token, two sums over tensor in every layer. For
+    resharding, the weights, gathered once. GPUs of several machines have a ring through all for each chip of a row.
+    """
+    arch, two = work.arch, jnp.dtype(work.config.model.dtype).itemsize
+    passes = 2 + (work.config.model.remat != "none")
+    ways, tensor = spread.fsdp * spread.sequence, spread.tensor
+    trained = spread.trained / 4 * two  # a chip's own part
+    data, rest, alike = spread.shards // spread.fsdp // wanted.slices, 1 - 1 / ways, 1 - 1 / tensor
+    tokens = math.prod(spread.micro) / spread.shards / spread.sequence
+    over_fsdp = (passes * spread.sampled + 2 * ways * trained) * rest
+    over_data, over_slices = (2 * trained * (1 - 1 / count) for count in (data, wanted.slices))
+    over_tensor = 4 * passes * arch.layers * tokens * arch.hidden * two * alike
+    rows = rows_at_once(work, spread, work.longest) * work.config.sampling.segment
+    over_machines = 0.0
+    if not wanted.compiles and wanted.machines > wanted.slices:
+        row = tensor * spread.sequence
+        crossing = over_data + over_fsdp * (ways * tensor > wanted.host_chips)
+        over_machines = crossing * row / wanted.host_chips
+    gradient = {"fsdp": over_fsdp, "data": over_data, "tensor": over_tensor, NETWORK: over_slices + over_machines}
+    decode = {"tensor": 4 * arch.layers * rows * arch.hidden * two * alike}
+    return {"gradient": gradient, "decode": decode, "reshard": {"fsdp": spread.sampled * rest}}
 
 
 def activations(work: Work, spread: Spread, kernel: Kernel) -> float:
     """Bytes of a chip for a micro-batch's forward and backward pass.
 
     What is kept of every layer; one layer's own work, twice for its gradient; a layer's weights, gathered over fsdp,
-    and their gradient in 32 bits; XLA's scores of one layer, which cuDNN doesn't keep; three parts of logits.
+    and their gradient in 32 bits; XLA's scores of one layer, which cuDNN doesn't keep; three parts of logits; and what
+    a TPU converts. Of 19 gradients that were compiled for TPUs the formula has 0.75 to 1.33.
     """
     arch, model, tensor = work.arch, work.config.model, spread.tensor
     two = jnp.dtype(model.dtype).itemsize
@@ -80,7 +112,8 @@ def activations(work: Work, spread: Spread, kernel: Kernel) -> float:
     pairs = rows * length**2 / 2 * arch.heads / tensor / spread.sequence
     scores = pairs * (4 + two) if kernel == "xla" else 0.0
     logits = 3 * min(MOST_LOGITS_ON_GPU, tokens * arch.vocab_size / tensor) * 4
-    return arch.layers * tokens * kept * two + one + matrices * (two + 4) + scores + logits
+    converted = spread.trained / 4 * two if kernel == "splash" else 0.0  # on a TPU all of a chip's, before the layers
+    return arch.layers * tokens * kept * two + one + matrices * (two + 4) + scores + logits + converted
 
 
 def decode_logits(work: Work, spread: Spread) -> float:

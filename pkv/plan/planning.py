@@ -219,6 +219,7 @@ def _spread(wanted: Slice, mesh: Mesh, programs: Programs, kv: float) -> Spread:
     return Spread(
         wanted.chips,
         math.prod(shape[name] for name in BATCH_AXES),
+        shape["fsdp"],
         shape["tensor"],
         shape["sequence"],
         bytes_on_chip(programs.sampled),

@@ -28,13 +28,15 @@ ASSUMED: Mapping[str, float] = {
 class Spread:
     """How work and weights are spread. shards: rows go to so many groups of chips. chips: all of them.
 
-    tensor, sequence: chips of a group that share a row. sampled, trained, kv_token: bytes on a chip, of all weights as
+    fsdp: of the groups, so many have the weights between them. tensor, sequence: chips of a group that share a row.
+    sampled, trained, kv_token: bytes on a chip, of all weights as
     sampled from, of those that are trained, and of a position's keys and values. kv: bytes for keys and values a chip.
     micro: rows and tokens of a micro-batch.
     """
 
     chips: int
     shards: int
+    fsdp: int
     tensor: int
     sequence: int
     sampled: float

@@ -78,7 +78,7 @@ def in_words(plan: Plan) -> str:
         "",
     ]
     if not plan.wanted.compiles:
-        lines += ["By arithmetic: nothing was compiled, and what chips send each other is not counted.", ""]
+        lines += ["By arithmetic: nothing was compiled, and what chips send each other is counted by formulas.", ""]
     if plan.fits:
         lines.append(f"Fits, with {margin / GIB:.2f} GiB to spare in {tight.name}, the tightest.")
     else:
