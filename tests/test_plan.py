@@ -582,6 +582,13 @@ def test_what_would_fit_is_found_by_trying(capsys):
     assert code == 0 and "Fits, with" in out
 
 
+def test_keys_and_values_in_8_bits_are_what_would_fit_where_a_row_lacks_little(capsys):
+    words = ["qwen2.5-7b", "--topology", "h100:8", "--sampling.kv_memory_gb", "0.1"]  # of 0.12 that a row takes
+    code, out, _ = plan(capsys, *words)
+    assert code == 3 and out.endswith("It would fit with: --sampling.kv_cache int8\n")
+    assert plan(capsys, *words, "--sampling.kv_cache", "int8")[0] == 0
+
+
 def test_another_mesh_is_what_would_fit_where_nothing_else_does(capsys):
     words = ["qwen2.5-7b", "--topology", "a100-40gb:8", "--data", "8", "--fsdp", "1", "--tensor", "1"]
     code, out, _ = plan(capsys, *words)
