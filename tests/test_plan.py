@@ -20,7 +20,7 @@ from released_configs import QWEN25_14B
 
 from pkv import cli
 from pkv.cli.output import Output
-from pkv.config import ModelConfig, OptimizerConfig, PolicyLoss, UserError, load_config, parse_config
+from pkv.config import MeshConfig, ModelConfig, OptimizerConfig, PolicyLoss, UserError, load_config, parse_config
 from pkv.grpo import Learner, reference_weights
 from pkv.mesh import AXES, fold, make_mesh, replicated
 from pkv.model import Arch, Kernel, freezer, init_adapters, init_params, join, param_shapes, split
@@ -35,7 +35,7 @@ from pkv.plan.planning import described_mesh
 from pkv.plan.planning import plan as plan_of
 from pkv.plan.programs import Gpu, Programs, Task, bytes_on_chip, policy_shapes, reference_shapes, sampling_shapes
 from pkv.plan.roofline import ASSUMED, Spread, compute_seconds, decode_step_seconds, rows_at_once, sent_seconds
-from pkv.plan.search import candidates
+from pkv.plan.search import candidates, search
 from pkv.sampling import Engine
 
 ARCH = Arch(vocab_size=128, hidden=128, layers=9, heads=4, kv_heads=2, head_size=16, ffn=128, qkv_bias=True)
@@ -457,16 +457,26 @@ def test_a_mesh_whose_rows_need_several_machines_is_refused():
         described_mesh(config, of_four)
 
 
-def test_meshes_are_tried_from_the_least_sent_on_and_use_every_chip():
-    work = work_of(config_of(), dataclasses.replace(ARCH, heads=8))
-    tried = [change.work.config for change in candidates(work, read_slice("2xv5e:2x4"))]
-    assert [config.mesh.tensor for config in tried] == [1, 2, 4, 8] * 2 + [1, 2, 4] * 2 + [1, 2] * 2
-    meshes = [config.mesh for config in tried]
-    assert all(mesh.data == 2 and mesh.fsdp * mesh.sequence * mesh.tensor == 8 for mesh in meshes)
-    assert [mesh.sequence for mesh in meshes] == [1] * 8 + [2] * 6 + [4] * 4
-    assert [config.grpo.micro_rows for config in tried[:8]] == [4] * 4 + [1] * 4
-    by_machine = [change.work.config.mesh for change in candidates(work, read_slice("v5e:4x4"))]
+def test_meshes_that_are_tried_use_every_chip_with_and_without_data_within_a_slice():
+    work, wanted = work_of(config_of(), dataclasses.replace(ARCH, heads=8)), read_slice("2xv5e:2x4")
+    tried = [[change.work.config for change in changes] for changes in candidates(work, wanted)]
+    assert [config.grpo.micro_rows for config, *_ in tried] == [4, 1] * 3
+    meshes = [[dataclasses.astuple(config.mesh) for config in configs] for configs in tried]
+    assert all(math.prod(mesh) == 16 and mesh[0] % 2 == 0 for each in meshes for mesh in each)
+    assert [each[0][2] for each in meshes] == [1, 1, 2, 2, 4, 4]
+    assert [(data, fsdp) for data, fsdp, _, tensor in meshes[0] if tensor == 2] == [(8, 1), (4, 2), (2, 4)]
+    by_machine = [change.work.config.mesh for changes in candidates(work, read_slice("v5e:4x4")) for change in changes]
     assert max(mesh.sequence * mesh.tensor for mesh in by_machine) == 4
+
+
+def test_a_search_takes_the_fastest_of_what_fits():
+    """For a small model that isn't fsdp alone, which gathers its weights for every micro-batch."""
+    config, eight = load_config("qwen2.5-1.5b", []), read_slice("a100-80gb:8")
+    work = work_of(config, model_shape(config.model.path))
+    found, flags = search(work, eight, print)
+    over_fsdp = dataclasses.replace(config, mesh=MeshConfig(1, 8, 1, 1))
+    assert found.fits and found.mesh["data"] > 1 and f"--mesh.data {found.mesh['data']}" in flags
+    assert found.hours < plan_of(over_fsdp, "a100-80gb:8").hours
 
 
 def test_what_the_compiler_needs_is_read_from_its_refusal():
@@ -592,7 +602,7 @@ def test_keys_and_values_in_8_bits_are_what_would_fit_where_a_row_lacks_little(c
 def test_another_mesh_is_what_would_fit_where_nothing_else_does(capsys):
     words = ["qwen2.5-7b", "--topology", "a100-40gb:8", "--data", "8", "--fsdp", "1", "--tensor", "1"]
     code, out, _ = plan(capsys, *words)
-    assert code == 3 and "It would fit with: --mesh.data 1 --mesh.fsdp 8" in out
+    assert code == 3 and "It would fit with: --mesh.data 2 --mesh.fsdp 1" in out
     code, out, _ = plan(capsys, *words[:3], *out.split("It would fit with: ")[1].split())
     assert code == 0
     code, out, _ = plan(capsys, "qwen2.5-72b", "--topology", "t4:1", "--tensor", "1")
@@ -624,7 +634,7 @@ def test_a_program_that_the_compiler_refuses_is_json_too(capsys):
 
 def test_a_search_finds_a_mesh_by_itself(capsys):
     code, out, _ = plan(capsys, "qwen2.5-7b", "--topology", "h100:8", "--search")
-    assert code == 0 and "With: --mesh.data 1 --mesh.fsdp 8" in out
+    assert code == 0 and "With: --mesh.data 2 --mesh.fsdp 1" in out
 
 
 def test_bad_words_are_one_line(capsys):

@@ -1,4 +1,4 @@
-"""Programs by arithmetic alone, for chips that nothing can be compiled for here.
+"""Programs by arithmetic alone: for chips that nothing can be compiled for here, and for what is worth compiling.
 
 Weights, moments, gradients, keys and values are a run's own arrays, and exact. Activations are counted as the formulas
 here say, to which a compiler adds and from which it takes: `SLACK` is what is left free for that. BENCHMARKS.md holds
@@ -27,7 +27,7 @@ SLACK = 0.08  # of a chip's memory: what the driver takes, and what a compiler a
 def by_arithmetic(programs: Programs, work: Work, wanted: Slice, spread: Spread) -> list[Program]:
     """What a run holds on each chip in the parts of a step."""
     limit = wanted.chip.hbm_gib * 2**30
-    state = programs.state_bytes | {"slack": SLACK * limit}
+    state = programs.state_bytes | {"slack": 0.0 if wanted.compiles else SLACK * limit}
     gradient = {"gradient": state["weights"]}
     if programs.whole and work.config.model.remat == "none":  # layers are unrolled, and XLA keeps all as it computes
         gradient |= {"computed": state["weights"] / 4 * jnp.dtype(work.config.model.dtype).itemsize}

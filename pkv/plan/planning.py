@@ -146,10 +146,11 @@ def _stand_ins(wanted: Slice) -> list[Any]:
     return found[: wanted.chips]
 
 
-def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
+def make_plan(work: Work, wanted: Slice, patient: bool = True, by_formula: bool = False) -> Plan:
     """Compile everything, with a bar, and look whether it fits.
 
-    patient: goes on when something doesn't fit. Raises UserError for a mesh or a config that can't be.
+    patient: goes on when something doesn't fit. by_formula: nothing is compiled, as for GPUs. Raises UserError for a
+    mesh or a config that can't be.
     """
     began = time.perf_counter()
     context, needed = work.arch.max_positions, work.prompt_tokens + work.longest
@@ -173,9 +174,10 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True) -> Plan:
         }
         found.append(Program(AT_REST, "sample", kinds, min(limit, always + kv), 0.0, {}, 0.0))
     spread = _spread(wanted, mesh, programs, kv)
-    if whole and not wanted.compiles:
+    compiles = wanted.compiles and not by_formula
+    if whole and not compiles:
         found += by_arithmetic(programs, work, wanted, spread)
-    tasks = _in_order(programs, kv if whole else None) if wanted.compiles and (whole or patient) else []
+    tasks = _in_order(programs, kv if whole else None) if compiles and (whole or patient) else []
     with Progress(len(tasks), f"compiling for {wanted.name}") as progress:
         for task in tasks:
             found.append(program := compile_program(task, wanted, work.config.model.dtype))

@@ -1,14 +1,16 @@
-"""Settings that fit: meshes and micro-batches, those that send the least first, and what to change when none does."""
+"""Settings that fit: meshes and micro-batches, by formulas the fastest first, and what to change when none does."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from pkv.config import Config, MeshConfig, UserError
+from pkv.model import Arch
 from pkv.plan.chips import Slice
 from pkv.plan.compiled import Program
 from pkv.plan.planning import AT_REST, Plan, make_plan
@@ -17,6 +19,7 @@ from pkv.plan.programs import Work
 Say = Callable[[str], None]
 MOST_CHANGES = 6  # that `nearest` makes
 LIGHTER = {"float32": "bfloat16", "bfloat16": "float8"}  # moments
+UNSURE = 1.2  # times a chip's memory by formulas may fit: they had up to 1.16 of what was compiled for a gradient
 TRIED_TENSOR = (1, 2, 4, 8)  # wider than a machine of 8, sums over tensor cost more than they save
 
 
@@ -29,13 +32,40 @@ class Change:
 
 
 def search(work: Work, wanted: Slice, say: Say, before: tuple[str, ...] = ()) -> tuple[Plan, tuple[str, ...]] | None:
-    """The first plan that fits among `candidates`; None when none does. before: flags that `work` has already."""
-    for change in candidates(work, wanted):
-        flags = _merged(before, change.flags)
-        plan = _try(Change(flags, change.work), wanted, say)
-        if plan is not None and plan.fits:
-            return plan, flags
+    """The first plan that fits, of the lists of `candidates` as they come and in each the fastest first; None when none
+    does. before: flags that `work` has already.
+
+    Which is fastest is by formulas, and so is what is worth compiling; what fits is what was compiled.
+    """
+    began = time.perf_counter()
+    for changes in candidates(work, wanted):
+        changes = [Change(_merged(before, change.flags), change.work) for change in changes]
+        for change, plan in _promising(changes, wanted, say):
+            found = _try(change, wanted, say) if wanted.compiles else plan
+            if found is not None and found.fits:
+                return dataclasses.replace(found, took_s=time.perf_counter() - began), change.flags
     return None
+
+
+def _promising(changes: Iterable[Change], wanted: Slice, say: Say) -> list[tuple[Change, Plan]]:
+    """Those that may fit, by formulas: first those that do, from the fastest on, then those that lack the least."""
+    found, refused = [], {}
+    for change in changes:
+        try:
+            plan = make_plan(change.work, wanted, patient=False, by_formula=True)
+        except UserError as error:
+            refused.setdefault(str(error), change)
+            continue
+        if plan.tightest.bytes_per_chip <= UNSURE * plan.tightest.limit_bytes and plan.whole:
+            found.append((change, plan))
+    for error, change in refused.items():
+        say(f"{' '.join(change.flags)}: {error}")
+
+    def order(pair: tuple[Change, Plan]) -> tuple[bool, float]:
+        plan = pair[1]
+        return (False, plan.hours) if plan.fits else (True, plan.tightest.bytes_per_chip)
+
+    return sorted(found, key=order)
 
 
 def nearest(work: Work, wanted: Slice, failed: Plan, say: Say) -> tuple[Plan, tuple[str, ...]] | None:
@@ -57,35 +87,36 @@ def nearest(work: Work, wanted: Slice, failed: Plan, say: Say) -> tuple[Plan, tu
     return found or (search(work, wanted, say, flags) if flags else None)
 
 
-def candidates(work: Work, wanted: Slice) -> Iterator[Change]:
-    """Meshes of the whole slice, and the rows of a micro-batch as the config has them, then as few as there may be.
+def candidates(work: Work, wanted: Slice) -> Iterator[list[Change]]:
+    """All meshes of the whole slice, with the rows of a micro-batch as the config has them, then as few as may be.
 
-    Small tensor axes come first: what is sent for them is sent in every layer; fsdp takes the rest of a slice, since it
-    holds the state; slices are data parallel. Rows are spread further by position when nothing else is left.
+    Tensor and fsdp hold the state; data, over slices at least, takes the rest. Rows are spread further by position when
+    nothing else is left.
     """
-    chips, arch, spread = wanted.chips // wanted.slices, work.arch, max(1, work.config.mesh.sequence)  # -1: the rest
+    spread = max(1, work.config.mesh.sequence)  # -1: the rest
     for sequence, rows in itertools.product(
         (spread, 2 * spread, 4 * spread), dict.fromkeys((work.config.grpo.micro_rows, 1))
     ):
-        for tensor in TRIED_TENSOR:
-            ways = tensor * sequence
-            if (
-                chips % ways
-                or wanted.host_chips % ways
-                or arch.heads % ways
-                or arch.ffn % tensor
-                or arch.vocab_size % tensor
-            ):
-                continue
-            fsdp = math.gcd(chips // ways, arch.hidden)
-            if fsdp * ways != chips:
-                continue
-            mesh = MeshConfig(data=wanted.slices, fsdp=fsdp, sequence=sequence, tensor=tensor)
+        found = []
+        for mesh in _meshes(work.arch, wanted, sequence):
             flags = [f"--mesh.{name} {size}" for name, size in dataclasses.asdict(mesh).items()]
-            config = dataclasses.replace(
-                work.config, mesh=mesh, grpo=dataclasses.replace(work.config.grpo, micro_rows=rows)
-            )
-            yield Change((*flags, f"--grpo.micro_rows {rows}"), dataclasses.replace(work, config=config))
+            grpo = dataclasses.replace(work.config.grpo, micro_rows=rows)
+            config = dataclasses.replace(work.config, mesh=mesh, grpo=grpo)
+            found.append(Change((*flags, f"--grpo.micro_rows {rows}"), dataclasses.replace(work, config=config)))
+        yield found
+
+
+def _meshes(arch: Arch, wanted: Slice, sequence: int) -> Iterator[MeshConfig]:
+    chips = wanted.chips // wanted.slices
+    for tensor in TRIED_TENSOR:
+        ways = tensor * sequence
+        if chips % ways or wanted.host_chips % ways or arch.heads % ways:
+            continue
+        if arch.ffn % tensor or arch.vocab_size % tensor:
+            continue
+        for fsdp in range(1, chips // ways + 1):
+            if chips // ways % fsdp == 0 and arch.hidden % (fsdp * sequence) == 0:
+                yield MeshConfig(wanted.slices * (chips // ways // fsdp), fsdp, sequence, tensor)
 
 
 def _try(change: Change, wanted: Slice, say: Say) -> Plan | None:
