@@ -26,7 +26,7 @@ from pkv.mesh import AXES, fold, make_mesh, replicated
 from pkv.model import Arch, Kernel, freezer, init_adapters, init_params, join, param_shapes, split
 from pkv.model.families import family_of
 from pkv.model.layout import by_path
-from pkv.plan import as_record, in_words, model_shape, read_slice, work_of
+from pkv.plan import as_record, in_words, make_plan, model_shape, read_slice, work_of
 from pkv.plan.arithmetic import activations, sent_by_formula
 from pkv.plan.collectives import NETWORK, sent_bytes
 from pkv.plan.compiled import Program, compile_program, refused_bytes
@@ -328,7 +328,7 @@ def test_rows_decode_as_slots_rows_and_memory_allow():
 def test_a_decode_step_reads_weights_and_keys_once():
     work, chip = work_of(config_of(), ARCH), read_slice("v5e:2x2").chip
     alone = dataclasses.replace(SPREAD, tensor=1, sampled=8e9, kv_token=1000.0)
-    seconds = decode_step_seconds(work, alone, chip, 2, 300, sent=0.0)
+    seconds = decode_step_seconds(work, alone, chip, 2, 300, sending=0.0)
     assert seconds == pytest.approx((8e9 + 2 * 300 * 1000) / (chip.hbm_gbs * 1e9 * ASSUMED["memory_share"]))
 
 
@@ -352,6 +352,7 @@ def test_formulas_of_what_is_sent_by_hand():
         "fsdp": (2 * 1e6 + 2 * 2 * trained) / 2,
         "data": 2 * trained / 2,
         "tensor": 4 * 2 * 9 * 512 * 128 * 2 / 2,
+        "sequence": 0,
         NETWORK: 0,
     }
     rows = rows_at_once(work, SPREAD, 256) * work.config.sampling.segment
@@ -672,6 +673,36 @@ def test_a_row_of_the_mesh_is_a_machine_and_all_machines_are_laid_alike(topology
     places = np.array([[device.coords for device in machine] for machine in machines])
     within = places - places.min(axis=1, keepdims=True)
     assert (within == within[0]).all()
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "mesh", "remat"),
+    [
+        ("v5p:2x2x1", {"data": 1, "fsdp": 2, "tensor": 2}, "all"),
+        ("2xv5e:2x2", {"data": 2, "fsdp": 2, "tensor": 2}, "all"),
+        (
+            "v6e:2x2",
+            {"data": 1, "fsdp": 1, "sequence": 2, "tensor": 2},
+            "offload",
+        ),  # as the plans of 128k tokens have it
+    ],
+)
+def test_every_program_compiles_for_every_kind_of_slice(topology, mesh, remat):
+    """Of a small model; and what they send is what the formulas say, within a factor of two."""
+    arch = Arch(vocab_size=512, hidden=512, layers=4, heads=4, kv_heads=4, head_size=128, ffn=1024)
+    config = config_of(mesh=mesh, model={"remat": remat}, grpo={"prompts": 8})
+    work, wanted = work_of(config, arch), read_slice(topology)
+    found, formulas = make_plan(work, wanted), make_plan(work, wanted, by_formula=True)
+    assert found.fits and found.hours > 0
+    programs = {program.name: program for program in found.programs}
+    assert {"gradient", "apply", "init", "reshard", "prefill", "decode"} <= set(programs)
+    gradient, formula = programs["gradient"], next(p for p in formulas.programs if p.name == "gradient")
+    assert gradient.sent.get(NETWORK, 0.0) == pytest.approx(formula.sent[NETWORK], rel=0.1)
+    assert 0.5 < sum(formula.sent.values()) / sum(gradient.sent.values()) < 2
+    assert (gradient.host_bytes > 0) == (remat == "offload")
+    assert ("all-to-all" in gradient.sent) == (mesh.get("sequence", 1) > 1)
 
 
 @needs_libtpu

@@ -65,9 +65,10 @@ def sent_by_formula(work: Work, spread: Spread, wanted: Slice) -> dict[str, dict
     """Bytes that a chip sends in one call of each program, by kind, all in the dtype of compute.
 
     For a micro-batch's gradient: the weights, gathered over fsdp and sequence forward, again for rematerialisation, and
-    backward; what is trained of them, added up over the same and over data; and in every layer and pass two gathers and
-    two scatters over tensor of what stands between layers. For a token, two sums over tensor in every layer. For
-    resharding, the weights, gathered once. GPUs of several machines have a ring through all for each chip of a row.
+    backward; what is trained of them, added up over the same and over data; in every layer and pass two gathers and two
+    scatters over tensor of what stands between layers, and queries, keys, values and what is mixed of them, which
+    change places over sequence, backward twice. For a token, two sums over tensor in every layer. For resharding, the
+    weights, gathered once. GPUs of several machines have a ring through all for each chip of a row.
     """
     arch, two = work.arch, jnp.dtype(work.config.model.dtype).itemsize
     passes = 2 + (work.config.model.remat != "none")
@@ -78,13 +79,16 @@ def sent_by_formula(work: Work, spread: Spread, wanted: Slice) -> dict[str, dict
     over_fsdp = (passes * spread.sampled + 2 * ways * trained) * rest
     over_data, over_slices = (2 * trained * (1 - 1 / count) for count in (data, wanted.slices))
     over_tensor = 4 * passes * arch.layers * tokens * arch.hidden * two * alike
+    mixed = 2 * (arch.heads + arch.kv_heads) * arch.head_size / tensor
+    over_sequence = (passes + 1) * arch.layers * tokens * mixed * two * (1 - 1 / spread.sequence)
     rows = rows_at_once(work, spread, work.longest) * work.config.sampling.segment
     over_machines = 0.0
     if not wanted.compiles and wanted.machines > wanted.slices:
         row = tensor * spread.sequence
         crossing = over_data + over_fsdp * (ways * tensor > wanted.host_chips)
         over_machines = crossing * row / wanted.host_chips
-    gradient = {"fsdp": over_fsdp, "data": over_data, "tensor": over_tensor, NETWORK: over_slices + over_machines}
+    gradient = {"fsdp": over_fsdp, "data": over_data, "tensor": over_tensor, "sequence": over_sequence}
+    gradient[NETWORK] = over_slices + over_machines
     decode = {"tensor": 4 * arch.layers * rows * arch.hidden * two * alike}
     return {"gradient": gradient, "decode": decode, "reshard": {"fsdp": spread.sampled * rest}}
 

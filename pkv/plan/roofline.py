@@ -68,12 +68,12 @@ def rows_at_once(work: Work, spread: Spread, budget: int) -> float:
     return max(1.0, min(wanted, spread.kv / (spread.kv_token * length)))
 
 
-def decode_step_seconds(work: Work, spread: Spread, chip: Chip, rows: float, length: float, sent: float) -> float:
-    """One token of each of a shard's rows, whose responses are on average at `length`. sent: bytes a chip."""
+def decode_step_seconds(work: Work, spread: Spread, chip: Chip, rows: float, length: float, sending: float) -> float:
+    """One token of each of a shard's rows, whose responses are on average at `length`. sending: its bytes' seconds."""
     one = forward_flops(work.arch, [(length, 1)]) - forward_flops(work.arch, [(length - 1, 0)])
     compute = compute_seconds(rows * one, spread.tensor * spread.sequence, chip, work.config.model.dtype)
     read = (spread.sampled + rows * length * spread.kv_token) / memory_rate(chip)
-    return max(compute, read) + link_seconds(sent, chip, _decode_collectives(work, spread))
+    return max(compute, read) + sending + _decode_collectives(work, spread) * ASSUMED["collective_s"]
 
 
 def _decode_collectives(work: Work, spread: Spread) -> int:
@@ -81,19 +81,14 @@ def _decode_collectives(work: Work, spread: Spread) -> int:
     return work.arch.layers * (2 * (spread.tensor > 1) + (spread.sequence > 1))
 
 
-def link_seconds(sent: float, chip: Chip, collectives: int = 0) -> float:
-    """Bytes that a chip sends, over its links."""
-    return sent / (chip.link_gbs * 1e9 * ASSUMED["link_share"]) + collectives * ASSUMED["collective_s"]
-
-
 def sent_seconds(sent: Mapping[str, float], wanted: Slice) -> float:
     """What a chip sends by kind: over its links and, of several slices, by the network that its machine's chips share.
 
     Each by itself, as if nothing overlapped.
     """
-    over_slices, chip = sent.get(NETWORK, 0.0), wanted.chip
-    network = over_slices * wanted.host_chips / (chip.dcn_gbs * 1e9 * ASSUMED["link_share"])
-    return link_seconds(sum(sent.values()) - over_slices, chip) + network
+    over_slices = sent.get(NETWORK, 0.0)
+    links = (sum(sent.values()) - over_slices) / wanted.chip.link_gbs
+    return (links + over_slices * wanted.host_chips / wanted.chip.dcn_gbs) / (1e9 * ASSUMED["link_share"])
 
 
 def compute_seconds(flops: float, chips: int, chip: Chip, dtype: str) -> float:
@@ -128,8 +123,8 @@ def step_seconds(work: Work, spread: Spread, wanted: Slice, sent: Mapping[str, M
     rows, mean = rows_at_once(work, spread, budget), ASSUMED["mean_response"] * budget
     # As many tokens of each place as the queue has, and at least those of the longest response.
     steps = max(float(budget), config.grpo.prompts * work.samples / spread.shards * mean / rows)
-    token_sent = sum(sent.get("decode", {}).values()) / config.sampling.segment  # a call of it is a segment
-    decode = steps * decode_step_seconds(work, spread, chip, rows, work.prompt_tokens + mean / 2, token_sent)
+    sending = sent_seconds(sent.get("decode", {}), wanted) / config.sampling.segment  # a call of it is a segment
+    decode = steps * decode_step_seconds(work, spread, chip, rows, work.prompt_tokens + mean / 2, sending)
     prompts = forward_flops(work.arch, [(work.prompt_tokens, 0)] * config.grpo.prompts)
     dtype = config.model.dtype
     update = compute_seconds(step_flops(work, budget) * again(work), wanted.chips, chip, dtype)
