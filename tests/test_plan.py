@@ -76,6 +76,16 @@ def test_a_slice_is_a_kind_and_a_grid():
             read_slice(wrong)
 
 
+def test_of_a_chip_with_two_devices_each_is_planned_as_one(tmp_path):
+    own = tmp_path / "prices.yaml"
+    own.write_text("tpu7x: 9\n")
+    assert read_slice("tpu7x:2x2x2").chips == 16 and read_slice("tpu7x:2x2x2", own).chip.dollars == 4.5
+    one = plan_of(load_config("qwen2.5-7b", []), "h100:8")
+    said = in_words(dataclasses.replace(one, wanted=read_slice("tpu7x:2x2x1")))
+    assert said.startswith("tpu7x:2x2x1: 1 machine of 4 chips, 8 devices, as") and "no price known" in said
+    assert "dollars at 9.00 a chip" in in_words(dataclasses.replace(one, wanted=read_slice("tpu7x:2x2x1", own)))
+
+
 def test_prices_are_data(tmp_path):
     own = tmp_path / "prices.yaml"
     own.write_text("v5e: 0.5\n")
@@ -443,7 +453,17 @@ def test_a_gpus_kernels_can_be_planned_where_there_is_none(flags):
 
 @pytest.mark.parametrize(
     ("name", "chips"),
-    [("v5e:1x1", 1), ("v5e:2x4", 8), ("v6e:4x4", 4), ("2xv5e:2x4", 8), ("v5p:2x2x2", 4), ("h100:4", 4), ("h100:16", 8)],
+    [
+        ("v5e:1x1", 1),
+        ("v5e:2x4", 8),
+        ("v6e:4x4", 4),
+        ("2xv5e:2x4", 8),
+        ("v5p:2x2x2", 4),
+        ("h100:4", 4),
+        ("h100:16", 8),
+        ("tpu7x:2x2x1", 8),
+        ("tpu7x:2x2x2", 8),
+    ],
 )
 def test_a_machine_holds_a_small_slice_and_four_chips_of_a_large_one(name, chips):
     assert read_slice(name).host_chips == chips
@@ -662,13 +682,15 @@ def test_slices_are_described_from_one_chip_to_several_slices():
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("topology", "sizes"), [("v5e:4x8", (1, 8, 1, 4)), ("v5p:2x2x4", (2, 2, 1, 4))])
+@pytest.mark.parametrize(
+    ("topology", "sizes"), [("v5e:4x8", (1, 8, 1, 4)), ("v5p:2x2x4", (2, 2, 1, 4)), ("tpu7x:2x2x2", (1, 4, 1, 4))]
+)
 def test_a_row_of_the_mesh_is_a_machine_and_all_machines_are_laid_alike(topology, sizes):
     """Where one is laid otherwise than the others, the TPU compiler ends the process at collectives over several."""
     mesh = described_mesh(
         config_of(mesh=dict(zip(AXES, sizes, strict=True)), grpo={"prompts": 8}), read_slice(topology)
     )
-    machines = mesh.devices.reshape(-1, 4)
+    machines = mesh.devices.reshape(-1, read_slice(topology).host_chips)
     assert all(len({device.process_index for device in machine}) == 1 for machine in machines)
     places = np.array([[device.coords for device in machine] for machine in machines])
     within = places - places.min(axis=1, keepdims=True)

@@ -13,14 +13,16 @@ import yaml
 from pkv.config import UserError
 
 TABLE = Path(__file__).with_name("chips.yaml")
-TPUS = ("v4", "v5e", "v5p", "v6e")
+TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+CUBES = ("v4", "v5p", "tpu7x")  # whose grids have three axes
 SLICED = 4
 _FORM = re.compile(r"(?:(?P<slices>[1-9]\d*)x)??(?P<kind>[a-z][a-z0-9-]*):(?P<shape>\d+(?:x\d+)*)")
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What one chip can do at most; see chips.yaml for the units."""
+    """What one chip can do at most; see chips.yaml for the units. cores: devices that JAX has of it, each of which is
+    planned as a chip of its own, and has its part of all here."""
 
     kind: str
     tflops: float
@@ -32,6 +34,7 @@ class Chip:
     dcn_gbs: float
     dollars: float
     capability: float = 0.0
+    cores: int = 1
 
     def products(self, dtype: str) -> float:
         """Operations a second at most, of numbers in `dtype`."""
@@ -49,7 +52,7 @@ class Slice:
 
     @property
     def chips(self) -> int:
-        return self.slices * math.prod(self.grid)
+        return self.slices * math.prod(self.grid) * self.chip.cores
 
     @property
     def host_chips(self) -> int:
@@ -57,7 +60,7 @@ class Slice:
         in_slice = self.chips // self.slices
         if in_slice <= self.chip.host_chips:
             return in_slice
-        return SLICED if self.chip.kind in TPUS else self.chip.host_chips
+        return SLICED * self.chip.cores if self.chip.kind in TPUS else self.chip.host_chips
 
     @property
     def machines(self) -> int:
@@ -70,7 +73,7 @@ class Slice:
 
     @property
     def topology(self) -> str:
-        """One slice as libtpu calls it: v5p and v4 have three axes."""
+        """One slice as libtpu calls it."""
         return f"{self.chip.kind}:{'x'.join(map(str, self.grid))}"
 
 
@@ -84,7 +87,7 @@ def read_slice(name: str, prices: Path | None = None) -> Slice:
             f"{', '.join(table)}"
         )
     kind, grid = found["kind"], tuple(map(int, found["shape"].split("x")))
-    axes = (1,) if kind not in TPUS else (3,) if kind in ("v4", "v5p") else (2,)
+    axes = (1,) if kind not in TPUS else (3,) if kind in CUBES else (2,)
     if len(grid) not in axes or not all(grid):
         raise UserError(
             f"--topology {name}: {kind} comes in grids of {axes[0]} axes, got {len(grid)}; such as "
@@ -98,7 +101,8 @@ def read_slice(name: str, prices: Path | None = None) -> Slice:
                 raise UserError(f"{prices}: {priced}: no chip of that name; kinds: {', '.join(table)}")
             if isinstance(dollars, bool) or not isinstance(dollars, int | float) or not 0 <= dollars < math.inf:
                 raise UserError(f"{prices}: {priced}: expected dollars a chip and hour, got {dollars!r}")
-        numbers["dollars"] = float(own.get(kind, numbers["dollars"]))
+        if kind in own:
+            numbers["dollars"] = own[kind] / numbers.get("cores", 1)
     return Slice(name, Chip(kind, **numbers), grid, int(found["slices"] or 1))
 
 

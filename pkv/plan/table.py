@@ -21,6 +21,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
         "chips": plan.wanted.chips,
         "machines": plan.wanted.machines,
         "machine_chips": plan.wanted.host_chips,
+        "devices_a_chip": plan.wanted.chip.cores,  # each of which counts as a chip here
         "mesh": dict(plan.mesh),
         "limit_bytes": plan.tightest.limit_bytes,
         "kv_bytes": plan.kv_bytes,
@@ -104,11 +105,11 @@ def in_words(plan: Plan) -> str:
                 ),
             ]
         )
-        price = plan.wanted.chip.dollars
+        price = plan.wanted.chip.dollars * plan.wanted.chip.cores
+        money = f"{plan.dollars:,.0f} dollars at {price:.2f} a chip and hour" if price else "no price known (--prices)"
         lines += [
             "",
-            f"{plan.hours:.1f} hours, {plan.dollars:,.0f} dollars at {price:.2f} a chip and hour; evaluations, "
-            "compilation, checkpoints and refills not counted.",
+            f"{plan.hours:.1f} hours, {money}; evaluations, compilation, checkpoints and refills not counted.",
             "Times are estimates by roofline, never measured; they assume "
             + ", ".join(f"{name} {value:g}" for name, value in ASSUMED.items())
             + ".",
@@ -118,6 +119,8 @@ def in_words(plan: Plan) -> str:
 
 def _machines(wanted: Slice) -> str:
     each = f"{wanted.host_chips} chip{'s' * (wanted.host_chips > 1)}"
+    if wanted.chip.cores > 1:
+        each = f"{wanted.host_chips // wanted.chip.cores} chips, {wanted.host_chips} devices"
     return f"{wanted.machines} machines of {each}" if wanted.machines > 1 else f"1 machine of {each}"
 
 
