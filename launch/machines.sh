@@ -113,6 +113,7 @@ survive() {
 }
 
 recreate() {
+    heard=false
     delete_machines && create_machines
 }
 

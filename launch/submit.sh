@@ -40,7 +40,7 @@ options() {
     read_options " of $where" "--env $known" "$flags" "$@"
     must_be_given "$where" "${#arguments[@]}"
     check_environment
-    must_match --grace "$grace" '[1-9][0-9]{0,4}' "seconds, more than a step and its checkpoint take"
+    must_match --grace "$grace" '[1-9][0-9]{0,3}|[1-5][0-9]{4}' "seconds below 60000, more than a step and its checkpoint take"
 }
 
 # seconds_of TIME: of D-HH:MM:SS, HH:MM:SS or minutes.

@@ -204,7 +204,8 @@ def _watch(client: Any, done: threading.Event) -> None:
         try:
             if beats:  # of these questions the only one with a limit; its answer is known
                 client.blocking_key_value_get(f"{_place()}beat/{me}", round(1000 * SILENT_S))
-            _say(client, "beat", str(beats := beats + 1))
+            _say(client, "beat", str(beats + 1))
+            beats += 1
             said = {key.removeprefix(_place()): text for key, text in client.key_value_dir_get(_place())}
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" in str(error) and not done.is_set():

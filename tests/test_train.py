@@ -23,7 +23,7 @@ from tiny_run import make_config
 
 from pkv import checkpoint
 from pkv.competition import Tokenizer
-from pkv.config import RoundConfig, UserError, load_config
+from pkv.config import Config, RoundConfig, UserError, WarmupConfig, as_plain, load_config
 from pkv.data.arithmetic import problems
 from pkv.evaluate import Sampled, load_policy
 from pkv.mesh import make_mesh
@@ -36,7 +36,7 @@ from pkv.train.interrupts import stop_requests
 from pkv.train.journal import check_stepped
 from pkv.train.loop import train
 from pkv.train.rounds import check_requirement, reward_budgets, stages
-from pkv.train.run import Run, open_run
+from pkv.train.run import Run, _settled, open_run
 from pkv.train.setup import build, open_training
 from pkv.train.summary import closing_summary
 from pkv.train.waiting import as_arrays, from_arrays
@@ -281,8 +281,20 @@ def test_a_requirement_of_the_first_round_is_open_until_it_begins_but_not_what_m
         train(load_config(config_file, ["--rounds.first.require={format: 2.0}"]), folder)
     with pytest.raises(UserError, match=r"rounds.0.max_new_tokens is 24 there and 16 here"):
         train(load_config(config_file, ["--rounds.first.max_new_tokens=16"]), folder)
-    train(load_config(config_file), folder)
-    assert lines(folder) == lines(whole)
+    config = yaml.safe_load(config_file.read_text())
+    config["rounds"].insert(0, config["rounds"][0] | {"name": "easier", "steps": 1})
+    eased = config_file.with_name("eased.yaml")
+    eased.write_text(yaml.safe_dump(config))
+    train(load_config(eased), folder)
+    assert [line["round"] for line in lines(folder)] == ["warm-up"] * 2 + ["easier", "first", "first", "second"]
+    assert lines(folder)[:2] == lines(whole)[:2]
+
+
+def test_rounds_that_come_to_a_warm_up_alone_measure_as_it_was_measured():
+    made = as_plain(Config(warmup=WarmupConfig(steps=5)))
+    alike, shorter = ([as_plain(RoundConfig(name="a", steps=3, max_new_tokens=most))] for most in (1024, 24))
+    assert _settled(made, made["rounds"], 5) == _settled(made, alike, 5) != _settled(made, shorter, 5)
+    assert _settled(made, shorter, 0) == [], "nothing has begun"
 
 
 def test_a_finished_run_is_given_another_round(whole, config_file, tmp_path):

@@ -2,6 +2,6 @@
 
 from pkv.tracking.clock import Clock
 from pkv.tracking.progress import Progress
-from pkv.tracking.tracker import Tracker, cut_lines, read_jsonl, write_rollouts
+from pkv.tracking.tracker import Tracker, cut_lines, keep_lines, read_jsonl, write_rollouts, write_whole
 
-__all__ = ["Clock", "Progress", "Tracker", "cut_lines", "read_jsonl", "write_rollouts"]
+__all__ = ["Clock", "Progress", "Tracker", "cut_lines", "keep_lines", "read_jsonl", "write_rollouts", "write_whole"]

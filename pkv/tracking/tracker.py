@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,12 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
 
 
 def cut_lines(file: Path, step: int) -> None:
-    """Take the lines whose "step" is at least `step` out of a JSONL file, and a last line that was torn by a kill.
+    """Take the lines whose "step" is at least `step` out of a JSONL file; see `keep_lines`."""
+    keep_lines(file, lambda line: line["step"] < step)
+
+
+def keep_lines(file: Path, wanted: Callable[[Any], bool]) -> None:
+    """Leave in a JSONL file the lines that are `wanted`, and not a last one that was torn by a kill.
 
     The file is replaced in one piece; a missing one stays missing. Raises UserError for another unreadable line.
     """
@@ -132,12 +137,17 @@ def cut_lines(file: Path, step: int) -> None:
     kept = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty, or torn
         try:
-            if json.loads(line)["step"] < step:
+            if wanted(json.loads(line)):
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}:{number}: expected a JSON object with a step; mend or remove the line") from error
+    write_whole(file, "".join(kept))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file in one piece: whoever is killed meanwhile leaves the old one."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
 
 

@@ -24,7 +24,8 @@ class Credit:
     """sequences: what is trained on. by_owner: [prompt][sample] -> mean advantage of each owner's tokens;
     empty for what isn't trained on.
 
-    silent: the share of groups that were left out because nothing that gives them a signal differs in them.
+    silent: the share of groups that were left out because nothing that gives them a signal differs in them, or because
+    none of their responses may be trained on.
     """
 
     sequences: list[TrainingSequence]

@@ -22,17 +22,18 @@ import jax
 import yaml
 
 from pkv import checkpoint
-from pkv.config import Config, UserError, as_plain
+from pkv.config import Config, RoundConfig, UserError, as_plain
 from pkv.evaluate import MADE_WITH, RUN_MODEL, SYSTEM_FILE, Evaluation, Policy, Row, Sampled
 from pkv.hosts import gather, leads, share
 from pkv.hub import pinned
 from pkv.records import Problem, Rollout
-from pkv.tracking import Tracker, cut_lines, read_jsonl, write_rollouts
+from pkv.tracking import Tracker, cut_lines, keep_lines, read_jsonl, write_rollouts, write_whole
 from pkv.train.rounds import before
 from pkv.train.waiting import as_arrays, from_arrays
 
 # Knobs that change how a run goes, not what it computes: they may differ when it goes on, as rounds to come may.
 FREE = ("checkpoint.", "mesh.", "rewards.workers", "evaluate.shown")
+MEASURED_BY = ("weights", "length_optimum", "max_new_tokens", "fighter_tokens")  # of the first round, a warm-up
 EVALUATIONS = "evaluations.jsonl"
 PACKAGES = ("pkv", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 ACCELERATORS = ("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt")
@@ -202,7 +203,7 @@ def _make(
     policy.tokenizer.save(model)
     described = as_plain(config) | {MADE_WITH: made_with() | {"model": pinned(config.model.path)}}
     text = _as_yaml(described)
-    file.write_text(text, encoding="utf-8")
+    write_whole(file, text)
     return 0, text
 
 
@@ -238,29 +239,23 @@ def _gone_on_with(config: Config, file: Path, step: int) -> str:
         )
     if made["rounds"] == wanted["rounds"]:
         return text
-    _forget_starts(file.parent / EVALUATIONS, step)
+    # How a round begins that changes is measured anew.
+    begins = lambda one: one["step"] == step and one["name"].startswith(before(""))  # noqa: E731
+    keep_lines(file.parent / EVALUATIONS, lambda one: one["step"] <= step and not begins(one))
     text = _as_yaml(made | {"rounds": wanted["rounds"]})
-    file.write_text(text, encoding="utf-8")
+    write_whole(file, text)
     return text
 
 
 def _settled(made: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], step: int) -> list[dict[str, Any]]:
-    """Of `rounds` what may not differ from what a run was made with, after so many steps: those that have begun, and
-    the first one, by which a warm-up is measured, but for what it requires."""
-    found, first = [], made["warmup"]["steps"]
-    for was, round_ in zip(made["rounds"], rounds, strict=False):
-        if first < step:
-            found.append(dict(round_))
-        elif not found and step:
-            found.append({name: knob for name, knob in round_.items() if name != "require"})
-        first += was["steps"]
-    return found
-
-
-def _forget_starts(file: Path, step: int) -> None:
-    """Leave out how rounds that change began: they are measured anew."""
-    kept = [one for one in read_jsonl(file) if one["step"] < step or not one["name"].startswith(before(""))]
-    file.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in kept), encoding="utf-8")
+    """Of `rounds` what may not differ from what a run was made with, after so many steps: those that have begun and,
+    until then, what the warm-up is measured by."""
+    starts = itertools.accumulate((was["steps"] for was in made["rounds"]), initial=made["warmup"]["steps"])
+    begun = [dict(round_) for first, round_ in zip(starts, rounds[: len(made["rounds"])], strict=False) if first < step]
+    if begun or not step:
+        return begun
+    first = rounds[0] if rounds else as_plain(RoundConfig())
+    return [{name: first[name] for name in MEASURED_BY}]
 
 
 def _flat(node: Any, path: str = "") -> dict[str, Any]:
