@@ -25,7 +25,7 @@ PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA A100": 312e12,
     "NVIDIA L4": 121e12,
-    "Tesla T4": 65e12,
+    "Tesla T4": 8.1e12,  # of 32 bits: it has no bfloat16
 }
 
 
