@@ -11,7 +11,7 @@ import jax
 from pkv.model.arch import Arch
 from pkv.model.weights import param_shapes
 
-# Dense 16-bit products a second of a chip at most, by the beginning of JAX's device_kind; makers' data sheets.
+# Dense 16-bit products a second of a device at most, by the beginning of JAX's device_kind; makers' data sheets.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -20,7 +20,7 @@ PEAK_FLOPS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 1153.5e12,  # of a device: two are a chip
     "NVIDIA H200": 989e12,
     "NVIDIA H100": 989e12,
     "NVIDIA A100": 312e12,
