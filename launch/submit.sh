@@ -19,7 +19,7 @@ source launch/shipping.sh
 
 nodes=1 gpus=8 cpus='' partition='' account='' time=''
 accelerator='' topology='' claim='' slices=1 chips=4 image=python:3.12 max_restarts=10 bucket='' runtime='' spot=false
-# Twice what qwen2.5-14b's steps are planned to take on the smallest slices; for a scale-down GKE waits no longer.
+# More than qwen2.5-14b's steps are planned to take; for a scale-down GKE waits no longer.
 grace=600
 whole='[1-9][0-9]*'
 word='[A-Za-z0-9][-_.A-Za-z0-9]*'

@@ -31,7 +31,7 @@ from pkv.sampling.schedule import Completion, Fresh, Request, Rows, Schedule, Se
 LEAST_ROWS = 4  # the batch does not shrink below this
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 PREFILL_TOKENS = 16_384  # of a shard in one program, what all prompts begin with in every row, at most
-PREFILL_SHARE = 8  # and at most as many as fit into an eighth of the pages' memory, beside which its own cache stands
+PREFILL_SHARE = 1 / 8  # of the pages' memory: no more tokens than fit into that, for its own cache stands beside it
 MEMINFO = Path("/proc/meminfo")
 SHARE_OF_FREE = 0.8  # of a device's free memory for keys and values, when no limit is set
 
@@ -211,7 +211,7 @@ class Engine:
         width = round_up(max(lengths), multiple)
         width = width if width <= PREFILL_CHUNK else -(-width // PREFILL_CHUNK) * PREFILL_CHUNK
         width = -(-width // self.programs.page) * self.programs.page
-        tokens = min(PREFILL_TOKENS, most * self.programs.page // PREFILL_SHARE)
+        tokens = min(PREFILL_TOKENS, int(PREFILL_SHARE * most * self.programs.page))
         at_once = 1 << (max(1, tokens // (before + width)).bit_length() - 1)  # as `count`, a power of two
         for first in range(0, max(map(len, by_shard)), at_once):
             parts = [part[first : first + at_once] for part in by_shard]
