@@ -29,9 +29,8 @@ class Spread:
     """How work and weights are spread. shards: rows go to so many groups of chips. chips: all of them.
 
     fsdp: of the groups, so many have the weights between them. tensor, sequence: chips of a group that share a row.
-    sampled, trained, kv_token: bytes on a chip, of all weights as
-    sampled from, of those that are trained, and of a position's keys and values. kv: bytes for keys and values a chip.
-    micro: rows and tokens of a micro-batch.
+    sampled, trained, kv_token: bytes on a chip, of all weights as sampled from, of those that are trained, and of a
+    position's keys and values. kv: bytes for keys and values a chip. micro: rows and tokens of a micro-batch.
     """
 
     chips: int
