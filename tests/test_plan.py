@@ -37,6 +37,7 @@ from pkv.plan.programs import Gpu, Programs, Task, bytes_on_chip, policy_shapes,
 from pkv.plan.roofline import ASSUMED, Spread, compute_seconds, decode_step_seconds, rows_at_once, sent_seconds
 from pkv.plan.search import candidates, search
 from pkv.sampling import Engine
+from pkv.sampling.engine import SHARE_OF_FREE
 
 ARCH = Arch(vocab_size=128, hidden=128, layers=9, heads=4, kv_heads=2, head_size=16, ffn=128, qkv_bias=True)
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
@@ -324,7 +325,17 @@ def test_released_shapes_have_as_many_weights_as_their_names_say():
 
 
 SPREAD = Spread(
-    chips=8, shards=4, fsdp=2, tensor=2, sequence=1, sampled=1e6, trained=2e6, kv_token=100.0, kv=1e9, micro=(4, 512)
+    chips=8,
+    shards=4,
+    fsdp=2,
+    tensor=2,
+    sequence=1,
+    sampled=1e6,
+    read=1e6,
+    trained=2e6,
+    kv_token=100.0,
+    kv=1e9,
+    micro=(4, 512),
 )
 
 
@@ -337,7 +348,7 @@ def test_rows_decode_as_slots_rows_and_memory_allow():
 
 def test_a_decode_step_reads_weights_and_keys_once():
     work, chip = work_of(config_of(), ARCH), read_slice("v5e:2x2").chip
-    alone = dataclasses.replace(SPREAD, tensor=1, sampled=8e9, kv_token=1000.0)
+    alone = dataclasses.replace(SPREAD, tensor=1, read=8e9, kv_token=1000.0)
     seconds = decode_step_seconds(work, alone, chip, 2, 300, sending=0.0)
     assert seconds == pytest.approx((8e9 + 2 * 300 * 1000) / (chip.hbm_gbs * 1e9 * ASSUMED["memory_share"]))
 
@@ -618,6 +629,40 @@ def test_keys_and_values_in_8_bits_are_what_would_fit_where_a_row_lacks_little(c
     code, out, _ = plan(capsys, *words)
     assert code == 3 and out.endswith("It would fit with: --sampling.kv_cache int8\n")
     assert plan(capsys, *words, "--sampling.kv_cache", "int8")[0] == 0
+
+
+def test_weights_in_8_bits_leave_more_for_keys_and_values():
+    wanted, config = read_slice("h100:8"), load_config("qwen2.5-7b", [])
+    work = work_of(config, model_shape(config.model.path))
+    lighter = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, weights="int8"))
+    plain, light = make_plan(work, wanted), make_plan(dataclasses.replace(work, config=lighter), wanted)
+    one, other = (next(p for p in plan.programs if p.name == "decode") for plan in (plain, light))
+    layers = 28 * (2 * 3584 * (28 + 4) * 128 + 3 * 3584 * 18944) / 4  # numbers of a chip, in two bytes or one
+    outputs = 28 * (3584 + (28 + 2 * 4) * 128 + 3584 + 2 * 18944)  # with a step of four bytes each, over tensor or not
+    less = one.kinds["sampled weights"] - other.kinds["sampled weights"]
+    assert layers - 4 * outputs <= less <= layers - outputs
+    assert light.kv_bytes - plain.kv_bytes == pytest.approx(SHARE_OF_FREE * less)
+    assert light.hours == pytest.approx(plain.hours), "nobody looked what they do to a GPU's time"
+
+
+def test_weights_in_8_bits_take_a_decode_steps_time_by_what_is_known_of_the_chip():
+    work = work_of(config_of(), ARCH)
+    found = {}
+    for weights in ("plain", "int8"):
+        sampling = dataclasses.replace(work.config.sampling, weights=weights)
+        config = dataclasses.replace(work.config, sampling=sampling)
+        mesh = described_mesh(config, read_slice("h100:8"))
+        found[weights] = Programs(dataclasses.replace(work, config=config), mesh).weights_bytes()
+    plain, light = found.values()
+    assert plain[1] == 0 and sum(light) == pytest.approx(sum(plain), rel=0.02)  # and steps, which are read too
+
+
+def test_weights_in_8_bits_are_what_would_fit_where_a_row_lacks_little(capsys):
+    words = ["qwen2.5-14b", "--topology", "a100-40gb:8", "--data", "1", "--fsdp", "8", "--tensor", "1"]
+    code, out, _ = plan(capsys, *words)
+    assert code == 3 and "sampling at rest needs 4.14 GiB more" in out
+    flags = out.split("It would fit with: ")[1].split()
+    assert flags[:2] == ["--sampling.weights", "int8"] and plan(capsys, *words, *flags)[0] == 0
 
 
 def test_another_mesh_is_what_would_fit_where_nothing_else_does(capsys):

@@ -98,6 +98,10 @@ def _check_lora(config: Config) -> None:
                 )
     elif not lora.targets or len(set(lora.targets)) < len(lora.targets):
         raise ConfigError(f"model.lora.targets: expected different names, at least one; got {list(lora.targets)}")
+    elif lora.base != "plain" and config.sampling.weights != "plain":
+        raise ConfigError(
+            f"sampling.weights: model.lora.base is {lora.base}, and is sampled from as it lies; expected plain with it"
+        )
     elif config.optimizer.name == "muon":
         raise ConfigError(
             "optimizer.name: muon steps along whole matrices, which LoRA leaves alone; expected adamw with model.lora"

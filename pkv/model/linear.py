@@ -1,7 +1,8 @@
 """A linear layer and what its weight may be: an array, a frozen array in few bits, or either with a low-rank adapter.
 
 `Quantised` and `Adapted` are pytrees, and each stands for one array: `w[layer]` and `w.astype(dtype)` do what they do
-on an array. The first axis of a stacked one is L, of every array inside. `ByOutput` is what sampling makes of an array.
+on an array. The first axis of a stacked one is L, of every array inside. `ByOutput` and `Flat` are what sampling makes
+of an array.
 """
 
 from __future__ import annotations
@@ -114,6 +115,52 @@ class ByOutput:
         return jax.lax.optimization_barrier(columns).T.reshape(*lead, *self.out)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["table", "steps"], meta_fields=["out"])
+@dataclass(frozen=True, eq=False)
+class Flat:
+    """An array [*in, *out] as a product takes it, the axes of each in one; perhaps in 8 bits.
+
+    table: [in, out], or int8, off by at most half a step. steps: None, or float32 [out], the same for all that an
+    output sums, so it comes after the sum. out: their sizes. With a layer's heads and their sizes as two axes, XLA's
+    compiler for TPU takes the layer out of its stack before the product, and turns it round; with one axis the product
+    reads it where it lies, and converts 8 bits on the way (benchmarks/flat.py).
+    """
+
+    table: Any
+    steps: Any
+    out: tuple[int, ...]
+
+    @classmethod
+    def of(cls, w: jax.Array, inputs: int, *, stacked: bool, dtype: Any, eight_bit: bool = False) -> Flat:
+        """w: [*in, *out], where `in` is the first `inputs` axes; stacked: behind an axis of layers."""
+        lead = int(stacked)
+        out = w.shape[lead + inputs :]
+        table = w.reshape(*w.shape[:lead], -1, math.prod(out))
+        if not eight_bit:
+            return cls(table.astype(dtype), None, out)
+        table = table.astype(jnp.float32)
+        steps = jnp.max(jnp.abs(table), axis=lead) / 127
+        codes = table / jnp.expand_dims(jnp.where(steps == 0, 1, steps), lead)
+        return cls(jnp.round(codes).astype(jnp.int8), steps, out)
+
+    def __getitem__(self, layer: Any) -> Flat:
+        return jax.tree.map(lambda array: array[layer], self)
+
+    def bank(self, number: int, banks: int) -> Flat:
+        """One of so many equal parts of the first axis of its outputs."""
+        part = lambda array: jnp.split(array, banks, axis=-1)[number]  # noqa: E731
+        return Flat(*jax.tree.map(part, (self.table, self.steps)), (self.out[0] // banks, *self.out[1:]))
+
+    def times(self, x: jax.Array) -> jax.Array:
+        """x [M, in] times the array: [M, *out]."""
+        if self.steps is None:
+            product = x @ self.table.astype(x.dtype)
+        else:
+            codes = self.table.astype(x.dtype)  # exact in 16 bits, too
+            product = (jnp.matmul(x, codes, preferred_element_type=jnp.float32) * self.steps).astype(x.dtype)
+        return product.reshape(-1, *self.out)
+
+
 def dense(x: jax.Array, w: Any, inputs: int = 1) -> jax.Array:
     """x [B, T, *in] times w [*in, *out], where `in` is the first `inputs` axes of w: [B, T, *out].
 
@@ -126,6 +173,8 @@ def dense(x: jax.Array, w: Any, inputs: int = 1) -> jax.Array:
         return _dense_quantised(x, w, inputs)
     if isinstance(w, ByOutput):
         return w.times(x.reshape(*x.shape[:2], -1))
+    if isinstance(w, Flat):
+        return w.times(x.reshape(-1, w.table.shape[0])).reshape(*x.shape[:2], *w.out)
     size = math.prod(w.shape[:inputs])
     return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*x.shape[:2], *w.shape[inputs:])
 
@@ -149,12 +198,12 @@ def _dense_quantised(x: jax.Array, w: Quantised, inputs: int) -> jax.Array:
 
 
 def cast(weights: Any, dtype: Any) -> Any:
-    """A tree of weights in the dtype of compute; quantised ones stay as they are until `dense` takes them."""
+    """A tree of weights in the dtype of compute; quantised and flat ones stay as they are until `dense` takes them."""
 
     def one(weight: Any) -> Any:
-        return weight if _is_quantised(weight) else weight.astype(dtype)
+        return weight if _is_laid(weight) else weight.astype(dtype)
 
-    return jax.tree.map(one, weights, is_leaf=_is_quantised)
+    return jax.tree.map(one, weights, is_leaf=_is_laid)
 
 
 def quantise(weight: jax.Array, axis: int, kind: Literal["int8", "nf4"]) -> Quantised:
@@ -189,5 +238,5 @@ def _nf4_values(codes: jax.Array) -> jax.Array:
     return values[0]
 
 
-def _is_quantised(node: Any) -> bool:
-    return isinstance(node, Quantised)
+def _is_laid(node: Any) -> bool:
+    return isinstance(node, Quantised | Flat)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pkv.model.arch import Arch
-from pkv.model.linear import Adapted, ByOutput, Quantised
+from pkv.model.linear import Adapted, ByOutput, Flat, Quantised
 from pkv.model.lora import INPUTS
 from pkv.model.weights import Params
 
@@ -28,7 +28,7 @@ def unstack_layers(params: Params, arch: Arch) -> Params:
 
 
 def lay_by_output(params: Params, banks: int = 1) -> Params:
-    """Unstacked weights, or a part of them from `split`, with every matrix as a `ByOutput`, but for quantised ones.
+    """Unstacked weights, or a part of them from `split`, with every matrix as a `ByOutput` that isn't one of its own.
 
     banks: parts of each layer's heads whose projections are products of their own (see `model.pages.Stock`): a core
     goes on with the bank whose product it has done, as XLA gives it whole chains of what follows from one another.
@@ -39,7 +39,8 @@ def lay_by_output(params: Params, banks: int = 1) -> Params:
         if isinstance(w, Adapted):
             return dataclasses.replace(w, base=laid(path, w.base))
         inputs = MATRICES.get(path[-1].key)
-        return w if w is None or inputs is None or isinstance(w, Quantised) else ByOutput.of(w, inputs)
+        kept = w is None or inputs is None or isinstance(w, Quantised | Flat)
+        return w if kept else ByOutput.of(w, inputs)
 
     layers = tuple({**layer, "attention": _in_banks(layer["attention"], banks)} for layer in params["layers"])
     return jax.tree_util.tree_map_with_path(laid, {**params, "layers": layers}, is_leaf=_is_whole)
@@ -54,6 +55,8 @@ def _in_banks(attention: Params, banks: int) -> Params:
         part = lambda array: jnp.split(array, banks, axis=-2)[number]  # noqa: E731
         if isinstance(weight, Adapted):
             return dataclasses.replace(weight, base=bank(number, name, weight.base), b=part(weight.b))
+        if isinstance(weight, Flat):
+            return weight.bank(number, banks)
         return jax.tree.map(part, weight) if name in BY_HEAD else weight
 
     projections = {name: weight for name, weight in attention.items() if name != "o"}
@@ -62,7 +65,7 @@ def _in_banks(attention: Params, banks: int) -> Params:
 
 
 def _is_whole(node: Any) -> bool:
-    return isinstance(node, (Adapted, Quantised))
+    return isinstance(node, Adapted | Quantised | Flat)
 
 
 def tied_scores(embedding: jax.Array | None) -> Params:

@@ -35,6 +35,7 @@ class Chip:
     dollars: float
     capability: float = 0.0
     cores: int = 1
+    int8_weights: float = 1.0
 
     def products(self, dtype: str) -> float:
         """Operations a second at most, of numbers in `dtype`."""

@@ -22,7 +22,7 @@ from pkv.plan.arithmetic import SLACK, by_arithmetic
 from pkv.plan.chips import Slice, read_slice
 from pkv.plan.compiled import Program, compile_program
 from pkv.plan.models import model_shape
-from pkv.plan.programs import Gpu, Programs, Task, Work, bytes_on_chip, work_of
+from pkv.plan.programs import Gpu, Programs, Task, Work, work_of
 from pkv.plan.roofline import Seconds, Spread, rows_at_once, step_seconds
 from pkv.sampling.engine import SHARE_OF_FREE
 from pkv.tracking import Progress
@@ -218,13 +218,15 @@ def _in_order(programs: Programs, kv: float | None) -> list[Task]:
 
 def _spread(wanted: Slice, mesh: Mesh, programs: Programs, kv: float) -> Spread:
     shape, pages = mesh.shape, programs.engine.programs
+    plain, in_8_bits = programs.weights_bytes()
     return Spread(
         wanted.chips,
         math.prod(shape[name] for name in BATCH_AXES),
         shape["fsdp"],
         shape["tensor"],
         shape["sequence"],
-        bytes_on_chip(programs.sampled),
+        plain + in_8_bits,
+        plain + wanted.chip.int8_weights * in_8_bits,
         programs.state_bytes["weights"],
         pages.page_bytes() / pages.page / shape["sequence"],
         kv,

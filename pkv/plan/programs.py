@@ -32,6 +32,7 @@ from pkv.model import (
     weight_axes,
 )
 from pkv.model.arithmetic import forward_flops, update_flops
+from pkv.model.linear import Flat
 from pkv.sampling import Engine, Request, rehearse, row_keys
 from pkv.sampling.laying import apart_on_gpu
 from pkv.sampling.programs import page_tokens
@@ -179,6 +180,16 @@ class Programs:
         """Whether every chip holds all weights."""
         return self._mesh.size == self._mesh.shape["data"]
 
+    def weights_bytes(self) -> tuple[float, float]:
+        """Of a chip, of the weights that are sampled from: those that lie in their own dtype, and those in 8 bits, as
+        many as they would be in the dtype of compute."""
+        nodes = jax.tree.leaves(self.sampled, is_leaf=_is_rounded)
+        rounded = [node for node in nodes if _is_rounded(node)]
+        codes = bytes_on_chip([node.table for node in rounded])
+        return bytes_on_chip([node for node in nodes if not _is_rounded(node)]), codes * jnp.dtype(
+            self._work.config.model.dtype
+        ).itemsize
+
     def update(self) -> Iterator[Task]:
         """The trainer's programs, on whole micro-batches of the longest rows."""
         grpo, frozen = self._work.config.grpo, self._work.config.model.lora.rank > 0
@@ -227,8 +238,7 @@ class Programs:
         programs, arrays = self.engine.programs, jax.tree.leaves(self._trained)
         both = list(zip(arrays, programs.lay.ways(self._trained), strict=True))
         array, how = max(both, key=lambda pair: bytes_on_chip(pair[0]))
-        laid = jax.eval_shape(lambda array: programs.lay(array, how), array)
-        result = bytes_on_chip(jax.ShapeDtypeStruct(laid.shape, laid.dtype, sharding=how.place))
+        result = bytes_on_chip(_placed(jax.eval_shape(lambda array: programs.lay(array, how), array), how.places))
         own = bytes_on_chip(array)
         beside = self.state_bytes | {"weights": self.state_bytes["weights"] - own}
         beside["sampled weights"] = self.sampled_bytes - result
@@ -283,12 +293,15 @@ def _loaded(engine: Engine, params: Params) -> Params:
     programs = engine.programs
     if engine.lies_right(params):
         return params
-    places = [how.place for how in programs.lay.ways(params)]
-    laid = _placed(programs.lay.shapes(params), jax.tree.unflatten(jax.tree.structure(params), places))
+    laid = programs.lay.described(params)
     if programs.stacked:
         return laid
     embedding, lowered = laid.pop("embedding"), programs.lay.unstack.lower(laid)
     return programs.lay.joined(_placed(lowered.out_info, lowered.compile().output_shardings), embedding)
+
+
+def _is_rounded(node: Any) -> bool:
+    return isinstance(node, Flat) and node.steps is not None
 
 
 def _placed(shapes: Any, places: Any) -> Any:

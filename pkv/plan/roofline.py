@@ -29,8 +29,9 @@ class Spread:
     """How work and weights are spread. shards: rows go to so many groups of chips. chips: all of them.
 
     fsdp: of the groups, so many have the weights between them. tensor, sequence: chips of a group that share a row.
-    sampled, trained, kv_token: bytes on a chip, of all weights as sampled from, of those that are trained, and of a
-    position's keys and values. kv: bytes for keys and values a chip. micro: rows and tokens of a micro-batch.
+    sampled, trained, kv_token: bytes on a chip, of all weights in the dtype of compute as they are spread for sampling,
+    of those that are trained, and of a position's keys and values. read: bytes that take as long as a decode step's
+    weights, which may be in 8 bits. kv: bytes for keys and values a chip. micro: rows and tokens of a micro-batch.
     """
 
     chips: int
@@ -39,6 +40,7 @@ class Spread:
     tensor: int
     sequence: int
     sampled: float
+    read: float
     trained: float
     kv_token: float
     kv: float
@@ -71,7 +73,7 @@ def decode_step_seconds(work: Work, spread: Spread, chip: Chip, rows: float, len
     """One token of each of a shard's rows, whose responses are on average at `length`. sending: its bytes' seconds."""
     one = forward_flops(work.arch, [(length, 1)]) - forward_flops(work.arch, [(length - 1, 0)])
     compute = compute_seconds(rows * one, spread.tensor * spread.sequence, chip, work.config.model.dtype)
-    read = (spread.sampled + rows * length * spread.kv_token) / memory_rate(chip)
+    read = (spread.read + rows * length * spread.kv_token) / memory_rate(chip)
     return max(compute, read) + sending + _decode_collectives(work, spread) * ASSUMED["collective_s"]
 
 

@@ -148,6 +148,11 @@ def _reliefs(config: Config, worst: Program) -> Iterator[tuple[str, Config]]:
     # Of a row's bytes they take a little more than half, for their scales.
     if at_rest and config.sampling != eight_bit and worst.bytes_per_chip - 0.45 * pages <= worst.limit_bytes:
         yield "--sampling.kv_cache int8", dataclasses.replace(config, sampling=eight_bit)
+    lighter = dataclasses.replace(config.sampling, weights="int8")
+    copied = worst.kinds.get("sampled weights", 0.0)  # of which nearly all are the layers'
+    enough = worst.bytes_per_chip - 0.45 * copied <= worst.limit_bytes
+    if at_rest and enough and config.sampling != lighter and not model.lora.rank:  # whose base is there anyway
+        yield "--sampling.weights int8", dataclasses.replace(config, sampling=lighter)
     if worst.phase == "sample" and not at_rest:
         gigabytes = math.floor(0.95 * (worst.limit_bytes - worst.bytes_per_chip + pages) / 1e8) / 10
         if 0 < gigabytes != config.sampling.kv_memory_gb:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pkv.config import SamplingConfig
 from pkv.mesh import on_own_part, own_part
-from pkv.model import Arch, Cache, Level, Params, Stock, cast
+from pkv.model import Arch, Cache, Level, Params, Stock
 from pkv.sampling.arena import Arena
 from pkv.sampling.pool import NOWHERE, Held, Pool, round_up
 from pkv.sampling.programs import PAGES, PREFILL_CHUNK, ROWS, WHOLE, Programs, Table
@@ -112,14 +112,7 @@ class Engine:
 
     def lies_right(self, params: Params) -> bool:
         """Whether weights, of which shapes, dtypes and places suffice, have the layout and dtype of sampling."""
-        if not self.programs.stacked or self.programs.repeats > 1:
-            return False
-        shapes = jax.eval_shape(partial(cast, dtype=self._dtype), params)
-
-        def right(array: Any, shape: Any, place: Any) -> bool:
-            return array.dtype == shape.dtype and array.sharding.is_equivalent_to(place, array.ndim)
-
-        return jax.tree.all(jax.tree.map(right, params, shapes, self.programs.lay.placing(params)))
+        return self.programs.lay.lies_right(params)
 
     def sample(
         self,

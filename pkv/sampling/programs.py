@@ -36,6 +36,7 @@ from pkv.model import (
     stock_axes,
     take_pages,
 )
+from pkv.sampling import laying
 from pkv.sampling.drawing import Drawing, Greedy, Nucleus, draw
 from pkv.sampling.laying import Lay, form_of
 
@@ -110,7 +111,8 @@ class Programs:
             self._drawing = Nucleus(config.top_p < 1 or config.top_k > 0 or config.min_p > 0, config.top_k)
         self._scalars = (jnp.float32(config.temperature or 1.0), jnp.float32(config.top_p), jnp.float32(config.min_p))
         # Partials, as jit counts the programs of a function together, whoever compiled them.
-        self.lay = Lay(self.arch, self.repeats, self._dtype, whole, self.form, self._banks)
+        how = {"flat": platform in laying.FLAT_ON, "eight_bit": config.weights == "int8"}
+        self.lay = Lay(self.arch, self.repeats, self._dtype, whole, self.form, self._banks, **how)
         self.prefix = jax.jit(self._prefix)
         self.prefill = jax.jit(self._prefill, donate_argnames="stock")
         self.decode = jax.jit(self._decode, donate_argnames="own")
