@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -525,6 +529,34 @@ def test_who_scores_leaves_when_who_asked_was_killed(tmp_path):
     while any(works(pid) for pid in pids):
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_who_scores_leaves_it_to_who_asked_when_all_are_told_to_stop(tmp_path):
+    """As `timeout` and schedulers tell them; the step that is to be ended still needs its scores."""
+    with ScoringPool(DEFAULT_WEIGHTS, 64, RewardConfig(workers=1)) as pool:
+        roots = (
+            Problem("p2", "What is the sine of 45 degrees?", "\\frac{\\sqrt{2}}{2}"),
+            build(answer="\\boxed{1/\\sqrt{2}}"),
+        )
+        first = pool.submit(*roots).result(60)
+        assert first[1].rewards["correctness"].value == 1.0
+        (scoring,) = multiprocessing.active_children()
+        checking = children_of(scoring.pid)
+        assert checking
+        for pid in (scoring.pid, *checking):
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.5)
+        found = pool.submit(*roots).result(60)
+        assert found[1] == first[1] and children_of(scoring.pid) == checking
+
+
+def children_of(parent: int) -> list[int]:
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone by now
+            found += [int(file.parent.name)] * (file.read_text().rpartition(")")[2].split()[1] == str(parent))
+    return found
 
 
 def works(pid: str) -> bool:

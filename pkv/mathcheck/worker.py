@@ -19,6 +19,8 @@ from collections.abc import Callable
 
 def main(arguments: list[str]) -> int:
     """Serve `module:function` until standard input ends. arguments: task, seconds an item, bytes of memory."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler's, meant for the run: it still needs what is checked
+        signal.signal(number, signal.SIG_IGN)
     task_name, seconds, memory_bytes = arguments[0], float(arguments[1]), int(arguments[2])
     # The task gets neither end of the protocol: what it prints must not look like an answer.
     requests = os.fdopen(os.dup(0), encoding="utf-8")

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from functools import partial
+from multiprocessing.context import SpawnContext, SpawnProcess
 from types import TracebackType
 
 import numpy as np
@@ -23,6 +24,17 @@ _DIED = (
     "lower rewards.workers or mend the reward, and run the same command again"
 )
 _scorer: Scorer | None = None  # of this worker process; set once, when it starts
+
+
+class _Worker(SpawnProcess):
+    """A process that passes over SIGTERM (see `_start_worker`), also where the executor ends a broken pool by it."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _Workers(SpawnContext):
+    Process = _Worker
 
 
 class ScoringPool:
@@ -40,7 +52,7 @@ class ScoringPool:
             Scorer(weights, length_optimum, config).close()  # the user's mistakes are found here, not in a worker
             self._processes = ProcessPoolExecutor(
                 config.workers,
-                mp_context=multiprocessing.get_context("spawn"),
+                mp_context=_Workers(),
                 initializer=_start_worker,
                 initargs=(dict(weights), length_optimum, config),
             )
@@ -107,7 +119,10 @@ def _score(
 
 def _start_worker(weights: Mapping[str, float], length_optimum: int, config: RewardConfig) -> None:
     global _scorer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends its workers
+    # Ctrl-C, `timeout` and schedulers tell all processes of a run to stop. That is the parent's to handle: it ends its
+    # step, whose responses are still to be scored, and then its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     _scorer = Scorer(weights, length_optimum, config)
 
