@@ -49,6 +49,17 @@ def test_a_target_that_no_running_sum_exceeds_draws_the_last_with_weight(weights
     assert int(index[0]) == drawn and float(rest[0]) == float(weights[0, drawn])
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 1e-50])
+@pytest.mark.parametrize("drawing", [Nucleus(False), Nucleus(True, 3)])
+def test_however_small_a_temperature_is_the_likeliest_token_is_drawn(drawing, temperature):
+    logits = jax.random.normal(jax.random.key(0), (4, 200))
+    keys = jnp.asarray(row_keys(0, "draw", 0, ["a"], 4)[0])
+    args = logits, keys, jnp.arange(4), jnp.float32(temperature), jnp.float32(1), jnp.float32(0)
+    drawn = jax.jit(draw, static_argnums=0)(drawing, *args)
+    np.testing.assert_array_equal(drawn.tokens, logits.argmax(axis=-1))
+    np.testing.assert_array_equal(drawn.logprobs, np.zeros(4))
+
+
 def test_top_k_top_p_and_min_p_keep_what_they_say():
     off = jnp.float32(0)
     table = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]])).repeat(4000, 0)

@@ -61,7 +61,8 @@ def draw(
     if isinstance(drawing, Greedy):
         tokens = _unless_forced(jnp.argmax(scores_BV, axis=-1).astype(jnp.int32), forced_B)
         return Drawn(tokens, jnp.zeros(tokens.shape, jnp.float32), _pick(scores_BV, tokens) - jnp.log(whole_B))
-    tempered_BV = scores_BV / temperature
+    # What is smaller than this is 0 to most devices, and 0 / 0 no number.
+    tempered_BV = scores_BV / jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
     if drawing.filtered:
         tempered_BV = _truncate(tempered_BV, drawing.top_k, top_p, min_p)
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), positions_B)
