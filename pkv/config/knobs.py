@@ -261,6 +261,7 @@ class Config:
 
 # Bounds that a type cannot say: path -> (least, greatest).
 BOUNDS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
     "model.context": (0, math.inf),
     "model.lora.rank": (0, math.inf),
     "model.lora.alpha": (1e-6, math.inf),
@@ -278,9 +279,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "rewards.timeout_s": (1e-3, math.inf),
     "rewards.max_unscored_share": (0.0, 1.0),
     "rewards.workers": (0, 1024),
-    "optimizer.b1": (0.0, 1.0),
-    "optimizer.b2": (0.0, 1.0),
-    "optimizer.momentum": (0.0, 1.0),
+    # At 1, which is what 32 bits make of more than that, moments stay 0 and a step is 0 / 0.
+    "optimizer.b1": (0.0, 0.999999),
+    "optimizer.b2": (0.0, 0.999999),
+    "optimizer.momentum": (0.0, 0.999999),
     "optimizer.weight_decay": (0.0, math.inf),
     "optimizer.clip_norm": (1e-9, math.inf),
     "grpo.prompts": (1, math.inf),
