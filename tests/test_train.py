@@ -258,6 +258,18 @@ def test_a_finished_run_is_left_as_it_is(whole, config_file):
     assert before == (lines(whole), lines(whole, "evaluations.jsonl"))
 
 
+def test_a_run_that_goes_on_showing_other_questions_ends_with_those_that_both_show(whole, tmp_path):
+    """`evaluate.shown` may change when a run goes on, and the questions of a host with the number of hosts."""
+    first, *_, last = lines(whole, "evaluations.jsonl")
+    asked = [sample["question"] for sample in first["samples"]]
+    last["samples"].reverse()
+    del last["samples"][0]
+    text = "".join(json.dumps(line) + "\n" for line in (first, last))
+    (tmp_path / "evaluations.jsonl").write_text(text)
+    said = closing_summary(tmp_path)
+    assert asked[0] in said and asked[1] not in said and "after second" in said
+
+
 def test_a_run_made_by_another_config_is_refused(whole, config_file):
     with pytest.raises(UserError, match=r"grpo.samples is 4 there and 2 here; use --fresh"):
         train(load_config(config_file, ["--grpo.samples", "2"]), whole)

@@ -32,7 +32,9 @@ def closing_summary(folder: Path) -> str:
     evaluations = read_jsonl(file)
     first, last = evaluations[0], evaluations[-1]
     lines = ["", f"The same held-out questions, {first['name']} and {last['name']}", ""]
-    for before, after in zip(first["samples"], last["samples"], strict=True):
+    afterwards = {sample["question"]: sample for sample in last["samples"]}  # fewer, or others, where knobs changed
+    both = [(one, afterwards[one["question"]]) for one in first["samples"] if one["question"] in afterwards]
+    for before, after in both:
         lines += [f"  {before['question']}  (right: {before['gold']})"]
         lines += [f"    before  {_said(before)}", f"    after   {_said(after)}", ""]
     return "\n".join([*lines, *_table(evaluations)])
