@@ -97,10 +97,14 @@ def test_a_rounds_refills_are_compiled_before_it_too(config_file, tmp_path):
     run.close()
 
 
-def test_a_training_prompt_that_leaves_no_room_is_said_before_the_first_step(config_file, tmp_path):
+@pytest.mark.parametrize(
+    "short, long",
+    [("{n} + 1?", "1 + " * 2000 + "1?"), ("{n}? " + "How many candles do 6 hives make? " * 9, "蜡烛" * 85)],
+)
+def test_a_training_prompt_that_leaves_no_room_is_said_before_the_first_step(config_file, tmp_path, short, long):
     """Else the step that draws it ends the run, and so it would whenever the run goes on."""
     data = tmp_path / "train.jsonl"
-    questions = [*(f"{n} + 1?" for n in range(100)), "1 + " * 2000 + "1?"]
+    questions = [*(short.format(n=n) for n in range(100)), long]
     data.write_text("".join(json.dumps({"question": one, "answer": "1"}) + "\n" for one in questions))
     with pytest.raises(UserError, match=r"prompts and max_new_tokens need [0-9,]+: raise it or lower them"):
         build(load_config(config_file, ["--data.train", str(data), "--warmup.steps=0"]))

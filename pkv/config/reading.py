@@ -82,7 +82,9 @@ def parse_config(raw: dict[str, Any]) -> Config:
         if not name:
             raise ConfigError(f"rounds.{index}.name: missing; every round needs a name")
         if name == "warm-up":  # the evaluation after it would pass for the round's
-            raise ConfigError(f"rounds.{index}.name: {name!r} is what the supervised start is called; name it otherwise")
+            raise ConfigError(
+                f"rounds.{index}.name: {name!r} is what the supervised start is called; name it otherwise"
+            )
         if name in names[:index]:
             raise ConfigError(f"rounds.{index}.name: {name!r} is used twice; names must differ")
     _check_lora(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import heapq
 import itertools
 import json
 import platform
@@ -157,13 +158,11 @@ def build(config: Config) -> Setup:
     mesh = make_mesh(config.mesh)
     policy = load_policy(config.model.path, mesh, system=config.prompt.system, model=config.model, seed=config.seed)
     prompts = render_prompts(policy.tokenizer, heldout, policy.system)
-    wordiest = sorted(problems, key=lambda problem: -len(problem.question))[:SOME]
-    wordy = render_prompts(policy.tokenizer, wordiest, policy.system)
+    limits = {"grpo.row_tokens": config.grpo.row_tokens, "the model's context": policy.arch.max_positions}
+    room = min(limits.values()) - longest - len(prompts[0].tokens)
+    wordy = render_prompts(policy.tokenizer, _wordiest(problems, policy, room), policy.system)
     needed = max(len(prompt.tokens) for prompt in (*prompts, *wordy)) + longest
-    for name, limit in (
-        ("grpo.row_tokens", config.grpo.row_tokens),
-        ("the model's context", policy.arch.max_positions),
-    ):
+    for name, limit in limits.items():
         if needed > limit:
             raise UserError(f"{name}: {limit} tokens; prompts and max_new_tokens need {needed}: raise it or lower them")
     stops, dtype = policy.tokenizer.stop_ids, config.model.dtype
@@ -190,6 +189,15 @@ def build(config: Config) -> Setup:
         prompts,
         read_config(config.model.path, config.model.context),
     )
+
+
+def _wordiest(problems: Sequence[Problem], policy: Policy, room: int) -> list[Problem]:
+    """The problems of the most tokens, of those that may take more than `room`: no text takes more than its bytes.
+
+    Letters don't tell: a short line of Chinese or of figures takes more tokens than a long one of prose.
+    """
+    long = [problem for problem in problems if len(problem.question.encode("utf-8", "surrogatepass")) > room]
+    return heapq.nlargest(SOME, long, key=lambda problem: len(policy.tokenizer.encode(problem.question)))
 
 
 def open_training(setup: Setup, folder: Path, fresh: bool) -> tuple[Run, TrainState]:
