@@ -343,6 +343,26 @@ def test_a_start_that_was_measured_is_measured_anew_where_its_round_changes(whol
     assert lines(folder, "evaluations.jsonl") == lines(whole, "evaluations.jsonl")
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_killed_while_it_began_begins_again(whole, config_file, tmp_path, monkeypatch, fresh):
+    """Else the command that is given again, as after a spot machine's end, would be refused its own directory."""
+    setup, folder = build(load_config(config_file)), tmp_path / "run"
+    if fresh:
+        shutil.copytree(whole, folder)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(setup.policy.tokenizer), "save", killed)
+        open_run(setup.config, folder, setup.policy, setup.model_config, fresh)
+    with open_run(setup.config, folder, setup.policy, setup.model_config, False) as run:
+        assert run.step == 0 and not (folder / "checkpoints").exists() and not lines(folder)
+    assert (folder / "config.yaml").read_text() == (whole / "config.yaml").read_text()
+    assert {path.name for path in (folder / "model").iterdir()} == {path.name for path in (whole / "model").iterdir()}
+    assert not (folder / "config.yaml.partial").exists()
+
+
 def test_a_directory_with_something_else_in_it_is_refused(config_file, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     for fresh in (False, True):

@@ -187,23 +187,30 @@ def open_run(config: Config, folder: Path, policy: Policy, model_config: Mapping
 def _make(
     config: Config, folder: Path, policy: Policy, model_config: Mapping[str, Any], fresh: bool
 ) -> tuple[int, str]:
-    """Have the run's directory there: the step to go on from, and the text of its config.yaml."""
-    file = folder / "config.yaml"
-    if _is_run(file) and fresh:
-        shutil.rmtree(folder)
-    elif _is_run(file):
+    """Have the run's directory there: the step to go on from, and the text of its config.yaml.
+
+    That text comes first, under another name: so a run that was killed while it began is known and begins again.
+    """
+    file, beginning = folder / "config.yaml", folder / "config.yaml.partial"
+    if _is_run(file) and not fresh:
         step = checkpoint.latest(folder / "checkpoints") or 0
         return step, _gone_on_with(config, file, step)
-    if folder.exists() and any(folder.iterdir()):
+    if _is_run(file):
+        os.replace(file, beginning)
+    there = set(folder.iterdir()) if folder.exists() else set()
+    if there - {beginning} and not _is_run(beginning):
         raise UserError(f"{folder}: is not empty and holds no run of pkv; name another directory with --run")
+    for path in there - {beginning}:  # of a run that is to begin anew, or was killed while it began
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    text = _as_yaml(as_plain(config) | {MADE_WITH: made_with() | {"model": pinned(config.model.path)}})
+    beginning.write_text(text, encoding="utf-8")
     model = folder / RUN_MODEL
-    model.mkdir(parents=True, exist_ok=True)
+    model.mkdir()
     (model / "config.json").write_text(json.dumps(dict(model_config), indent=2) + "\n", encoding="utf-8")
     (model / SYSTEM_FILE).write_text(policy.system, encoding="utf-8")
     policy.tokenizer.save(model)
-    described = as_plain(config) | {MADE_WITH: made_with() | {"model": pinned(config.model.path)}}
-    text = _as_yaml(described)
-    write_whole(file, text)
+    os.replace(beginning, file)
     return 0, text
 
 
