@@ -16,7 +16,7 @@ import numpy as np
 from pkv.competition import TAGS, Tokenizer, parse
 from pkv.competition.tags import fold, scan
 from pkv.config import UserError
-from pkv.evaluate.answering import PromptLine, Responder, prompt_tokens
+from pkv.evaluate.answering import DEFAULT_NEW_TOKENS, PromptLine, Responder, prompt_tokens
 from pkv.records import BLOCKS, Finish, Trace
 from pkv.sampling import Request, row_keys
 
@@ -220,19 +220,23 @@ def _reply(
 
 
 def _prompt(responder: Responder, history: Sequence[Reply], question: str, asked: int | None) -> np.ndarray:
-    """The conversation's tokens, from the oldest turn that leaves room for an answer."""
+    """The conversation's tokens, from the oldest turn that leaves room for an answer: as many tokens as were asked for,
+    or as there are by default; in a context that is too short for these, half of what the question leaves."""
     asking = {"role": "user", "content": question}
     turns = [
         [{"role": "user", "content": reply.question}, {"role": "assistant", "content": reply.answer}]
         for reply in history
     ]
-    wanted = responder.new_tokens(1) if asked is None else asked
-    while True:
+
+    def rendered(turns: Sequence[Sequence[dict[str, str]]]) -> np.ndarray:
         messages = [*itertools.chain.from_iterable(turns), asking]
-        tokens = prompt_tokens(responder.source.tokenizer, PromptLine("chat", messages), responder.system)
-        if not turns or len(tokens) + wanted <= responder.arch.max_positions:
-            return tokens
+        return prompt_tokens(responder.source.tokenizer, PromptLine("chat", messages), responder.system)
+
+    room = responder.arch.max_positions - len(rendered([]))
+    wanted = asked or (DEFAULT_NEW_TOKENS if room > DEFAULT_NEW_TOKENS else room // 2)
+    while turns and len(rendered(turns)) + wanted > responder.arch.max_positions:
         turns = turns[1:]
+    return rendered(turns)
 
 
 def _note(finish: Finish, shown: bool, tokens: int) -> str:

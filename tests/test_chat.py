@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 
@@ -197,6 +198,16 @@ def test_the_oldest_turns_go_when_the_context_is_full(tokenizer):
     assert "0. honour" in engine.prompts[1] and "0. honour" not in engine.prompts[-1]
     assert "6. honour" in engine.prompts[-1] and "Compete." in engine.prompts[-1]
     assert all(len(tokenizer.encode(prompt)) < ARCH.max_positions for prompt in engine.prompts)
+
+
+def test_a_short_context_remembers_too(tokenizer, monkeypatch):
+    """One of fewer tokens than an answer may have by default has never room for that, and forgot every turn."""
+    monkeypatch.setitem(globals(), "ARCH", dataclasses.replace(ARCH, max_positions=1024))
+    _, _, engine = converse(tokenizer, ["First?", "Second?"], ["It is 24."] * 2)
+    assert "First?" in engine.prompts[1]
+    questions = [f"{n}. {'honour ' * 60}?" for n in range(8)]
+    _, _, engine = converse(tokenizer, questions, ["It is 24."] * 8)
+    assert "6. honour" in engine.prompts[-1] and "0. honour" not in engine.prompts[-1]
 
 
 def test_a_question_that_is_too_long_is_the_users_mistake(tokenizer):
