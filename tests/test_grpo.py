@@ -690,6 +690,25 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing():
     assert statistics["skipped"] == 0.5 and all(map(np.isfinite, statistics.values()))
 
 
+def test_minibatches_without_a_token_to_train_on_are_not_computed_and_change_no_other(monkeypatch):
+    """A group without signal leaves them empty; how many programs then waited at once made fake devices stand still."""
+    one, none = pack(sequences(), layout()), pack([], layout())
+    trainer = learner()
+    calls, place = [], trainer._place
+    monkeypatch.setattr(trainer, "_place", lambda micro: calls.append(micro) or place(micro))
+
+    def updated(*minibatches):
+        state = trainer.init(init_params(ARCH, jax.random.key(0)))
+        state, statistics = trainer.update(state, minibatches, CLIPPED, 1e-2)
+        return jax.device_get(state), statistics
+
+    plain, padded = updated(one), updated(none, one, none)
+    jax.tree.map(np.testing.assert_array_equal, plain, padded)
+    nothing = updated(none, none)[1]
+    assert set(nothing) == set(plain[1]) and not any(nothing.values())
+    assert len(calls) == 2 * len(one)
+
+
 @pytest.mark.parametrize("moments", ["bfloat16", "float8"])
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)])
 def test_small_moments_learn_as_the_large_ones_do(moments, mesh):

@@ -134,15 +134,22 @@ class Learner:
         """An optimizer step on every minibatch, a list of micro-batches from `pack`, `epochs` times; also statistics.
 
         With one step in all the update is exactly on-policy, and needs no separate pass for the old log-probabilities.
-        A step whose gradient isn't finite, or without any token to train on, changes nothing. Statistics, means over
-        the trained tokens and over the steps that changed something, if any did: loss, entropy (nats), clipped_low,
-        clipped_high and rejected (shares), kl_sampler (mean of r - log r - 1 with r the ratio of the trainer's to the
-        sampler's probability), kl_reference (of a loss that has one), gradient_norm (before clipping); and skipped, the
-        share of steps whose gradient wasn't finite. Raises ValueError for a loss whose reference the learner lacks.
+        A step whose gradient isn't finite changes nothing; one without any token to train on is not computed.
+        Statistics, means over the trained tokens and over the steps that changed something, if any did: loss, entropy
+        (nats), clipped_low, clipped_high and rejected (shares), kl_sampler (mean of r - log r - 1 with r the ratio of
+        the trainer's to the sampler's probability), kl_reference (of a loss that has one), gradient_norm (before
+        clipping), all 0 where nothing was computed; and skipped, the share of steps whose gradient wasn't finite.
+        Raises ValueError for a loss whose reference the learner lacks.
         """
         held_to_reference = isinstance(loss, PolicyLoss) and loss.kl_weight > 0
         if held_to_reference and self._reference is None:
             raise ValueError("update: the loss asks for a divergence, and the learner has no reference")
+        counts = self._tokens(minibatches)
+        minibatches = [micros for micros, count in zip(minibatches, counts, strict=True) if count]
+        if not minibatches:
+            nothing = dict.fromkeys((*STATISTICS, "gradient_norm", "skipped"), 0.0)
+            del nothing["kl_reference"]  # see `_summed`
+            return state, nothing
         segments = self._most_segments([micro for micros in minibatches for micro in micros])
         with jax.set_mesh(self.mesh):
             placed = [[self._place(micro) for micro in micros] for micros in minibatches]
@@ -151,14 +158,13 @@ class Learner:
                     micro["old_logprobs"] = self._logprobs(state.params, self._frozen, micro, segments=segments)
                 if held_to_reference:
                     micro["reference_logprobs"] = self._logprobs(self._reference, None, micro, segments=segments)
-            tokens = self._tokens(minibatches)
+            tokens = [count for count in counts if count]
             found = []
             for micros, count in [*zip(placed, tokens, strict=True)] * epochs:
                 state, statistics = self._step(state, micros, count, loss, learning_rate, segments)
                 found.append(statistics)
-            stepped = [one for one, count in zip(found, tokens * epochs, strict=True) if count] or found
-            skipped = [float(one["skipped"]) for one in stepped]
-            sound = [one for one, bad in zip(stepped, skipped, strict=True) if not bad] or stepped
+            skipped = [float(one["skipped"]) for one in found]
+            sound = [one for one, bad in zip(found, skipped, strict=True) if not bad] or found
             means = {name: float(sum(one[name] for one in sound)) / len(sound) for name in sound[0]}
             return state, means | {"skipped": sum(skipped) / len(skipped)}
 
@@ -196,7 +202,7 @@ class Learner:
             sums = state.params, {name: jax.ShapeDtypeStruct((), jnp.float32) for name in STATISTICS}
             given = state.params, self._frozen, sums, micro, 1.0
             found["gradient"] = self._gradient.lower(*given, loss=loss, segments=SEGMENTS[-1])
-            found["apply"] = self._apply.lower(state, state.params, 1.0, True)
+            found["apply"] = self._apply.lower(state, state.params, 1.0)
         return found
 
     def _step(
@@ -209,7 +215,7 @@ class Learner:
         segments: int,
     ) -> tuple[TrainState, Arrays]:
         gradient, statistics = self._summed(state.params, micros, tokens, loss, segments)
-        state, norm, skipped = self._apply(state, gradient, learning_rate, tokens > 0)
+        state, norm, skipped = self._apply(state, gradient, learning_rate)
         return state, {**statistics, "gradient_norm": norm, "skipped": skipped}
 
     def _summed(
@@ -308,13 +314,13 @@ class Learner:
         return shardings(weight_axes(params, self._arch), params, self.mesh, TRAINING_RULES)
 
     def _apply_gradient(
-        self, state: TrainState, gradient: Params, learning_rate: jax.Array, trained: jax.Array
+        self, state: TrainState, gradient: Params, learning_rate: jax.Array
     ) -> tuple[TrainState, jax.Array, jax.Array]:
         step, optimizer = self._optimizer.update(gradient, state.optimizer, state.params)
         params = jax.tree.map(lambda weight, change: weight + learning_rate * change, state.params, step)
         norm = optax.tree.norm(gradient)
         sound = jnp.isfinite(norm)
-        kept = jax.tree.map(partial(jnp.where, sound & trained), TrainState(params, optimizer), state)
+        kept = jax.tree.map(partial(jnp.where, sound), TrainState(params, optimizer), state)
         return kept, norm, 1.0 - sound
 
 
