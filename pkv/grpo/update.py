@@ -147,7 +147,7 @@ class Learner:
         counts = self._tokens(minibatches)
         minibatches = [micros for micros, count in zip(minibatches, counts, strict=True) if count]
         if not minibatches:
-            nothing = dict.fromkeys((*STATISTICS, "gradient_norm", "skipped"), 0.0)
+            nothing: dict[str, float] = dict.fromkeys((*STATISTICS, "gradient_norm", "skipped"), 0.0)
             del nothing["kl_reference"]  # see `_summed`
             return state, nothing
         segments = self._most_segments([micro for micros in minibatches for micro in micros])
