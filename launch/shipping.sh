@@ -62,7 +62,8 @@ read_options() {
     while (($#)); do
         if [[ $1 == -- ]]; then
             # shellcheck disable=SC2034
-            arguments=("${@:2}") && break
+            arguments=("${@:2}")
+            must_not_pretend "${@:2}" && break
         elif [[ $1 == --*=* ]]; then
             set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue
         elif [[ $1 == --[a-z]* && " $flags " == *" $1 "* ]]; then
@@ -74,6 +75,14 @@ read_options() {
             take "${1#--}" "$2" && shift
         fi
         shift
+    done
+}
+
+# must_not_pretend WORDS...: stop where somebody takes for a dry run what would rent machines.
+must_not_pretend() {
+    local word
+    for word in "$@"; do
+        [[ $word != --dry-run ]] || stop "--dry-run: expected before --, as pkv's own commands have no such option"
     done
 }
 
@@ -122,7 +131,7 @@ must_last() {
     [[ ${1-} == train ]] || stop "expected a command that resumes behind --, as in: -- train CONFIG --run $where/NAME"
     must_go_on "$@"
     folder=$(run_folder "$@")
-    [[ $folder == "$where"/?* ]] ||
+    [[ $folder == "$where"/?* && $folder/ != */../* ]] ||
         stop "--run: got $(quoted "$folder"), expected a directory below $where, on a bucket or a persistent disk:" \
             "the machines' own disks go with them"
 }
@@ -138,8 +147,11 @@ pin_commit() {
 }
 
 # Put the pinned commit into `bundle`, once: HEAD may be elsewhere when a lost machine is replaced, days later.
+# A bundle has to hold what its commits came from, or nothing can be fetched from it.
 packed=false
 pack() {
+    [[ $(git rev-parse --is-shallow-repository) != true ]] ||
+        stop "$PWD: a shallow clone cannot be shipped; get what it lacks: git fetch --unshallow"
     $packed || { perform mkdir -p build && perform git bundle create --quiet "$bundle" HEAD; } || return
     packed=true
 }

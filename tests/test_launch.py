@@ -54,6 +54,16 @@ def test_a_machine_that_replaces_a_lost_one_gets_the_pinned_commit_wherever_head
     assert shipped == pinned != later
 
 
+def test_a_shallow_clone_is_refused_before_anything_is_rented(launch, tmp_path):
+    git(launch.repository, *ANOTHER)  # or the one commit is whole
+    shallow = tmp_path / "shallow"
+    git(tmp_path, "clone", "--quiet", "--depth=1", launch.repository.as_uri(), str(shallow))
+    launch.repository = shallow
+    for words in (("tpu_vm.sh", "setup", "a1", *HERE), (*BABYSIT, *TRAIN), ("submit.sh", "slurm", "a1", *TRAIN)):
+        said = launch(*words, code=2).stderr
+        assert "git fetch --unshallow" in said and said.count("\n") == 1 and launch.calls() == []
+
+
 def test_a_lock_constrains_what_is_installed(launch, tmp_path):
     home = launch.folder / "homes/w0"
     shutil.copytree(launch.repository / "launch", home / "pkv/launch")
@@ -201,6 +211,10 @@ def test_a_dry_run_prints_what_would_be_run(launch):
         (("tpu_gce.sh", "logs", "a1", *GCE, "--worker", "1/0"), "--worker: got 1/0, expected a number"),
         ((*BABYSIT, "--", "train", "tiny"), "--run: got '', expected a directory below /mnt/pkv"),
         ((*BABYSIT, "--", "train", "tiny", "--run", "runs/a"), "on a bucket or a persistent disk"),
+        ((*BABYSIT, "--", "train", "tiny", "--run", "/mnt/pkv/../tmp/a"), "on a bucket or a persistent disk"),
+        ((*BABYSIT, "--", "train", "tiny", "--run=/mnt/pkv/a/.."), "on a bucket or a persistent disk"),
+        ((*BABYSIT, *TRAIN, "--dry-run"), "--dry-run: expected before --"),
+        (("submit.sh", "slurm", "a1", *TRAIN, "--dry-run"), "--dry-run: expected before --"),
         ((*BABYSIT, "--", "eval", "m"), "expected a command that resumes"),
         ((*BABYSIT, *TRAIN, "--fresh"), "--fresh: a restart would begin anew"),
         (("submit.sh", "slurm", "a1", *TRAIN, "--fresh"), "--fresh: a restart would begin anew"),
