@@ -39,6 +39,29 @@ def test_slurm_gets_a_task_a_node_and_the_commit(launch):
     assert dry.stdout.count("\n") == 5 and "srun --kill-on-bad-exit=1" in dry.stdout
 
 
+def test_jobs_of_one_commit_that_start_at_once_share_its_copy(launch):
+    launch("submit.sh", "slurm", "a1", *TRAIN)
+    tree = launch.repository / f"build/slurm-{launch.commit}"
+    write_program(tree / ".venv/bin/python", PYTHON)
+    write_program(tree / ".venv/bin/pkv", PKV)
+    git(tree, "init", "--quiet")
+    busy = tree / ".git/index.lock"
+    busy.touch()  # as of another job's git, which has the lock
+    other = ["flock", f"{tree}.lock", "bash", "-c", 'echo taken && /bin/sleep 1 && rm "$0"', str(busy)]
+    with subprocess.Popen(other, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout and holder.stdout.readline() == "taken\n"
+        launch("slurm.sbatch", launch.commit, "exit-0", SLURM_SUBMIT_DIR=str(launch.repository))
+    assert git(tree, "rev-parse", "HEAD") == launch.commit
+
+
+def test_what_a_slurm_job_says_is_no_change_of_the_commit(launch):
+    """A log beside the code would keep the next job from being submitted."""
+    launch("submit.sh", "slurm", "a1", *TRAIN)
+    (output,) = re.findall(r"^#SBATCH --output=(.*)", (launch.repository / "launch/slurm.sbatch").read_text(), re.M)
+    (launch.repository / output.replace("%x", "a1").replace("%j", "7")).write_text("step 1")
+    launch("submit.sh", "slurm", "a1", *TRAIN)
+
+
 def test_gke_gets_a_pod_a_machine_and_the_code_of_the_commit(launch):
     odd = ["train", "tiny", "--run=/mnt/pkv/a b", 'say "x" \\ y', "two\nlines", "@NAME@", "a & b"]
     shape = ("--accelerator", "tpu-v5-lite-podslice", "--topology", "4x8", "--claim", "runs", "--slices", 2)
