@@ -66,11 +66,15 @@ filled() {
 
 # yaml_strings WORDS...: as YAML reads strings, on one line, with commas between them.
 yaml_strings() {
-    local one list=''
+    local one code list=''
     for one in "$@"; do
         one=${one//\\/\\\\}
         one=${one//\"/\\\"}
-        list+=", \"${one//$'\n'/\\n}\""
+        while [[ $one =~ [[:cntrl:]] ]]; do
+            printf -v code '\\u%04x' "'${BASH_REMATCH[0]}"
+            one=${one//"${BASH_REMATCH[0]}"/"$code"}
+        done
+        list+=", \"$one\""
     done
     printf '%s\n' "${list#, }"
 }
@@ -124,6 +128,7 @@ on_slurm() {
 
 on_gke() {
     local total hosts code=pkv-${commit:0:12} archive=build/pkv-$commit.tar.gz file=build/$name.yaml selector from=''
+    local dollar=\$\$ # Kubernetes makes one of two, and a variable's value of $(NAME)
     must_match --accelerator "$accelerator" 'tpu-(v4-podslice|v5-lite-podslice|v5p-slice|v6e-slice)|tpu7x' \
         "GKE's name of a TPU such as tpu-v6e-slice"
     must_match --topology "$topology" '[1-9][0-9]*x[1-9][0-9]*(x[1-9][0-9]*)?' "a topology such as 4x4 or 2x2x4"
@@ -146,7 +151,7 @@ on_gke() {
     filled launch/gke_jobset.yaml NAME "$name" COMMIT "$commit" RESTARTS "$max_restarts" GRACE "$grace" \
         SLICES "$slices" HOSTS "$hosts" ACCELERATOR "$accelerator" TOPOLOGY "$topology" SPOT "$selector" \
         IMAGE "$image" CHIPS "$chips" CLAIM "$claim" CODE "$code" FROM "[$from]" \
-        ARGUMENTS "[$(yaml_strings "${arguments[@]}")]" | written "$file"
+        ARGUMENTS "[$(yaml_strings "${arguments[@]//\$/$dollar}")]" | written "$file"
     if $dry_run || ! kubectl get configmap "$code" >/dev/null 2>&1; then
         perform kubectl create configmap "$code" --from-file=pkv.tar.gz="$archive"
     fi

@@ -62,8 +62,15 @@ def test_what_a_slurm_job_says_is_no_change_of_the_commit(launch):
     launch("submit.sh", "slurm", "a1", *TRAIN)
 
 
+def expanded(word: str) -> str:
+    """What a container gets of an argument: kubelet makes `$` of `$$`, and a variable's value of `$(NAME)`."""
+    values = {"$$": "$", "$(PKV_COMMIT)": "a variable"}
+    return re.sub(r"\$\$|\$\(\w+\)", lambda found: values.get(found[0], found[0]), word)
+
+
 def test_gke_gets_a_pod_a_machine_and_the_code_of_the_commit(launch):
     odd = ["train", "tiny", "--run=/mnt/pkv/a b", 'say "x" \\ y', "two\nlines", "@NAME@", "a & b"]
+    odd += ["$HOME 5$ a$$b $(PKV_COMMIT) $$(x)", "tab\t, return\r\n, escape\x1b", "é"]
     shape = ("--accelerator", "tpu-v5-lite-podslice", "--topology", "4x8", "--claim", "runs", "--slices", 2)
     launch("submit.sh", "gke", "a1", *shape, "--spot", "--", *odd)
     _, configmap, apply = launch.calls()
@@ -83,7 +90,7 @@ def test_gke_gets_a_pod_a_machine_and_the_code_of_the_commit(launch):
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     assert "hostNetwork" not in pod  # Autopilot and gcsfuse refuse it
     (container,) = pod["containers"]
-    assert container["args"] == odd and container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert [expanded(word) for word in container["args"]] == odd and container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["env"] == [{"name": "PKV_COMMIT", "value": launch.commit}] and container["envFrom"] == []
 
 
