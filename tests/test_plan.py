@@ -728,7 +728,13 @@ def test_slices_are_described_from_one_chip_to_several_slices():
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("topology", "sizes"), [("v5e:4x8", (1, 8, 1, 4)), ("v5p:2x2x4", (2, 2, 1, 4)), ("tpu7x:2x2x2", (1, 4, 1, 4))]
+    ("topology", "sizes"),
+    [
+        ("v4:2x2x4", (2, 2, 1, 4)),
+        ("v5e:4x8", (1, 8, 1, 4)),
+        ("v5p:2x2x4", (2, 2, 1, 4)),
+        ("tpu7x:2x2x2", (1, 4, 1, 4)),
+    ],
 )
 def test_a_row_of_the_mesh_is_a_machine_and_all_machines_are_laid_alike(topology, sizes):
     """Where one is laid otherwise than the others, the TPU compiler ends the process at collectives over several."""
@@ -740,6 +746,7 @@ def test_a_row_of_the_mesh_is_a_machine_and_all_machines_are_laid_alike(topology
     places = np.array([[device.coords for device in machine] for machine in machines])
     within = places - places.min(axis=1, keepdims=True)
     assert (within == within[0]).all()
+    sizes |= {"v4:1x1x1": (1, 1), "v4:2x2x1": (1, 4), "2xv4:2x2x1": (2, 4)}
 
 
 @needs_libtpu
@@ -769,6 +776,7 @@ def test_every_program_compiles_for_every_kind_of_slice(topology, mesh, remat):
     assert gradient.sent.get(NETWORK, 0.0) == pytest.approx(formula.sent[NETWORK], rel=0.1)
     assert 0.5 < sum(formula.sent.values()) / sum(gradient.sent.values()) < 2
     assert (gradient.host_bytes > 0) == (remat == "offload")
+        ("v4:2x2x1", {"data": 1, "fsdp": 2, "tensor": 2}, "all"),
     assert ("all-to-all" in gradient.sent) == (mesh.get("sequence", 1) > 1)
 
 

@@ -110,6 +110,8 @@ def _devices(wanted: Slice) -> Sequence[Any]:
     if not wanted.compiles:
         return _stand_ins(wanted)
     more: dict[str, Any] = {"num_slices": wanted.slices} if wanted.slices > 1 else {}
+    if wanted.chip.kind == "v4":
+        more["chip_config_name"] = "megacore"  # one device a chip, as on such machines; libtpu's default has two here
     if max(wanted.grid) == 1:
         more["chips_per_host_bounds"] = (1, 1, 1)  # or a machine of four is meant
     try:
