@@ -65,13 +65,20 @@ def test_a_slice_is_a_kind_and_a_grid():
     assert (pair.chips, pair.slices, pair.topology, pair.compiles) == (64, 2, "v5e:4x8", True)
     assert read_slice("v5p:2x2x2").chips == 8
     assert read_slice("h100:8").chips == 8 and not read_slice("h100:8").compiles
+    assert (read_slice("3xh100:4").chips, read_slice("3xh100:4").machines) == (12, 3)
     for wrong, said in (
         ("v5e", "expected a kind and a grid"),
         ("v9z:2x2", "kinds: v4, v5e"),
         ("v5p:2x2", r"grids of 3 axes, got 2; such as v5p:2x2x2"),
-        ("v5e:0x2", "grids of 2 axes"),
+        ("v5e:0x2", "at least one chip along each axis, as the grids of v5e"),
+        ("h100:0", "at least one chip"),
+        ("99999999xv5e:2x2", "399999996 chips; expected at most 65536"),
         ("0xh100:2", "expected a kind and a grid"),
         ("h100:2x4", "grids of 1 axes"),
+        (
+            "h100:12",
+            "a machine has 8 of them at most; expected a multiple of that, or machines of fewer as in 2xh100:4",
+        ),
     ):
         with pytest.raises(UserError, match=said):
             read_slice(wrong)

@@ -16,6 +16,7 @@ TABLE = Path(__file__).with_name("chips.yaml")
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 CUBES = ("v4", "v5p", "tpu7x")  # whose grids have three axes
 SLICED = 4
+MOST_CHIPS = 65_536  # more are a slip, and would be described one by one
 _FORM = re.compile(r"(?:(?P<slices>[1-9]\d*)x)??(?P<kind>[a-z][a-z0-9-]*):(?P<shape>\d+(?:x\d+)*)")
 
 
@@ -89,7 +90,9 @@ def read_slice(name: str, prices: Path | None = None) -> Slice:
         )
     kind, grid = found["kind"], tuple(map(int, found["shape"].split("x")))
     axes = (1,) if kind not in TPUS else (3,) if kind in CUBES else (2,)
-    if len(grid) not in axes or not all(grid):
+    if 0 in grid:
+        raise UserError(f"--topology {name}: expected at least one chip along each axis, as the grids of {kind} have")
+    if len(grid) not in axes:
         raise UserError(
             f"--topology {name}: {kind} comes in grids of {axes[0]} axes, got {len(grid)}; such as "
             f"{kind}:{'x'.join('2' * axes[0])}"
@@ -104,7 +107,15 @@ def read_slice(name: str, prices: Path | None = None) -> Slice:
                 raise UserError(f"{prices}: {priced}: expected dollars a chip and hour, got {dollars!r}")
         if kind in own:
             numbers["dollars"] = own[kind] / numbers.get("cores", 1)
-    return Slice(name, Chip(kind, **numbers), grid, int(found["slices"] or 1))
+    wanted = Slice(name, Chip(kind, **numbers), grid, int(found["slices"] or 1))
+    if wanted.chips > MOST_CHIPS:
+        raise UserError(f"--topology {name}: {wanted.chips} chips; expected at most {MOST_CHIPS}")
+    if not wanted.compiles and wanted.chips % wanted.host_chips:
+        raise UserError(
+            f"--topology {name}: a machine has {wanted.host_chips} of them at most; expected a multiple of that, or "
+            f"machines of fewer as in 2x{kind}:{wanted.host_chips // 2}"
+        )
+    return wanted
 
 
 def read_table(file: Path) -> dict[str, Any]:
