@@ -91,6 +91,7 @@ def test_of_a_chip_with_two_devices_each_is_planned_as_one(tmp_path):
     one = plan_of(load_config("qwen2.5-7b", []), "h100:8")
     said = in_words(dataclasses.replace(one, wanted=read_slice("tpu7x:2x2x1")))
     assert said.startswith("tpu7x:2x2x1: 1 machine of 4 chips, 8 devices, as") and "no price known" in said
+    assert as_record(dataclasses.replace(one, wanted=read_slice("tpu7x:2x2x1")))["dollars"] is None  # and not for free
     assert "dollars at 9.00 a chip" in in_words(dataclasses.replace(one, wanted=read_slice("tpu7x:2x2x1", own)))
 
 
@@ -591,6 +592,20 @@ def test_gpus_are_planned_by_arithmetic_and_the_exit_code_is_the_verdict(capsys)
     assert code == 3 and "nothing was compiled" in out and "Does not fit" in out and "sampling at rest needs" in out
 
 
+def test_too_little_that_a_config_leaves_for_keys_and_values_is_no_lack_of_memory(capsys):
+    words = ("qwen2.5-0.5b", "--topology", "h100:1", "--sampling.kv_memory_gb", "0.001")
+    code, out, err = plan(capsys, *words, "--json")
+    found = json.loads(out)
+    assert code == 3 and found["settings"] == ["--sampling.kv_memory_gb 0"], err
+    assert found["limit_bytes"] == read_slice("h100:1").chip.hbm_gib * 2**30
+    _, out, _ = plan(capsys, *words)
+    assert "as one chip; 79.20 GiB a chip" in out and "It would fit with: --sampling.kv_memory_gb 0" in out
+    lacks, rest = Program("gradient", "update", {"a": 3 * 2**30}, 2 * 2**30, 0, {}, 0), found["programs"][0]
+    at_rest = Program(rest["name"], rest["phase"], rest["kinds"], rest["limit_bytes"], 0, {}, 0)
+    both = dataclasses.replace(plan_of(load_config("qwen2.5-0.5b", []), "h100:1"), programs=(at_rest, lacks))
+    assert "gradient needs 1.00 GiB more" in in_words(both)  # each is held against its own limit
+
+
 def test_a_rounds_hours_are_a_mean_over_its_budgets():
     """Of equal parts of its steps; each budget alone is a round with that many new tokens."""
     config = load_config("qwen2.5-7b", [])
@@ -725,6 +740,7 @@ def test_bad_words_are_one_line(capsys):
 @needs_libtpu
 def test_slices_are_described_from_one_chip_to_several_slices():
     sizes = {"v5e:1x1": (1, 1), "v5p:2x2x1": (1, 4), "2xv5e:2x2": (2, 4)}
+    sizes |= {"v4:1x1x1": (1, 1), "v4:2x2x1": (1, 4), "2xv4:2x2x1": (2, 4)}
     for name, (data, fsdp) in sizes.items():
         config = config_of(mesh={"data": data, "fsdp": -1, "tensor": 1}, grpo={"prompts": 8})
         mesh = described_mesh(config, read_slice(name))
@@ -753,7 +769,6 @@ def test_a_row_of_the_mesh_is_a_machine_and_all_machines_are_laid_alike(topology
     places = np.array([[device.coords for device in machine] for machine in machines])
     within = places - places.min(axis=1, keepdims=True)
     assert (within == within[0]).all()
-    sizes |= {"v4:1x1x1": (1, 1), "v4:2x2x1": (1, 4), "2xv4:2x2x1": (2, 4)}
 
 
 @needs_libtpu
@@ -761,6 +776,7 @@ def test_a_row_of_the_mesh_is_a_machine_and_all_machines_are_laid_alike(topology
 @pytest.mark.parametrize(
     ("topology", "mesh", "remat"),
     [
+        ("v4:2x2x1", {"data": 1, "fsdp": 2, "tensor": 2}, "all"),
         ("v5p:2x2x1", {"data": 1, "fsdp": 2, "tensor": 2}, "all"),
         ("2xv5e:2x2", {"data": 2, "fsdp": 2, "tensor": 2}, "all"),
         (
@@ -783,7 +799,6 @@ def test_every_program_compiles_for_every_kind_of_slice(topology, mesh, remat):
     assert gradient.sent.get(NETWORK, 0.0) == pytest.approx(formula.sent[NETWORK], rel=0.1)
     assert 0.5 < sum(formula.sent.values()) / sum(gradient.sent.values()) < 2
     assert (gradient.host_bytes > 0) == (remat == "offload")
-        ("v4:2x2x1", {"data": 1, "fsdp": 2, "tensor": 2}, "all"),
     assert ("all-to-all" in gradient.sent) == (mesh.get("sequence", 1) > 1)
 
 

@@ -42,8 +42,13 @@ class Program:
         return sum(self.kinds.values())
 
     @property
+    def lacks(self) -> float:
+        """Bytes of a chip; less than 0 where there are some to spare."""
+        return self.bytes_per_chip - self.limit_bytes
+
+    @property
     def fits(self) -> bool:
-        return self.bytes_per_chip <= self.limit_bytes
+        return self.lacks <= 0
 
 
 def compile_program(task: Task, wanted: Slice, dtype: str = "bfloat16") -> Program:

@@ -68,7 +68,7 @@ class Plan:
     @property
     def tightest(self) -> Program:
         """The program that lacks the most, or has the least to spare."""
-        return max(self.programs, key=lambda program: program.bytes_per_chip - program.limit_bytes)
+        return max(self.programs, key=lambda program: program.lacks)
 
     @property
     def hours(self) -> float:

@@ -126,8 +126,8 @@ def _try(change: Change, wanted: Slice, say: Say) -> Plan | None:
     except UserError as error:
         say(f"{' '.join(change.flags)}: {error}")
         return None
-    tight, spare = plan.tightest, plan.tightest.limit_bytes - plan.tightest.bytes_per_chip
-    verdict = "fits" if plan.fits else f"{tight.name} needs {-spare / 2**30:.2f} GiB more"
+    tight = plan.tightest
+    verdict = "fits" if plan.fits else f"{tight.name} needs {tight.lacks / 2**30:.2f} GiB more"
     say(f"{' '.join(change.flags)}: {verdict}")
     return plan
 
@@ -148,6 +148,11 @@ def _reliefs(config: Config, worst: Program) -> Iterator[tuple[str, Config]]:
     # Of a row's bytes they take a little more than half, for their scales.
     if at_rest and config.sampling != eight_bit and worst.bytes_per_chip - 0.45 * pages <= worst.limit_bytes:
         yield "--sampling.kv_cache int8", dataclasses.replace(config, sampling=eight_bit)
+    if at_rest and config.sampling.kv_memory_gb:  # less than a row takes: whatever else were freed wouldn't be for it
+        yield (
+            "--sampling.kv_memory_gb 0",
+            dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, kv_memory_gb=0.0)),
+        )
     lighter = dataclasses.replace(config.sampling, weights="int8")
     copied = worst.kinds.get("sampled weights", 0.0)  # of which nearly all are the layers'
     enough = worst.bytes_per_chip - 0.45 * copied <= worst.limit_bytes

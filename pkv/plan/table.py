@@ -23,7 +23,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
         "machine_chips": plan.wanted.host_chips,
         "devices_a_chip": plan.wanted.chip.cores,  # each of which counts as a chip here
         "mesh": dict(plan.mesh),
-        "limit_bytes": plan.tightest.limit_bytes,
+        "limit_bytes": plan.wanted.chip.hbm_gib * GIB,
         "kv_bytes": plan.kv_bytes,
         "rows_at_once": plan.rows,
         "micro_batch": list(plan.micro),
@@ -48,7 +48,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
             for round_ in plan.rounds
         ],
         "hours": plan.hours,
-        "dollars": plan.dollars,
+        "dollars": plan.dollars if plan.wanted.chip.dollars else None,  # no price is known
         "assumed": dict(ASSUMED),
         "took_s": plan.took_s,
     }
@@ -69,10 +69,9 @@ def in_words(plan: Plan) -> str:
         for program in plan.programs
     ]
     mesh = ", ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one chip"
-    limit, tight = plan.tightest.limit_bytes, plan.tightest
-    margin = limit - tight.bytes_per_chip
+    tight = plan.tightest
     lines = [
-        f"{plan.wanted.name}: {_machines(plan.wanted)}, as {mesh}; {limit / GIB:.2f} GiB a chip",
+        f"{plan.wanted.name}: {_machines(plan.wanted)}, as {mesh}; {plan.wanted.chip.hbm_gib:.2f} GiB a chip",
         "",
         f"GiB a chip while a program runs (micro-batches of {plan.micro[0]} × {plan.micro[1]} tokens)",
         *_aligned([head, *rows]),
@@ -81,13 +80,10 @@ def in_words(plan: Plan) -> str:
     if not plan.wanted.compiles:
         lines += ["By arithmetic: nothing was compiled, and what chips send each other is counted by formulas.", ""]
     if plan.fits:
-        lines.append(f"Fits, with {margin / GIB:.2f} GiB to spare in {tight.name}, the tightest.")
+        lines.append(f"Fits, with {-tight.lacks / GIB:.2f} GiB to spare in {tight.name}, the tightest.")
     else:
         broken = [program for program in plan.programs if not program.fits]
-        lines.append(
-            "Does not fit: "
-            + ", ".join(f"{p.name} needs {(p.bytes_per_chip - limit) / GIB:.2f} GiB more" for p in broken)
-        )
+        lines.append("Does not fit: " + ", ".join(f"{p.name} needs {p.lacks / GIB:.2f} GiB more" for p in broken))
     if plan.fits:
         lines += ["", f"{plan.rows:.0f} rows decode at the same time on each of the groups of chips that share rows."]
         lines += _aligned(
