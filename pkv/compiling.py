@@ -22,8 +22,11 @@ def keep_compiled(folder: Path | None = None) -> None:
     """
     if jax.config.values["jax_compilation_cache_dir"] or not jax.config.values["jax_enable_compilation_cache"]:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = folder or home / "pkv" / "compiled"
+    try:
+        folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pkv" / "compiled"
+    except RuntimeError:  # a container's user often has no account, and may have no HOME
+        warnings.warn("this user has no home; compiled programs are not kept: set XDG_CACHE_HOME", stacklevel=2)
+        return
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()

@@ -35,6 +35,14 @@ def nothing_kept(monkeypatch):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
 
 
+def test_a_user_without_a_home_is_warned(nothing_kept, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_242_424)  # as in a container, of whom there is no account
+    with pytest.warns(UserWarning, match="no home; compiled programs are not kept"):
+        keep_compiled()
+
+
 def test_the_next_process_finds_what_one_compiled(tmp_path, nothing_kept):
     folder = tmp_path / "cache" / "compiled"
     program = [sys.executable, "-c", PROGRAM.format(folder=str(folder))]

@@ -238,6 +238,10 @@ def test_compiled_programs_are_looked_for_where_they_are_kept(tmp_path, monkeypa
     said(check_compiled(named, os.getuid(), mine), "ok")
     (tmp_path / "pkv/compiled").chmod(0o775)
     said(check_compiled(environment, os.getuid(), mine), "fail", "mode 775")  # as pkv.compiling does
+    with monkeypatch.context() as nobody:
+        nobody.delenv("HOME", raising=False)
+        nobody.setattr("os.getuid", lambda: 4_242_424)  # of whom no account says where the home is
+        said(check_compiled({}, os.getuid(), None), "fail", "HOME is not set", "JAX_COMPILATION_CACHE_DIR")
     said(check_compiled({"JAX_COMPILATION_CACHE_DIR": "gs://a/b"}, os.getuid(), None), "skipped")
     said(check_compiled({"JAX_ENABLE_COMPILATION_CACHE": "false"}, os.getuid(), None), "skipped")
 

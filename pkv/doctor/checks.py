@@ -209,9 +209,13 @@ def check_compiled(environment: Mapping[str, str], user: int, group: int | None)
         return Outcome("skipped", "JAX_ENABLE_COMPILATION_CACHE forbids to keep any")
     if "://" in named:
         return Outcome("skipped", "JAX_COMPILATION_CACHE_DIR is not on this machine's disks")
-    home = Path(environment.get("XDG_CACHE_HOME") or Path(environment.get("HOME", "~"), ".cache").expanduser())
-    folder = Path(named) if named else home / "pkv" / "compiled"
-    return check_folder(folder, "name a directory of yours: JAX_COMPILATION_CACHE_DIR", user, group if named else None)
+    remedy = "name a directory of yours: JAX_COMPILATION_CACHE_DIR"
+    home = environment.get("XDG_CACHE_HOME") or Path(environment.get("HOME", "~"), ".cache")
+    try:
+        folder = Path(named) if named else Path(home).expanduser() / "pkv" / "compiled"
+    except RuntimeError:
+        return Outcome("fail", "HOME is not set and this user has no account: no place to keep any", remedy)
+    return check_folder(folder, remedy, user, group if named else None)
 
 
 def nearest_existing(path: Path) -> Path:
