@@ -163,6 +163,12 @@ def test_proxies_leave_the_metadata_server_out():
     for exempt in ("metadata.google.internal", "a, .google.internal", "*"):
         said(check_proxies({**PROXY, "NO_PROXY": exempt}, tpu=True), "ok")
     said(check_proxies({"HTTP_PROXY": "a", "no_proxy": "google.com"}, tpu=True), "fail", "HTTP_PROXY")
+    upper = {**PROXY, "NO_PROXY": "google.com"}
+    said(check_proxies(upper, tpu=True), "fail", "export no_proxy=$NO_PROXY,metadata.google.internal")
+    # Whoever did that has both.
+    cured = {"no_proxy": "google.com,metadata.google.internal"}
+    said(check_proxies(cured | upper, tpu=True), "ok")
+    said(check_proxies(upper | cured, tpu=True), "ok")
 
 
 @pytest.mark.parametrize(
@@ -232,16 +238,16 @@ def test_compiled_programs_are_looked_for_where_they_are_kept(tmp_path, monkeypa
     said(check_compiled(environment, os.getuid(), None), "fail", "mode 777")
     said(check_compiled({"HOME": str(tmp_path)}, os.getuid(), None), "ok", f"{tmp_path}/.cache/pkv/compiled")
     named = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "pkv")}
+    with monkeypatch.context() as nobody:
+        nobody.delenv("HOME", raising=False)
+        nobody.setattr("os.getuid", lambda: 4_242_424)  # of whom no account says where the home is
+        said(check_compiled({}, os.getuid(), None), "fail", "HOME is not set", "JAX_COMPILATION_CACHE_DIR")
     said(check_compiled(named, os.getuid(), None), "ok", f"{tmp_path}/pkv is yours")
     (tmp_path / "pkv").chmod(0o775)  # under umask 0002
     mine = (tmp_path / "pkv").stat().st_gid
     said(check_compiled(named, os.getuid(), mine), "ok")
     (tmp_path / "pkv/compiled").chmod(0o775)
     said(check_compiled(environment, os.getuid(), mine), "fail", "mode 775")  # as pkv.compiling does
-    with monkeypatch.context() as nobody:
-        nobody.delenv("HOME", raising=False)
-        nobody.setattr("os.getuid", lambda: 4_242_424)  # of whom no account says where the home is
-        said(check_compiled({}, os.getuid(), None), "fail", "HOME is not set", "JAX_COMPILATION_CACHE_DIR")
     said(check_compiled({"JAX_COMPILATION_CACHE_DIR": "gs://a/b"}, os.getuid(), None), "skipped")
     said(check_compiled({"JAX_ENABLE_COMPILATION_CACHE": "false"}, os.getuid(), None), "skipped")
 
@@ -255,6 +261,18 @@ def test_disks_are_as_good_as_the_fullest(tmp_path):
     )
     said(check_disk(places, free), "fail", "tmp 0.1 GB (expected 2)")
     assert free_bytes(tmp_path / "not" / "yet") > 0
+
+
+def test_a_disk_without_room_for_a_temporary_file_is_a_full_disk(tmp_path, monkeypatch):
+    def refuse() -> str:
+        raise FileNotFoundError("No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(diagnosis.tempfile, "gettempdir", refuse)
+    monkeypatch.setattr(diagnosis, "free_bytes", lambda _: 0)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (found,) = settle([each for each in list_checks(tmp_path, False, 1) if each[0] == "PKV-D10"])
+    assert found.state == "fail" and f"temporary files 0.0 GB (expected 2) at {tmp_path}" in found.found
+    assert found.remedy.startswith("free some")
 
 
 def test_memory_of_devices_and_of_the_host():
@@ -286,6 +304,19 @@ def test_the_hub_is_asked_only_on_demand():
             "does not answer",
             "PKV-D07",
         )
+
+
+def test_a_hub_that_is_named_wrongly_is_not_our_mistake(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "hf.example.org")
+    said(check_hub(True, False, diagnosis._ask_hub), "fail", "unknown url type", "HF_ENDPOINT as https://")
+
+
+def test_what_proc_refuses_to_show_is_not_there(monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert process_name(1) is None
 
 
 def test_jax_is_asked_in_a_process_that_may_fail_or_hang():

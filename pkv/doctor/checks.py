@@ -155,7 +155,8 @@ def check_proxies(environment: Mapping[str, str], *, tpu: bool) -> Outcome:
 
     A proxy's address, which may hold a password, isn't shown.
     """
-    lower = {name.lower(): name for name, value in environment.items() if value}
+    # Of no_proxy and NO_PROXY the first counts, as for curl and Python.
+    lower = {name.lower(): name for name in sorted(environment) if environment[name]}
     proxies = [lower[name] for name in ("http_proxy", "https_proxy", "all_proxy") if name in lower]
     if not proxies:
         return Outcome("ok", "no proxy is set")
@@ -166,7 +167,8 @@ def check_proxies(environment: Mapping[str, str], *, tpu: bool) -> Outcome:
     left_out = [host for host in wanted if not any(_is_exempt(host, name) for name in names)]
     if not left_out:
         return Outcome("ok", f"{', '.join(proxies)} set, not for {', '.join(wanted)}")
-    remedy = f"export no_proxy=$no_proxy,{','.join(left_out)}{',169.254.169.254' if metadata in left_out else ''}"
+    own = lower.get("no_proxy", "no_proxy")
+    remedy = f"export no_proxy=${own},{','.join(left_out)}{',169.254.169.254' if metadata in left_out else ''}"
     found = f"{', '.join(proxies)} set, no_proxy leaves out {', '.join(left_out)}"
     return Outcome("fail" if tpu and metadata in left_out else "warn", found, remedy)
 
@@ -289,6 +291,8 @@ def check_hub(online: bool, offline: bool, ask: Callable[[], int]) -> Outcome:
         status = ask()
     except (OSError, HTTPException) as error:  # the network: refused, unknown, too slow, a certificate
         return Outcome("fail", f"the hub does not answer: {error}", "check the connection and the proxies (PKV-D07)")
+    except ValueError as error:
+        return Outcome("fail", f"the hub cannot be asked: {error}", "give HF_ENDPOINT as https://..., or unset it")
     if status == 200:
         return Outcome("ok", "the hub answers")
     return Outcome(

@@ -151,15 +151,23 @@ def _places(run: Path) -> dict[str, tuple[Path, float, float]]:
     return {
         "runs": (run, 20, 1),
         "the hub's cache": (_hub_cache(), 10, 1),
-        "temporary files": (Path(tempfile.gettempdir()), 2, 0.2),
+        "temporary files": (_temporary(), 2, 0.2),
     }
 
 
+def _temporary() -> Path:
+    """Where temporary files lie, or should: Python takes no directory that has no room for even one."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        return Path(os.environ.get("TMPDIR") or "/tmp")
+
+
 def _text(path: str) -> str:
-    """A file of /proc; empty where there is none."""
+    """A file of /proc; empty where there is none, or none for us."""
     try:
         return Path(path).read_text("utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return ""
 
 
