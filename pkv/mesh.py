@@ -69,7 +69,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if asked != len(devices):
         text = " × ".join(f"{name}={size}" for name, size in sizes.items() if name not in free)
         raise UserError(
-            f"mesh: {text} = {taken} does not fit on {len(devices)} devices; choose sizes that multiply to it"
+            f"mesh: {text} = {taken} does not fit on {len(devices)} devices; choose sizes that multiply to it, which "
+            "pkv plan --search does by itself"
         )
     places = _arrange(tuple(sizes.values()), devices, ("slice_index", "process_index"))
     return Mesh(places, AXES, axis_types=(AxisType.Auto,) * len(AXES))

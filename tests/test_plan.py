@@ -697,6 +697,20 @@ def test_another_mesh_is_what_would_fit_where_nothing_else_does(capsys):
     assert code == 3 and "Nothing that was tried fits" in out
 
 
+def test_a_search_that_finds_nothing_has_a_verdict_though_the_configs_mesh_cant_be(capsys):
+    words = ["qwen2.5-7b", "--topology", "a100-40gb:3", "--grpo.prompts", "9"]  # its tensor axis is of 4
+    code, _, err = plan(capsys, *words)
+    assert code == 2 and "does not fit on 3 devices" in err and "pkv plan --search" in err
+    code, out, _ = plan(capsys, *words, "--search")
+    assert code == 3 and "as data 3;" in out and "Nothing that was tried fits" in out
+    words = ["qwen2.5-3b", "--topology", "a100-40gb:1", "--tensor", "2", "--search"]
+    code, out, _ = plan(capsys, *words, "--json")
+    found = json.loads(out)
+    assert code == 3 and {"--mesh.tensor 1", "--optimizer.moments float8"} <= set(found["settings"])
+    flags = [word for flag in found["settings"] for word in flag.split()]
+    assert plan(capsys, *words[:3], *flags)[0] == 0
+
+
 def test_what_a_run_would_refuse_is_no_plan(tmp_path, capsys):
     eight = read_slice("h100:8")
     of_two = dataclasses.replace(eight, chip=dataclasses.replace(eight.chip, host_chips=2))

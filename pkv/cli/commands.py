@@ -293,17 +293,11 @@ class Plan:
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor")}
         given = [f"--mesh.{name}={size}" for name, size in sizes.items() if size is not None]
         config = load_config(self.config, [*flags, *given])
-        from pkv.plan import as_record, in_words, make_plan, model_shape, nearest, read_slice, search, work_of
+        from pkv.plan import as_record, find, in_words, model_shape, read_slice, work_of
 
         wanted = read_slice(self.topology, Path(self.prices) if self.prices else None)
         work = work_of(config, model_shape(config.model.path, config.model.context), self.prompt_tokens)
-        found = search(work, wanted, out.say) if self.search else None
-        if found is not None:
-            plan, changed = found
-        else:
-            plan = make_plan(work, wanted)
-            remedy = None if plan.fits else nearest(work, wanted, plan, out.say)
-            changed = () if remedy is None else remedy[1]
+        plan, changed = find(work, wanted, out.say, self.search)
         advice = f"\n{'With' if plan.fits else 'It would fit with'}: {' '.join(changed)}" if changed else ""
         if not (plan.fits or changed):
             advice = "\nNothing that was tried fits; take a larger slice, or a smaller model or row."

@@ -17,7 +17,7 @@ from pkv.plan.chips import Slice, read_slice
 from pkv.plan.models import model_shape
 from pkv.plan.planning import Plan, make_plan, plan
 from pkv.plan.programs import Work, work_of
-from pkv.plan.search import nearest, search
+from pkv.plan.search import find, nearest, search
 from pkv.plan.table import as_record, in_words
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Slice",
     "Work",
     "as_record",
+    "find",
     "in_words",
     "make_plan",
     "model_shape",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -13,7 +14,7 @@ from pkv.config import Config, MeshConfig, UserError
 from pkv.model import Arch
 from pkv.plan.chips import Slice
 from pkv.plan.compiled import Program
-from pkv.plan.planning import AT_REST, Plan, make_plan
+from pkv.plan.planning import AT_REST, Plan, described_mesh, make_plan
 from pkv.plan.programs import Work
 
 Say = Callable[[str], None]
@@ -68,10 +69,43 @@ def _promising(changes: Iterable[Change], wanted: Slice, say: Say) -> list[tuple
     return sorted(found, key=order)
 
 
-def nearest(work: Work, wanted: Slice, failed: Plan, say: Say) -> tuple[Plan, tuple[str, ...]] | None:
+def find(work: Work, wanted: Slice, say: Say, by_search: bool) -> tuple[Plan, tuple[str, ...]]:
+    """A plan, and the flags with which it was made or, where it doesn't fit, with which it would; none where nothing
+    does. Raises UserError."""
+    found = search(work, wanted, say) if by_search else None
+    if found is not None:
+        return found
+    asked = _after_search(work, wanted) if by_search else Change((), work)
+    plan = make_plan(asked.work, wanted)
+    if plan.fits:
+        return plan, asked.flags
+    remedy = nearest(asked.work, wanted, plan, say, asked.flags)
+    return plan, () if remedy is None else remedy[1]
+
+
+def _after_search(work: Work, wanted: Slice) -> Change:
+    """What is gone on from when a search has found nothing: the config's own mesh or, where the slice has no such mesh,
+    the one that by formulas lacks the least."""
+    try:
+        described_mesh(work.config, wanted)
+    except UserError:
+        found: list[tuple[float, Change]] = []
+        for change in itertools.chain.from_iterable(candidates(work, wanted)):
+            with contextlib.suppress(UserError):  # said by the search
+                found.append((make_plan(change.work, wanted, patient=False, by_formula=True).tightest.lacks, change))
+        if not found:
+            raise
+        return min(found, key=lambda pair: pair[0])[1]
+    return Change((), work)
+
+
+def nearest(
+    work: Work, wanted: Slice, failed: Plan, say: Say, before: tuple[str, ...] = ()
+) -> tuple[Plan, tuple[str, ...]] | None:
     """What to change so that it fits, found by trying: one setting more at a time, those that cost least first, then
-    other meshes with all of them; where nothing is compiled, which takes minutes, without them first."""
-    asked, flags = work, ()
+    other meshes with all of them; where nothing is compiled, which takes minutes, without them first. before: flags
+    that `work` has already."""
+    asked, flags = work, before
     for _ in range(MOST_CHANGES):
         change = _relief(work, failed)
         if change is None:
