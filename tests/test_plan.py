@@ -332,6 +332,15 @@ def test_released_shapes_have_as_many_weights_as_their_names_say():
     assert model_shape("Qwen/Qwen2.5-14B") == family_of(QWEN25_14B).read(QWEN25_14B)
 
 
+def test_a_run_is_a_model_as_it_is_for_training(tmp_path):
+    """Its checkpoints' policy is what the next run would start from; what that is made of lies beside them."""
+    tiny = Path(__file__).parent.parent / "configs/tiny"
+    for folder in ("checkpoints", "model"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "model/config.json").write_text((tiny / "config.json").read_text())
+    assert model_shape(str(tmp_path)) == model_shape(str(tiny))
+
+
 SPREAD = Spread(
     chips=8,
     shards=4,
