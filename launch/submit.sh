@@ -3,7 +3,8 @@
 #   bash launch/submit.sh WHERE NAME [options] [--env NAME=VALUE]... [--dry-run] [--allow-dirty] -- train CONFIG --run
 #   slurm  [--nodes N] [--gpus N, of a node] [--cpus N, of a node: 4 a GPU] [--partition P] [--account A]
 #          [--time D-HH:MM:SS] [--grace SECONDS, before that time's end]                              by slurm.sbatch
-#          --run as a whole path, which all nodes see; the code runs from a copy of the commit in build/
+#          --run as a whole path, which all nodes see; the code runs from a copy of the commit in build/, where what
+#          the job says lies too, in NAME-JOB.log
 #   gke    --accelerator tpu-v6e-slice --topology 4x4 --claim VOLUME [--slices N] [--chips N, of a machine] [--image I]
 #          [--spot] [--max-restarts N] [--grace SECONDS, from a pod's SIGTERM to its end]             by gke_jobset.yaml
 #          --run below /mnt/pkv, where the claim is mounted; JobSet 0.10 or newer. Of a v5e or v6e 2x4 the default of 4

@@ -628,6 +628,7 @@ def test_a_rounds_hours_are_a_mean_over_its_budgets():
 def test_the_machines_that_are_assumed_and_the_plans_own_time_are_said():
     one = plan_of(load_config("qwen2.5-7b", []), "h100:8")
     assert in_words(one).startswith("h100:8: 1 machine of 8 chips, as fsdp 2, tensor 4;")
+    assert "of rounds alone: a warm-up, evaluations," in in_words(one)
     assert f"Planned in {one.took_s:.0f} s." in in_words(one) and as_record(one)["took_s"] == one.took_s > 0
     for topology, said in (
         ("v5e:2x4", "1 machine of 8"),

@@ -105,7 +105,8 @@ def in_words(plan: Plan) -> str:
         money = f"{plan.dollars:,.0f} dollars at {price:.2f} a chip and hour" if price else "no price known (--prices)"
         lines += [
             "",
-            f"{plan.hours:.1f} hours, {money}; evaluations, compilation, checkpoints and refills not counted.",
+            f"{plan.hours:.1f} hours, {money}; of rounds alone: a warm-up, evaluations, compilation, checkpoints and "
+            "refills are not counted.",
             "Times are estimates by roofline, never measured; they assume "
             + ", ".join(f"{name} {value:g}" for name, value in ASSUMED.items())
             + ".",
