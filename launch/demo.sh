@@ -2,7 +2,7 @@
 # From a bare machine with Python 3.11 or newer to a model that has learned to compete, in runs/tiny or `--run DIR`.
 # All arguments go to `pkv train`.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 

@@ -14,7 +14,7 @@
 # --grace, 600 unless given, must exceed a step and its checkpoint, with which pkv leaves.
 # Checked against fakes of sbatch, kubectl and sky only.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/shipping.sh
 source launch/shipping.sh
 

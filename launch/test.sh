@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the test environment and run the tests that take seconds; --all runs all of them. Other arguments go to pytest.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 

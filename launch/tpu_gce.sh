@@ -9,7 +9,7 @@
 # agent-worker-number and worker-network-endpoints; a public recipe shows worker-id. Where the first is missing, several
 # hosts need TPU_WORKER_HOSTNAMES and, each its own, TPU_WORKER_ID.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/machines.sh
 source launch/machines.sh
 

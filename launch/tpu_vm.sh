@@ -16,7 +16,7 @@
 # Checked against a fake gcloud only, never yet with a real slice. queued-resources ssh and scp take --node=all in
 # gcloud's reference; Ubuntu 22.04's python3.11 package is taken where the image has no newer one.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/machines.sh
 source launch/machines.sh
 

@@ -7,7 +7,7 @@
 #   resume COMMIT WHERE tpu PKV... the same, unless it runs
 #   status [RUN] · stop · logs LINES [--follow]
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 # shellcheck source=launch/env.sh

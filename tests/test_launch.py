@@ -177,6 +177,19 @@ def test_a_dry_run_says_no_secret(launch, words):
     assert "hf_1" not in done.stdout + done.stderr and ("TOKEN=HIDDEN" in done.stdout or words[1] == "gke")
 
 
+def test_scripts_find_their_folder_whatever_cd_looks_through(launch, tmp_path, monkeypatch):
+    (tmp_path / "launch").mkdir()
+    monkeypatch.chdir(launch.repository)
+    for script, *words in (VM, ("tpu_gce.sh", "delete", "a1", *GCE), ("submit.sh", "slurm", "a1", *TRAIN)):
+        at = words.index("--") if "--" in words else len(words)
+        command = ["bash", f"launch/{script}", *words[:at], "--dry-run", *words[at:]]
+        said = [
+            subprocess.run(command, env={**os.environ, **more}, capture_output=True, text=True, check=True).stdout
+            for more in ({}, {"CDPATH": f".:{tmp_path}"}, {"CDPATH": str(tmp_path)})
+        ]
+        assert said[0] == said[1] == said[2] != ""
+
+
 def test_a_dry_run_prints_what_would_be_run(launch):
     printed = launch(*VM, "--dry-run").stdout
     launch(*VM)
