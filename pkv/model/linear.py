@@ -149,7 +149,8 @@ class Flat:
     def bank(self, number: int, banks: int) -> Flat:
         """One of so many equal parts of the first axis of its outputs."""
         part = lambda array: jnp.split(array, banks, axis=-1)[number]  # noqa: E731
-        return Flat(*jax.tree.map(part, (self.table, self.steps)), (self.out[0] // banks, *self.out[1:]))
+        table, steps = jax.tree.map(part, (self.table, self.steps))
+        return Flat(table, steps, (self.out[0] // banks, *self.out[1:]))
 
     def times(self, x: jax.Array) -> jax.Array:
         """x [M, in] times the array: [M, *out]."""

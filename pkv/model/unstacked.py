@@ -39,8 +39,7 @@ def lay_by_output(params: Params, banks: int = 1) -> Params:
         if isinstance(w, Adapted):
             return dataclasses.replace(w, base=laid(path, w.base))
         inputs = MATRICES.get(path[-1].key)
-        kept = w is None or inputs is None or isinstance(w, Quantised | Flat)
-        return w if kept else ByOutput.of(w, inputs)
+        return w if w is None or inputs is None or isinstance(w, Quantised | Flat) else ByOutput.of(w, inputs)
 
     layers = tuple({**layer, "attention": _in_banks(layer["attention"], banks)} for layer in params["layers"])
     return jax.tree_util.tree_map_with_path(laid, {**params, "layers": layers}, is_leaf=_is_whole)
