@@ -51,6 +51,8 @@ def test_the_sampler_compiles_for_tpu_and_keeps_its_pages_in_place(topology, siz
     made = list(_made(decode.as_text()))
     assert made.count(keys) == 2  # keys and values are written in place
     assert not [size for size in made if 0.9 * read < size < keys]  # no layer's slice, nor a copy of it
+    # Nor all layers' queries' weights, turned round, as they were with heads and their sizes as two axes.
+    assert 2 * ARCH.layers * ARCH.hidden * ARCH.heads * ARCH.head_size // mesh.shape["tensor"] not in made
     # Nor a copy of the weights whose rows, 864 or 216 numbers, are no multiple of a register's 128.
     assert 2 * ARCH.layers * ARCH.hidden * ARCH.ffn // mesh.shape["tensor"] not in made
 
