@@ -60,6 +60,23 @@ def test_flat_matrices_say_the_same(monkeypatch, mesh, stacked):
     assert_same(plain, run(mesh=where))
 
 
+@pytest.mark.parametrize("config", [CONFIG, EIGHT_BIT], ids=["plain", "int8"])
+def test_layers_apart_are_flat_too(monkeypatch, config):
+    """As a small model lies on a TPU; with adapters, over a mesh, each layer's parts go apart together."""
+    base = init_params(ARCH, jax.random.key(0))
+    adapters = jax.tree.map(lambda a: a + 0.05, init_adapters(ARCH, LoraConfig(rank=2), jax.random.key(3)))
+    for mesh in (one_device(), make_mesh(MESHES["all"])):
+        rounded = jax.tree_util.tree_map_with_path(decoded, base) if config is EIGHT_BIT else base
+        expected = run(params=join(adapters, rounded), mesh=mesh)
+        with monkeypatch.context() as patch:
+            patch.setattr("pkv.sampling.programs.form_of", lambda *_: "apart")
+            patch.setattr("pkv.sampling.laying.FLAT_ON", ("cpu",))
+            engine = Engine(ARCH, config, STOPS, mesh)
+            weights = join(engine.load(adapters), engine.load(base))
+            assert isinstance(weights["layers"][0]["attention"]["q"].base, Flat)
+            assert_same(expected, {(c.request, c.sample): c for c in engine.sample(weights, requests())})
+
+
 def test_heads_that_the_mesh_does_not_divide_are_flat_and_whole(monkeypatch):
     params = init_params(FEW_HEADS, jax.random.key(1))
     plain = run(arch=FEW_HEADS, params=params)
