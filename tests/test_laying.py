@@ -114,8 +114,11 @@ def test_an_adapter_lies_over_a_base_in_eight_bits(layers):
     engine, asked = Engine(arch, EIGHT_BIT, STOPS, one_device()), requests()
     weights = join(engine.load(adapters), engine.load(base))
     whole = join(adapters, jax.tree_util.tree_map_with_path(decoded, base))
-    for done in engine.sample(weights, asked):
+    found = list(engine.sample(weights, asked))
+    for done in found:
         np.testing.assert_allclose(done.policy_logprobs, said_of(whole, arch, asked, done), atol=1e-4)
+    together = engine.load(join(adapters, base))  # as an evaluation has them
+    assert_same(*({(c.request, c.sample): c for c in all_} for all_ in (found, engine.sample(together, asked))))
 
 
 def test_a_base_that_lies_right_stays_where_it_is_and_as_it_is(monkeypatch):

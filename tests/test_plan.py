@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +32,12 @@ from pkv.plan.arithmetic import activations, sent_by_formula
 from pkv.plan.collectives import NETWORK, sent_bytes
 from pkv.plan.compiled import Program, compile_program, refused_bytes
 from pkv.plan.models import TABLE
-from pkv.plan.planning import described_mesh
+from pkv.plan.planning import AT_REST, described_mesh
+from pkv.plan.planning import _spread as spread_of
 from pkv.plan.planning import plan as plan_of
 from pkv.plan.programs import Gpu, Programs, Task, bytes_on_chip, policy_shapes, reference_shapes, sampling_shapes
 from pkv.plan.roofline import ASSUMED, Spread, compute_seconds, decode_step_seconds, rows_at_once, sent_seconds
-from pkv.plan.search import candidates, search
+from pkv.plan.search import candidates, nearest, search
 from pkv.sampling import Engine
 from pkv.sampling.engine import SHARE_OF_FREE
 
@@ -674,19 +676,40 @@ def test_weights_in_8_bits_leave_more_for_keys_and_values():
     less = one.kinds["sampled weights"] - other.kinds["sampled weights"]
     assert layers - 4 * outputs <= less <= layers - outputs
     assert light.kv_bytes - plain.kv_bytes == pytest.approx(SHARE_OF_FREE * less)
-    assert light.hours == pytest.approx(plain.hours), "nobody looked what they do to a GPU's time"
+    # What they do to a GPU's time nobody looked at, and sums over tensor are of 32 bits.
+    assert plain.hours < light.hours < 1.03 * plain.hours
 
 
 def test_weights_in_8_bits_take_a_decode_steps_time_by_what_is_known_of_the_chip():
+    config, eight = config_of(sampling={"weights": "int8"}), read_slice("h100:8")
+    known = dataclasses.replace(eight, chip=dataclasses.replace(eight.chip, int8_weights=0.5))
+    mesh = described_mesh(config, eight)
+    programs = Programs(work_of(config, ARCH), mesh)
+    others, layers = programs.weights_bytes()
+    spread = spread_of(known, mesh, programs, 1e9)
+    assert (spread.sampled, spread.read) == (others + layers, others + layers / 2) and layers > 0
+    plain = Programs(work_of(config_of(), ARCH), mesh)
+    assert plain.weights_bytes() == (pytest.approx(spread.sampled, rel=0.02), 0)  # and steps, which are read too
+    slower = decode_step_seconds(work_of(config, ARCH), spread_of(eight, mesh, programs, 1e9), eight.chip, 2, 300, 0.0)
+    assert decode_step_seconds(work_of(config, ARCH), spread, known.chip, 2, 300, 0.0) < slower
+
+
+def test_no_settings_are_tried_twice(monkeypatch):
+    """A memory limit that leaves no room for a row, and none, which leaves none for the rest."""
+    tried = []
+
+    def made(work, *_, **__):
+        tried.append(work.config)
+        limited = work.config.sampling.kv_memory_gb > 0
+        name, kinds = (AT_REST, {"weights": 2e9}) if limited else ("decode", {"keys and values": 2e9})
+        return SimpleNamespace(fits=False, tightest=Program(name, "sample", kinds, 1e9, 0.0, {}, 0.0))
+
+    room = sys.modules["pkv.plan.search"]  # whose name in pkv.plan is the function
+    monkeypatch.setattr(room, "make_plan", made)
+    monkeypatch.setattr(room, "search", lambda *_: None)
     work = work_of(config_of(), ARCH)
-    found = {}
-    for weights in ("plain", "int8"):
-        sampling = dataclasses.replace(work.config.sampling, weights=weights)
-        config = dataclasses.replace(work.config, sampling=sampling)
-        mesh = described_mesh(config, read_slice("h100:8"))
-        found[weights] = Programs(dataclasses.replace(work, config=config), mesh).weights_bytes()
-    plain, light = found.values()
-    assert plain[1] == 0 and sum(light) == pytest.approx(sum(plain), rel=0.02)  # and steps, which are read too
+    assert nearest(work, read_slice("h100:8"), made(work), lambda _: None) is None
+    assert len(set(map(repr, tried))) == len(tried) > 3 and tried[-1].optimizer.moments == "float8"
 
 
 def test_weights_in_8_bits_are_what_would_fit_where_a_row_lacks_little(capsys):

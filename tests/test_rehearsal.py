@@ -48,6 +48,7 @@ def test_a_layers_weights_are_read_where_they_lie():
     arch = dataclasses.replace(ARCH, heads=10)
     programs, _ = programs_of(arch, "v5e:2x2", {"data": 2, "sequence": 2})
     made = list(_made(programs["decode"].as_text()))
+    assert made.count(programs["decode"].memory_analysis().alias_size_in_bytes // 2) == 2, "keys and values are seen"
     layer = 2 * arch.hidden * arch.heads * arch.head_size
     assert not {layer, layer * arch.layers, layer * arch.kv_heads // arch.heads} & set(made)
 

@@ -363,6 +363,18 @@ def test_a_run_killed_while_it_began_begins_again(whole, config_file, tmp_path, 
     assert not (folder / "config.yaml.partial").exists()
 
 
+def test_a_run_that_is_older_than_a_knob_has_its_default(whole, config_file, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    file, setup = folder / "config.yaml", build(load_config(config_file))
+    older = yaml.safe_load(file.read_text())
+    del older["sampling"]["weights"], older["rounds"][0]["fighter_tokens"], older["grpo"]["loss"]["reject"]
+    file.write_text(yaml.safe_dump(older, sort_keys=False))
+    open_run(setup.config, folder, setup.policy, setup.model_config, False).close()
+    other = dataclasses.replace(setup.config, sampling=dataclasses.replace(setup.config.sampling, weights="int8"))
+    with pytest.raises(UserError, match=r"sampling.weights is 'plain' there and 'int8' here"):
+        open_run(other, folder, setup.policy, setup.model_config, False)
+
+
 def test_a_directory_with_something_else_in_it_is_refused(config_file, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     for fresh in (False, True):

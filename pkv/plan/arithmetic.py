@@ -89,7 +89,8 @@ def sent_by_formula(work: Work, spread: Spread, wanted: Slice) -> dict[str, dict
         over_machines = crossing * row / wanted.host_chips
     gradient = {"fsdp": over_fsdp, "data": over_data, "tensor": over_tensor, "sequence": over_sequence}
     gradient[NETWORK] = over_slices + over_machines
-    decode = {"tensor": 4 * arch.layers * rows * arch.hidden * two * alike}
+    summed = 4 if work.config.sampling.weights == "int8" else two  # whose steps come after a sum in 32 bits
+    decode = {"tensor": 4 * arch.layers * rows * arch.hidden * summed * alike}
     return {"gradient": gradient, "decode": decode, "reshard": {"fsdp": spread.sampled * rest}}
 
 

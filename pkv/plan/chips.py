@@ -110,7 +110,7 @@ def read_slice(name: str, prices: Path | None = None) -> Slice:
     wanted = Slice(name, Chip(kind, **numbers), grid, int(found["slices"] or 1))
     if wanted.chips > MOST_CHIPS:
         raise UserError(f"--topology {name}: {wanted.chips} chips; expected at most {MOST_CHIPS}")
-    if not wanted.compiles and wanted.chips % wanted.host_chips:
+    if not wanted.compiles and wanted.chips // wanted.slices % wanted.host_chips:
         raise UserError(
             f"--topology {name}: a machine has {wanted.host_chips} of them at most; expected a multiple of that, or "
             f"machines of fewer as in 2x{kind}:{wanted.host_chips // 2}"

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pkv.config import Config, MeshConfig, UserError
@@ -105,11 +105,12 @@ def nearest(
     """What to change so that it fits, found by trying: one setting more at a time, those that cost least first, then
     other meshes with all of them; where nothing is compiled, which takes minutes, without them first. before: flags
     that `work` has already."""
-    asked, flags = work, before
+    asked, flags, tried = work, before, [work.config]
     for _ in range(MOST_CHANGES):
-        change = _relief(work, failed)
+        change = _relief(work, failed, tried)
         if change is None:
             break
+        tried.append(change.work.config)
         flags, work = _merged(flags, change.flags), change.work
         plan = _try(Change(flags, work), wanted, say)
         if plan is None:
@@ -166,10 +167,11 @@ def _try(change: Change, wanted: Slice, say: Say) -> Plan | None:
     return plan
 
 
-def _relief(work: Work, failed: Plan) -> Change | None:
-    """One change that takes memory off the program that lacks the most; None when nothing is left to change."""
+def _relief(work: Work, failed: Plan, tried: Sequence[Config]) -> Change | None:
+    """One change that takes memory off the program that lacks the most, and makes no config that was tried; None when
+    nothing is left to change."""
     config, worst = work.config, failed.tightest
-    first = next(_reliefs(config, worst), None)
+    first = next((relief for relief in _reliefs(config, worst) if relief[1] not in tried), None)
     return None if first is None else Change(first[:1], dataclasses.replace(work, config=first[1]))
 
 
@@ -188,9 +190,10 @@ def _reliefs(config: Config, worst: Program) -> Iterator[tuple[str, Config]]:
             dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, kv_memory_gb=0.0)),
         )
     lighter = dataclasses.replace(config.sampling, weights="int8")
-    copied = worst.kinds.get("sampled weights", 0.0)  # of which nearly all are the layers'
-    enough = worst.bytes_per_chip - 0.45 * copied <= worst.limit_bytes
-    if at_rest and enough and config.sampling != lighter and not model.lora.rank:  # whose base is there anyway
+    # What sampling has to itself, nearly all of it the layers': of LoRA perhaps nothing.
+    copied = worst.kinds.get("sampled base" if model.lora.rank else "sampled weights", 0.0)
+    enough = copied and worst.bytes_per_chip - 0.45 * copied <= worst.limit_bytes
+    if at_rest and enough and config.sampling != lighter and model.lora.base == "plain":
         yield "--sampling.weights int8", dataclasses.replace(config, sampling=lighter)
     if worst.phase == "sample" and not at_rest:
         gigabytes = math.floor(0.95 * (worst.limit_bytes - worst.bytes_per_chip + pages) / 1e8) / 10

@@ -167,7 +167,8 @@ class Lay:
 
     def _way_of(self, path: tuple[Any, ...], heads: int | None, laid: Any, place: NamedSharding) -> Laying:
         """laid, place: of the array, if it stays one. Of axes that become one only the first may be spread."""
-        inputs = INPUTS.get(getattr(path[-1], "key", ""), 0) if self._flat else 0
+        of = path[-2] if getattr(path[-1], "name", "") == "base" else path[-1]  # of a matrix that has an adapter
+        inputs = INPUTS.get(getattr(of, "key", ""), 0) if self._flat else 0
         if not inputs:
             return Laying(laid.dtype, _in_memory(laid.shape, place), heads, self._repeats)
         (L, *sizes), spec = laid.shape, (*place.spec, *(None,) * laid.ndim)

@@ -234,6 +234,7 @@ def _gone_on_with(config: Config, file: Path, step: int) -> str:
     begun differs."""
     text = file.read_text(encoding="utf-8")
     made, wanted = yaml.safe_load(text), as_plain(config)
+    made = _over(as_plain(Config()), made | {"rounds": [_over(as_plain(RoundConfig()), one) for one in made["rounds"]]})
     there, here = (_flat(each | {"rounds": _settled(made, each["rounds"], step)}) for each in (made, wanted))
     if model := there.get(f"{MADE_WITH}.model"):  # a hub id may mean another commit by now
         there["model.path"], here["model.path"] = model, pinned(config.model.path)
@@ -263,6 +264,12 @@ def _settled(made: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], step:
         return begun
     first = rounds[0] if rounds else as_plain(RoundConfig())
     return [{name: first[name] for name in MEASURED_BY}]
+
+
+def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given and, of knobs that are newer than the run, their defaults."""
+    both = {name: _over(defaults[name], one) for name, one in given.items() if isinstance(defaults.get(name), dict)}
+    return {**defaults, **given, **both}
 
 
 def _flat(node: Any, path: str = "") -> dict[str, Any]:
