@@ -136,7 +136,7 @@ def test_a_flat_matrix_by_hand(shape, inputs, eight_bit):
     draw = np.random.default_rng(0)
     w = draw.normal(size=shape).astype(np.float32) * draw.uniform(0.1, 9, (1, *shape[1:])).astype(np.float32)
     w[..., -1] = 0  # an output that sums nothing
-    flat = Flat.of(jnp.asarray(w), inputs, stacked=True, dtype="float32", eight_bit=eight_bit)
+    flat = Flat.of(jnp.asarray(w), inputs, "float32", eight_bit=eight_bit)
     x = draw.normal(size=(2, 3, *shape[1 : 1 + inputs])).astype(np.float32)
     axes = (list(range(2, 2 + inputs)), list(range(inputs)))
     for layer in range(3):

@@ -704,9 +704,8 @@ def test_no_settings_are_tried_twice(monkeypatch):
         name, kinds = (AT_REST, {"weights": 2e9}) if limited else ("decode", {"keys and values": 2e9})
         return SimpleNamespace(fits=False, tightest=Program(name, "sample", kinds, 1e9, 0.0, {}, 0.0))
 
-    room = sys.modules["pkv.plan.search"]  # whose name in pkv.plan is the function
-    monkeypatch.setattr(room, "make_plan", made)
-    monkeypatch.setattr(room, "search", lambda *_: None)
+    monkeypatch.setattr("pkv.plan.search.make_plan", made)
+    monkeypatch.setattr("pkv.plan.search.search", lambda *_: None)
     work = work_of(config_of(), ARCH)
     assert nearest(work, read_slice("h100:8"), made(work), lambda _: None) is None
     assert len(set(map(repr, tried))) == len(tried) > 3 and tried[-1].optimizer.moments == "float8"

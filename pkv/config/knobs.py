@@ -94,9 +94,7 @@ class SamplingConfig:
     slots: int = 64  # rows that decode at the same time
     segment: int = 32  # decode steps on the device between two visits of the host
     page_tokens: int = 0  # positions a page of the KV cache; 0: 128, but 64 on a CPU
-    weights: Literal["plain", "int8"] = (
-        "plain"  # of layers, as sampled from: in model.dtype, or 8 bits, a step an output
-    )
+    weights: Literal["plain", "int8"] = "plain"  # of layers: in model.dtype, or in 8 bits with a scale an output
     kv_cache: Literal["plain", "int8"] = "plain"  # in model.dtype, or in 8 bits with a scale a position and head
     attention: Literal["auto", "xla", "triton"] = "auto"  # over the KV cache's pages; auto: triton on a GPU that has it
     kv_memory_gb: float = 0.0  # of each device, for the KV cache; 0: most of what is free when sampling starts

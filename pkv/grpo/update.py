@@ -147,9 +147,8 @@ class Learner:
         counts = self._tokens(minibatches)
         minibatches = [micros for micros, count in zip(minibatches, counts, strict=True) if count]
         if not minibatches:
-            nothing: dict[str, float] = dict.fromkeys((*STATISTICS, "gradient_norm", "skipped"), 0.0)
-            del nothing["kl_reference"]  # see `_summed`
-            return state, nothing
+            names = {*STATISTICS, "gradient_norm", "skipped"} - {"kl_reference"}  # see `_summed`
+            return state, dict.fromkeys(names, 0.0)
         segments = self._most_segments([micro for micros in minibatches for micro in micros])
         with jax.set_mesh(self.mesh):
             placed = [[self._place(micro) for micro in micros] for micros in minibatches]

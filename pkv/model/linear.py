@@ -131,16 +131,15 @@ class Flat:
     out: tuple[int, ...]
 
     @classmethod
-    def of(cls, w: jax.Array, inputs: int, *, stacked: bool, dtype: Any, eight_bit: bool = False) -> Flat:
-        """w: [*in, *out], where `in` is the first `inputs` axes; stacked: behind an axis of layers."""
-        lead = int(stacked)
-        out = w.shape[lead + inputs :]
-        table = w.reshape(*w.shape[:lead], -1, math.prod(out))
+    def of(cls, w: jax.Array, inputs: int, dtype: Any, *, eight_bit: bool = False) -> Flat:
+        """w: all layers', [L, *in, *out], where `in` is `inputs` axes."""
+        out = w.shape[1 + inputs :]
+        table = w.reshape(len(w), -1, math.prod(out))
         if not eight_bit:
             return cls(table.astype(dtype), None, out)
         table = table.astype(jnp.float32)
-        steps = jnp.max(jnp.abs(table), axis=lead) / 127
-        codes = table / jnp.expand_dims(jnp.where(steps == 0, 1, steps), lead)
+        steps = jnp.max(jnp.abs(table), axis=1) / 127
+        codes = table / jnp.where(steps == 0, 1, steps)[:, None]
         return cls(jnp.round(codes).astype(jnp.int8), steps, out)
 
     def __getitem__(self, layer: Any) -> Flat:

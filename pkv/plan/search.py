@@ -20,7 +20,7 @@ from pkv.plan.programs import Work
 Say = Callable[[str], None]
 MOST_CHANGES = 6  # that `nearest` makes
 LIGHTER = {"float32": "bfloat16", "bfloat16": "float8"}  # moments
-UNSURE = 1.2  # times a chip's memory by formulas may fit: they had up to 1.16 of what was compiled for a gradient
+UNSURE = 1.2  # times a chip's memory by formulas may fit: they had up to 1.17 of what was compiled for a gradient
 TRIED_TENSOR = (1, 2, 4, 8)  # wider than a machine of 8, sums over tensor cost more than they save
 
 

@@ -203,7 +203,7 @@ def _lay(array: jax.Array, how: Laying) -> Any:
     repeated = _repeated(array, how.heads, how.repeats)
     if not how.inputs:
         return repeated.astype(how.dtype)
-    return Flat.of(repeated, how.inputs, stacked=True, dtype=how.dtype, eight_bit=how.steps is not None)
+    return Flat.of(repeated, how.inputs, how.dtype, eight_bit=how.steps is not None)
 
 
 def _repeated(array: jax.Array, heads: int | None, repeats: int) -> jax.Array:
