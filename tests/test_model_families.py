@@ -111,6 +111,13 @@ def test_no_family_writes_what_it_has_no_words_for(family):
         ("Phi-3-mini-128k", {"original_max_position_embeddings": 1}, "expected at least 2"),
         ("Phi-3-mini-128k", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         ("Phi-4-mini", {"interpolate_factor": 2}, "interpolate_factor: 2"),
+        ("Phi-4-mini", {"num_attention_heads": 0}, "num_attention_heads: got 0; expected at least 1"),
+        ("Phi-4-mini", {"num_key_value_heads": 0}, "num_key_value_heads: got 0"),
+        ("Phi-4-mini", {"num_hidden_layers": 0}, "num_hidden_layers: got 0"),
+        ("Phi-4-mini", {"hidden_size": -1}, "hidden_size: got -1"),
+        ("Phi-4-mini", {"sliding_window": 0}, "sliding_window: got 0"),
+        ("gemma-3-1b-it", {"head_dim": 0}, "head_dim: got 0"),
+        ("gemma-3-1b-it", {"sliding_window_pattern": 0}, "sliding_window_pattern: got 0"),
     ],
 )
 def test_a_feature_that_is_not_known_is_an_error_that_names_it(name, changes, named):

@@ -23,7 +23,7 @@ def read_gemma(fields: ConfigReader, max_positions: int, every: int) -> dict[str
         **read_local_layers(fields, window, local, sizes["layers"]),
         "norm_offset": True,
         "post_norms": True,
-        "query_pre_attn_scalar": fields.take("query_pre_attn_scalar", int, 256),
+        "query_pre_attn_scalar": fields.size("query_pre_attn_scalar", 256),
         "activation": "gelu_tanh",
         "scaled_embedding": True,
     }

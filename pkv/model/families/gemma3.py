@@ -18,7 +18,7 @@ def read(config: dict[str, Any]) -> Arch:
     fields = ConfigReader(config)
     fields.only("attn_logit_softcapping", None)  # transformers does not read it here
     fields.skip("_sliding_window_pattern")  # how transformers 5 writes the pattern a second time
-    features = read_gemma(fields, 131_072, fields.take("sliding_window_pattern", int, 6))
+    features = read_gemma(fields, 131_072, fields.size("sliding_window_pattern", 6))
     features |= {"qk_norm": True, "logit_cap": fields.take_or_none("final_logit_softcapping", float)}
     return make_arch(fields, features | _read_ropes(fields, features["max_positions"]))
 

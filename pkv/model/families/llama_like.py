@@ -19,18 +19,18 @@ def read_sizes(
     fields.only("attention_dropout", 0, 0.0)
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
-    hidden, heads = fields.take("hidden_size", int), fields.take("num_attention_heads", int)
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     return {
-        "vocab_size": fields.take("vocab_size", int),
+        "vocab_size": fields.size("vocab_size"),
         "hidden": hidden,
-        "layers": fields.take("num_hidden_layers", int),
+        "layers": fields.size("num_hidden_layers"),
         "heads": heads,
-        "kv_heads": fields.take("num_key_value_heads", int, heads),
-        "head_size": fields.take("head_dim", int, hidden // heads),
-        "ffn": fields.take("intermediate_size", int),
+        "kv_heads": fields.size("num_key_value_heads", heads),
+        "head_size": fields.size("head_dim", hidden // heads),
+        "ffn": fields.size("intermediate_size"),
         "norm_eps": fields.take("rms_norm_eps", float, norm_eps),
         "tied_embeddings": fields.take("tie_word_embeddings", bool, tied),
-        "max_positions": fields.take("max_position_embeddings", int, max_positions),
+        "max_positions": fields.size("max_position_embeddings", max_positions),
         "init_std": fields.take("initializer_range", float, 0.02),
     }
 
@@ -44,6 +44,8 @@ def make_arch(fields: ConfigReader, features: dict[str, Any]) -> Arch:
             f"config.json: {arch.heads} query heads of size {arch.head_size} on {arch.kv_heads} key-value heads, "
             f"{arch.rotary_size} dimensions turning; expected a multiple of num_key_value_heads, and an even number"
         )
+    if arch.window is not None and arch.window < 1:
+        raise UserError(f"config.json: sliding_window: got {arch.window}; expected at least 1, or null for none")
     if isinstance(scaling := arch.rope_scaling, LongRope):
         counts = len(scaling.short_factors), len(scaling.long_factors)
         if set(counts) != {arch.rotary_size // 2}:

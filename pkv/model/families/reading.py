@@ -64,6 +64,13 @@ class ConfigReader:
             raise UserError(f"{self._where}: {name} is missing; the checkpoint is not complete")
         return value
 
+    def size(self, name: str, default: int | None = None) -> int:
+        """A whole number of at least 1, as `take` gives it. Raises UserError."""
+        size = self.take(name, int, default)
+        if size < 1:
+            raise UserError(f"{self._where}: {name}: got {size}; expected at least 1")
+        return size
+
     def take_or_none(self, name: str, kind: type, absent: Any = None) -> Any:
         """The value of a key, which may be null; `absent` if the key is not there at all. Raises UserError."""
         self._taken.add(name)
