@@ -15,6 +15,7 @@ import pytest
 import pkv
 from pkv import cli
 from pkv.competition import Tokenizer, compose, parse, train_tokenizer
+from pkv.config import UserError
 from pkv.model import Arch, init_params, save_params
 
 ROOT = Path(pkv.__file__).parent.parent
@@ -188,6 +189,11 @@ def test_a_prompt_is_the_same_as_text_as_messages_and_raw(capsys, model, tmp_pat
     assert raw["id"] == "raw"
 
 
+def test_sampling_in_python_refuses_a_seed_of_more_than_32_bits():
+    with pytest.raises(UserError, match="seed: expected at most 4294967295"):
+        next(pkv.sample("m", [{"id": "a", "prompt": "How many?"}], seed=2**32))
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -325,6 +331,9 @@ def test_a_mistake_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
         (["sample", "m", "--prompts", "x", "--samples", "many"], "--samples: invalid literal"),
         (["sample", "m", "--prompts", "x", "--samples", "0"], "--samples 0: expected at least 1"),
         (["sample", "m", "--prompts", "x", "--top-p", "2"], "sampling.top_p: expected at most 1"),
+        (["sample", "m", "--prompts", "x", "--seed", str(2**32)], "seed: expected at most 4294967295, got 4294967296"),
+        (["eval", "m", "--data", "x", "--seed", str(2**63)], "seed: expected at most 4294967295"),
+        (["chat", "m", "--once", "hi", "--seed", "-1"], "seed: expected at least 0, got -1"),
         (["sample", "m", "--prompts", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
         (["eval", "m", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["eval", "m", "--data", "arithmetic:heldout", "--samples", "4"], "at temperature 0 all are the same"),

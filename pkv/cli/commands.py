@@ -60,7 +60,7 @@ class Eval:
     json: bool = False  # JSON only on stdout
 
     def __call__(self, out: Output, flags: Sequence[str]) -> None:
-        sampling = sampling_of(self.temperature)
+        sampling = sampling_of(self.seed, self.temperature)
         at_least("samples", self.samples)
         if self.samples > 1 and self.temperature == 0:
             raise UserError(f"--samples {self.samples}: at temperature 0 all are the same; give --temperature 1")
@@ -117,7 +117,7 @@ class Sample:
     json: bool = False  # JSON only on stdout, which it is anyway
 
     def __call__(self, out: Output, flags: Sequence[str]) -> None:
-        sampling = sampling_of(self.temperature, self.top_p, self.top_k, self.min_p, self.stop)
+        sampling = sampling_of(self.seed, self.temperature, self.top_p, self.top_k, self.min_p, self.stop)
         at_least("samples", self.samples)
         from pkv.evaluate.answering import read_prompts, sample
 
@@ -167,7 +167,7 @@ class Chat:
 
     def __call__(self, out: Output, flags: Sequence[str]) -> None:
         # One row, looked at every 8 tokens: what is read while it is written must flow.
-        sampling = dataclasses.replace(sampling_of(self.temperature), slots=1, segment=8)
+        sampling = dataclasses.replace(sampling_of(self.seed, self.temperature), slots=1, segment=8)
         from pkv.chat import read_questions, talk
         from pkv.evaluate.answering import open_model
 

@@ -38,11 +38,11 @@ class Output:
 
 
 def sampling_of(
-    temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0, stop: Sequence[str] = ()
+    seed: int, temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0, stop: Sequence[str] = ()
 ) -> SamplingConfig:
-    """Checked sampling settings. Raises UserError."""
+    """Sampling settings, checked together with the seed of the draws. Raises UserError."""
     asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "stop": list(stop)}
-    return parse_config({"sampling": asked}).sampling
+    return parse_config({"seed": seed, "sampling": asked}).sampling
 
 
 def at_least(name: str, value: int, least: int = 1) -> None:

@@ -262,7 +262,7 @@ def _build_scalar(kind: type, value: Any, path: str) -> Any:
         raise ConfigError(f"{path}: expected {_KIND_WORDS[kind]}, got {describe(value)}")
     least, greatest = BOUNDS.get(_star(path), (-math.inf, math.inf))
     if isinstance(value, (int, float)) and not least <= value <= greatest:
-        bound = f"at least {least:g}" if value < least else f"at most {greatest:g}"
+        bound = f"at least {least:.10g}" if value < least else f"at most {greatest:.10g}"
         raise ConfigError(f"{path}: expected {bound}, got {value!r}")
     return value
 

@@ -14,7 +14,7 @@ import numpy as np
 from pkv.competition import Tokenizer, render
 from pkv.competition.prompt import neutralise
 from pkv.compiling import keep_compiled
-from pkv.config import SamplingConfig, UserError, describe
+from pkv.config import SamplingConfig, UserError, describe, parse_config
 from pkv.evaluate.groups import Source
 from pkv.evaluate.policy import load_policy, sampling_mesh, usual_dtype
 from pkv.model import Arch
@@ -159,6 +159,7 @@ def sample(
         line if isinstance(line, PromptLine) else read_prompt(line, f"prompt {number}")
         for number, line in enumerate(prompts, 1)
     ]
+    parse_config({"seed": int(seed)})  # JAX would take its last 32 bits for it
     if samples < 1:
         raise UserError(f"--samples {samples}: expected at least 1")
     if not lines:
