@@ -170,6 +170,14 @@ def test_a_refusal_says_what_the_beginning_of_all_prompts_takes():
         run(dataclasses.replace(CONFIG, **memory_of(6)), beginning_alike(80))
 
 
+@pytest.mark.parametrize("mesh, pages", [(None, 17), (MESHES["all"], 6)], ids=["one device", "all"])
+def test_what_all_prompts_begin_with_gives_way_to_a_row_that_fits_without_it_only(mesh, pages):
+    """Then rows wait for each other, and nothing is refused."""
+    asked, mesh = beginning_alike(80), make_mesh(mesh) if mesh else None
+    tight = dataclasses.replace(CONFIG, **memory_of(pages))
+    assert_same(run(asked=asked), run(tight, asked, mesh))
+
+
 def test_without_a_limit_the_memory_that_is_available_counts(monkeypatch, tmp_path):
     told = tmp_path / "meminfo"
     # A page of CONFIG takes 4 KiB, and half of it twice while a stock changes its size.

@@ -26,7 +26,7 @@ from pkv.model import Arch, Cache, Level, Params, Stock
 from pkv.sampling.arena import Arena
 from pkv.sampling.pool import NOWHERE, Held, Pool, round_up
 from pkv.sampling.programs import PAGES, PREFILL_CHUNK, ROWS, WHOLE, Programs, Table
-from pkv.sampling.schedule import Completion, Fresh, Request, Rows, Schedule, Segment, check
+from pkv.sampling.schedule import Completion, Fresh, Request, Rows, Schedule, Segment, check, pages_alone
 
 LEAST_ROWS = 4  # the batch does not shrink below this
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
@@ -128,16 +128,13 @@ class Engine:
         """
         check(requests)
         usage = self.usage = Usage()
-        page = self.programs.page
-        shared = common_beginning([*(request.prompt[:-1] for request in requests), *self._beginning])
-        prefix = shared[: len(shared) // page * page]  # of one prompt by itself none: its rows share its pages anyway
+        page, most = self.programs.page, self._most_pages()
+        prefix, prefix_bytes = self._shared(requests, most)
         own, prompts = (
             Pool(self._shards, self._places, page, from_end=at_end and self.programs.fixed) for at_end in (False, True)
         )
-        slots, segment = self._config.slots, self._config.segment
-        prefix_bytes = self.programs.prefix_bytes(len(prefix)) if len(prefix) else 0
-        prefix_pages = -(-prefix_bytes // self._page_bytes)  # so many more would fit without it
-        schedule = Schedule(requests, slots, segment, len(prefix), own, prompts, self._most_pages(), prefix_pages)
+        slots, segment, taken = self._config.slots, self._config.segment, self._in_pages(prefix_bytes)
+        schedule = Schedule(requests, slots, segment, len(prefix), own, prompts, most, taken)
         arena = Arena(self.programs, schedule, self._put)
         start = None
         if len(prefix):
@@ -155,6 +152,27 @@ class Engine:
                 arena.bring_back(row)
             rows, segment = self._visit(weights, schedule, start, arena, usage)
             yield from schedule.harvest(rows, segment, self._stops, on_tokens)
+
+    def _shared(self, requests: Sequence[Request], most: int) -> tuple[np.ndarray, int]:
+        """What all prompts begin with, in whole pages, and its bytes on a device. most: pages that fit.
+
+        None of one prompt by itself, whose rows share its pages anyway; and none where a sample would fit without it
+        only: it takes more than such pages, since its cache stands beside it.
+        """
+        page = self.programs.page
+        found = common_beginning([*(request.prompt[:-1] for request in requests), *self._beginning])
+        prefix = found[: len(found) // page * page]
+        if not len(prefix):
+            return prefix, 0
+        taken = self.programs.prefix_bytes(len(prefix))
+        with_it, without = (
+            max(pages_alone(request, before, page, self._places) for request in requests) for before in (len(prefix), 0)
+        )
+        return (prefix[:0], 0) if with_it + self._in_pages(taken) > most >= without else (prefix, taken)
+
+    def _in_pages(self, taken: int) -> int:
+        """How many more pages would fit without so many bytes."""
+        return -(-taken // self._page_bytes)
 
     def _visit(
         self, weights: Params, schedule: Schedule, start: Prefix | None, arena: Arena, usage: Usage

@@ -89,6 +89,12 @@ def check(requests: Sequence[Request]) -> None:
             raise UserError(f"request {number}: expected a prompt of at least one token, and room for one more")
 
 
+def pages_alone(request: Request, prefix: int, page: int, places: int) -> int:
+    """Pages of a device that a sample has at the end of its budget, beside `prefix` positions that all prompts share;
+    places: devices that its pages lie on."""
+    return sum(-(-tokens // (page * places)) for tokens in (request.max_new_tokens, len(request.prompt) - 1 - prefix))
+
+
 class Schedule:
     """All samples of one call: waiting, live, or handed out.
 
@@ -313,8 +319,7 @@ class Schedule:
         return max(round_up(max(map(len, self.live))), -(-least // self.own.shards))
 
     def _check(self, number: int, request: Request, taken: int) -> None:
-        own = -(-request.max_new_tokens // self._page)
-        pages = -(-own // self.own.places) - (-self._prompt_pages(number) // self.own.places)
+        pages = pages_alone(request, self._prefix, self._page, self.own.places)
         if pages > self.most:
             beside = f" beside what all prompts begin with, which takes {taken}" if taken else ""
             raise UserError(
