@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from pkv.model import Arch
 from pkv.sampling import Engine, Request, compile_ahead, row_keys
 
 DEFAULT_NEW_TOKENS = 1024
+_HALF = re.compile("[\ud800-\udfff]")  # JSON can spell these, and a command line's broken bytes become such
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def read_prompt(record: Any, where: str) -> PromptLine:
         if key not in record:
             raise UserError(f"{where}: {key!r} is missing; a line needs id and prompt")
     name, prompt, raw = record["id"], record["prompt"], record.get("raw", False)
-    if not isinstance(name, str | int) or isinstance(name, bool):
+    if not isinstance(name, str | int) or isinstance(name, bool) or _HALF.search(str(name)):
         raise UserError(f"{where}: 'id': expected text or a whole number, got {describe(name)}")
     if not isinstance(raw, bool):
         raise UserError(f"{where}: 'raw': expected true or false, got {describe(raw)}")
@@ -124,11 +126,13 @@ def read_prompt(record: Any, where: str) -> PromptLine:
         raise UserError(f"{where}: 'prompt': a raw prompt must be text, got {describe(prompt)}")
     if not isinstance(prompt, str) and not _are_messages(prompt):
         raise UserError(f"{where}: 'prompt': expected text, or messages with role and content; got {describe(prompt)}")
+    _refuse_halves(prompt, f"{where}: 'prompt'")
     return PromptLine(name, prompt if isinstance(prompt, str) else [dict(message) for message in prompt], raw)
 
 
 def prompt_tokens(tokenizer: Tokenizer, line: PromptLine, system: str) -> np.ndarray:
     """A prompt's token ids, int32 [T]; messages without a system message get `system`. Raises UserError."""
+    _refuse_halves(line.prompt, "prompt")
     if isinstance(line.prompt, str):
         return tokenizer.encode(line.prompt) if line.raw else render(tokenizer, line.prompt, system)
     messages = [
@@ -186,6 +190,12 @@ def _request(responder: Responder, line: PromptLine, keys: np.ndarray, asked: in
         return Request(tokens, keys, responder.new_tokens(len(tokens), asked), responder.source.watch())
     except UserError as error:
         raise UserError(f"prompt {line.id!r}: {error}") from error
+
+
+def _refuse_halves(prompt: str | list[dict[str, str]], where: str) -> None:
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    if half := _HALF.search("\n".join(texts)):
+        raise UserError(f"{where}: got {half[0]!r}, half of a character and no text; leave it out")
 
 
 def _are_messages(value: Any) -> bool:
