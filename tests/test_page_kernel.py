@@ -15,8 +15,9 @@ from tiny_sampling import ARCH, CONFIG, MESHES, assert_same, one_device, run
 from pkv.config import MeshConfig, UserError
 from pkv.mesh import AXES, make_mesh
 from pkv.model import page_kernel, pages
+from pkv.model.cache import Met
 from pkv.model.kernels import choose_page_kernel, cuda_capability
-from pkv.model.pages import Level, Met
+from pkv.model.pages import Level
 from pkv.sampling.pool import NOWHERE
 
 B, K, G, H, S = 6, 2, 3, 16, 32

@@ -1,6 +1,6 @@
 """The key-value cache: an ordinary pytree that `forward` takes and returns. Slot p of a row holds its position p.
 
-And what comes to it: a layer's queries, and its new keys and values.
+And what comes to it, a layer's queries and its new keys and values; and where it lies in pages, these as they are read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pkv.model.arch import Arch
 
 Cache = Any  # {"k": [L, B, K, H, S], "v": [L, B, K, S, H]}, or a tuple of L such dicts without the axis L
+LEAST = jnp.finfo(jnp.float32).min  # the score of what isn't seen
 
 
 class Heads(NamedTuple):
@@ -29,6 +30,16 @@ class Heads(NamedTuple):
         if len(banks) == 1:
             return banks[0]
         return cls(*(jnp.concatenate(parts, axis=2) for parts in zip(*banks, strict=True)))
+
+
+class Met(NamedTuple):
+    """A level's pages, or a bank of them, as its readers meet them."""
+
+    pages: dict[str, jax.Array]
+    readers: jax.Array  # int32 [P, R]
+    seen: jax.Array  # bool [P, R, S], which slots of a page a reader sees
+    order: jax.Array | None = None  # as in `pages.Level`
+    starts: jax.Array | None = None
 
 
 def init_cache(arch: Arch, rows: int, length: int, dtype: Any = jnp.float32, *, stacked: bool = True) -> Cache:

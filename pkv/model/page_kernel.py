@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pkv.mesh import merging_axis
-from pkv.model.pages import LEAST, Met
+from pkv.model.cache import LEAST, Met
 
 QUERIES = 16, 64  # that meet a page in one program: a product needs the first at least, registers hold the second
 AT_ONCE = 8  # parts of a row that are put together at once

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pkv.mesh import merging_axis
 from pkv.model.arch import Arch
-from pkv.model.cache import Heads
+from pkv.model.cache import LEAST, Heads, Met
 from pkv.model.kernels import PageKernel
 
 # {"k": [L, P, K, H, S], "v": [L, P, K, S, H]}, in 8 bits with "k_scale" and "v_scale", where H is 1; or L times a tuple
@@ -25,7 +25,6 @@ from pkv.model.kernels import PageKernel
 # of attention sums over the last axis; else XLA's compiler for TPU copies a layer's pages out of the stack before it
 # reads them. On a CPU one thread computes a product of many small ones: two banks are read by two.
 Stock = Any
-LEAST = jnp.finfo(jnp.float32).min
 ORDERS = {"k": "KHS", "v": "KSH"}  # of the last three axes
 FEW_QUERIES = 16  # so many queries a page at most meet it on a CPU as broadcast products (see `attention`)
 
@@ -248,16 +247,6 @@ def _put_whole_pages(
 
 # TPU writes what lies in one piece: for single positions XLA would turn all pages round, and back again.
 WRITING = {"tpu": _put_whole_pages, "default": _put_positions}
-
-
-class Met(NamedTuple):
-    """A level's pages, or a bank of them, as its readers meet them."""
-
-    pages: dict[str, jax.Array]
-    readers: jax.Array  # int32 [P, R]
-    seen: jax.Array  # bool [P, R, S], which slots of a page a reader sees
-    order: jax.Array | None = None  # as in `Level`
-    starts: jax.Array | None = None
 
 
 def _seen(
