@@ -23,9 +23,10 @@ from tiny_run import make_config
 
 from pkv import checkpoint
 from pkv.competition import Tokenizer
-from pkv.config import Config, RoundConfig, UserError, WarmupConfig, as_plain, load_config
+from pkv.config import Config, GrpoConfig, RoundConfig, UserError, WarmupConfig, as_plain, load_config
 from pkv.data.arithmetic import problems
 from pkv.evaluate import Sampled, load_policy
+from pkv.evaluate.measures import FACTS
 from pkv.mesh import make_mesh
 from pkv.model import read_config, split
 from pkv.records import Prompt, Rollout
@@ -33,7 +34,7 @@ from pkv.rewards import ScoringPool
 from pkv.sampling import rehearse
 from pkv.train import interrupts, loop
 from pkv.train.interrupts import stop_requests
-from pkv.train.journal import check_stepped
+from pkv.train.journal import check_stepped, step_metrics
 from pkv.train.loop import train
 from pkv.train.rounds import check_requirement, reward_budgets, stages
 from pkv.train.run import Run, _settled, open_run
@@ -589,6 +590,20 @@ def test_a_run_whose_gradient_is_never_finite_stops_with_a_remedy():
         check_stepped({"skipped": skipped}, run, 3)
     with pytest.raises(UserError, match=r"5 times in a row.*with a lower learning rate"):
         check_stepped({"skipped": 1.0}, run, 3)
+
+
+def test_a_step_that_trains_on_nothing_says_nothing_of_what_it_trained_on():
+    part = {"sampled": 8, "groups": 2, "silent": 1.0, "trained": [], "advantages": {}}
+    setup = SimpleNamespace(grpo=GrpoConfig())
+    stage = SimpleNamespace(name="first", weights={"correctness": 1.0})
+    facts = dict.fromkeys(FACTS) | {"overlap/viking_pirate": 0.0, "overlap/viking_knight": 0.0}
+    row = {"total": 0.0, "rewards": {"correctness": 0.0, "competition_format": 0.0}, "failed": {}, "facts": facts}
+    row |= {"tokens": 4, "finish": "stop", "policy_step": 3, "kl_policy": 0.0}
+    silent = {"skipped": 0.0}, 1e-6, {"sample": 1.0, "update": 0.1}
+    line = step_metrics(setup, stage, 3, [row], [part], *silent)
+    assert line["groups/silent"] == 1.0 and line["policy/skipped"] == 0.0 and line["perf/tokens_per_s"] == 8.0
+    unknown = {"loss", "policy/entropy", "policy/gradient_norm", "policy/kl_sampler", "perf/update_tflops"}
+    assert not unknown & set(line)
 
 
 ALL_AT_ONCE = [

@@ -135,10 +135,10 @@ class Learner:
 
         With one step in all the update is exactly on-policy, and needs no separate pass for the old log-probabilities.
         A step whose gradient isn't finite changes nothing; one without any token to train on is not computed.
-        Statistics, means over the trained tokens and over the steps that changed something, if any did: loss, entropy
-        (nats), clipped_low, clipped_high and rejected (shares), kl_sampler (mean of r - log r - 1 with r the ratio of
-        the trainer's to the sampler's probability), kl_reference (of a loss that has one), gradient_norm (before
-        clipping), all 0 where nothing was computed; and skipped, the share of steps whose gradient wasn't finite.
+        Statistics: skipped, the share of steps whose gradient wasn't finite; and where anything was computed, means
+        over the trained tokens and over the steps that changed something, if any did: loss, entropy (nats),
+        clipped_low, clipped_high and rejected (shares), kl_sampler (mean of r - log r - 1 with r the ratio of the
+        trainer's to the sampler's probability), kl_reference (of a loss that has one), gradient_norm (before clipping).
         Raises ValueError for a loss whose reference the learner lacks.
         """
         held_to_reference = isinstance(loss, PolicyLoss) and loss.kl_weight > 0
@@ -146,9 +146,8 @@ class Learner:
             raise ValueError("update: the loss asks for a divergence, and the learner has no reference")
         counts = self._tokens(minibatches)
         minibatches = [micros for micros, count in zip(minibatches, counts, strict=True) if count]
-        if not minibatches:
-            names = {*STATISTICS, "gradient_norm", "skipped"} - {"kl_reference"}  # see `_summed`
-            return state, dict.fromkeys(names, 0.0)
+        if not minibatches:  # a mean over no tokens is no number: an entropy of 0 would be said to have collapsed
+            return state, {"skipped": 0.0}
         segments = self._most_segments([micro for micros in minibatches for micro in micros])
         with jax.set_mesh(self.mesh):
             placed = [[self._place(micro) for micro in micros] for micros in minibatches]

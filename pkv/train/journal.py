@@ -54,16 +54,13 @@ def step_metrics(
     reward/<name>: the mean of a reward as it is; weighted/<name>: times its weight. advantage/<owner>: the mean size of
     what the owner's tokens got. policy/steps_behind: how many steps old the weights were that the rollouts come from.
     perf/tokens_per_s: of the tokens `sampled` in this step, from resharding the weights to the last score.
-    perf/update_*: of all epochs. perf/update_mfu: the model's own arithmetic over what the chips could do at most,
-    where that is known.
+    perf/update_*: of all epochs, see `update_rates`. What is of the tokens trained on is left out where there are none.
     """
     summary = summarise(rows)
     behind = [step - row["policy_step"] for row in rows]
     sampled, groups = (sum(part[name] for part in parts) for name in ("sampled", "groups"))
     sampling = sum(seconds.get(phase, 0.0) for phase in ("reshard", "sample", "score"))
     trained = [(size, response) for part in parts for size, response in part["trained"]] * setup.grpo.epochs
-    flops = update_flops(setup.policy.arch, trained, setup.frozen is not None) / seconds["update"]
-    peak = peak_flops(jax.devices()[0].device_kind)
     owners: Counter[str] = Counter()
     magnitude: Counter[str] = Counter()
     for part in parts:
@@ -76,21 +73,32 @@ def step_metrics(
         "phase": "grpo",
         **summary,
         **{f"weighted/{name}": weight * summary[f"reward/{name}"] for name, weight in paid.items()},
-        "loss": policy["loss"],
-        **{f"policy/{name}": value for name, value in policy.items() if name != "loss"},
+        **{name if name == "loss" else f"policy/{name}": value for name, value in policy.items()},
         "policy/learning_rate": learning_rate,
         "policy/steps_behind": sum(behind) / len(behind),
         "groups/silent": sum(part["silent"] * part["groups"] for part in parts) / groups,
         "groups/sampled": groups,
         **{f"advantage/{owner}": magnitude[owner] / count for owner, count in owners.items()},
         **({"perf/tokens_per_s": sampled / sampling} if sampled else {}),
-        "perf/update_tokens_per_s": sum(response for _, response in trained) / seconds["update"],
-        "perf/update_tflops": flops / 1e12,
-        **({"perf/update_mfu": flops / peak / jax.device_count()} if peak else {}),
+        **(update_rates(setup, trained, seconds["update"]) if trained else {}),
         **{f"perf/{phase}_s": value for phase, value in seconds.items()},
         "perf/step_s": sum(seconds.values()),
         "perf/host_memory_gb": peak_memory_gb(),
         **({"perf/device_memory_gb": max(peaks)} if (peaks := device_peaks_gb()) else {}),
+    }
+
+
+def update_rates(setup: Setup, trained: Sequence[tuple[int, int]], seconds: float) -> dict[str, float]:
+    """How fast an update went on sequences of so many tokens, with so many of them responses'.
+
+    update_mfu: the model's own arithmetic over what the chips could do at most, where that is known.
+    """
+    flops = update_flops(setup.policy.arch, trained, setup.frozen is not None) / seconds
+    peak = peak_flops(jax.devices()[0].device_kind)
+    return {
+        "perf/update_tokens_per_s": sum(response for _, response in trained) / seconds,
+        "perf/update_tflops": flops / 1e12,
+        **({"perf/update_mfu": flops / peak / jax.device_count()} if peak else {}),
     }
 
 
