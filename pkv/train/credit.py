@@ -55,9 +55,7 @@ def assign_credit(
         values_KPG = np.concatenate((values_KPG, punishment_PG[None]))
         weights_K, whole_K = np.append(weights_K, config.overlong_weight), np.append(whole_K, 1.0)
         names, owners = [*names, OVERLONG], [*owners, "trace"]
-    whole_PG = _not_masked(groups, config)
-    signal_P = with_signal(groups, weights, config)
-    trained_PG = signal_P[:, None] & whole_PG
+    trained_PG = trained_on(groups, weights, config)
     if config.combine == "total":
         values_KPG[:, _failed(groups, names)] = np.nan  # a sum without it would make it a silent 0
         scaled = config.scale, config.std_floor, config.baseline
@@ -86,7 +84,7 @@ def assign_credit(
     by_owner: list[list[dict[str, float]]] = [[{} for _ in group.traces] for group in groups]
     for (p, g), sequence in zip(trained, sequences, strict=True):
         by_owner[p][g] = _mean_by_owner(sequence.advantages, groups[p].traces[g].token_owners)
-    return Credit(sequences, by_owner, 1.0 - float(signal_P.mean()))
+    return Credit(sequences, by_owner, 1.0 - float(trained_PG.any(axis=1).mean()))
 
 
 def _sequence(group: Group, sample: int, advantages_T: np.ndarray) -> TrainingSequence:
@@ -95,7 +93,13 @@ def _sequence(group: Group, sample: int, advantages_T: np.ndarray) -> TrainingSe
 
 
 def with_signal(groups: Sequence[Group], weights: Mapping[str, float], config: GrpoConfig) -> np.ndarray:
-    """bool [P]: the groups to train on: one of the rewards of `config.signal`, or of all with a weight, differs.
+    """bool [P]: the groups of which anything is trained on."""
+    return np.asarray(trained_on(groups, weights, config).any(axis=1))
+
+
+def trained_on(groups: Sequence[Group], weights: Mapping[str, float], config: GrpoConfig) -> np.ndarray:
+    """bool [P, G]: of the groups in which one of the rewards of `config.signal`, or of all with a weight, differs, the
+    rollouts that aren't masked.
 
     Nearly every group differs in some reward that is a matter of degree, such as length: whoever wants groups without
     anything to learn left out names what is to be learnt.
@@ -106,13 +110,8 @@ def with_signal(groups: Sequence[Group], weights: Mapping[str, float], config: G
     signal_P = groups_with_signal(values_KPG, alike_KPG if config.combine == "rewards" else None)
     if config.judge_baseline == "rates" and JUDGED in names:  # wherever fighters disagree, for names are compared there
         signal_P |= np.isfinite(values_KPG[names.index(JUDGED)]).any(axis=1)
-    return signal_P & _not_masked(groups, config).any(axis=1)
-
-
-def _not_masked(groups: Sequence[Group], config: GrpoConfig) -> np.ndarray:
-    """bool [P, G]: rollouts that may be trained on, however they ended."""
-    finishes_PG = np.array([[rollout.finish for rollout in group.rollouts] for group in groups])
-    return ~(config.mask_truncated & (finishes_PG == "length"))
+    truncated_PG = np.array([[rollout.finish == "length" for rollout in group.rollouts] for group in groups])
+    return signal_P[:, None] & ~(config.mask_truncated & truncated_PG)
 
 
 def _values(groups: Sequence[Group], names: Sequence[str]) -> np.ndarray:
