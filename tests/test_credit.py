@@ -171,6 +171,15 @@ def test_groups_are_left_out_that_do_not_differ_in_what_gives_a_signal():
     assert len(found.sequences) == 2 and found.silent == pytest.approx(2 / 3)
 
 
+def test_a_group_without_two_totals_is_left_out():
+    values = {"correctness": [1.0, 0.0, 1.0], "length_pirate": [0.5, None, None]}
+    weights, how = {"correctness": 1.0, "length_pirate": 1.0}, {"combine": "total", "credit": "sequence"}
+    found = credited([group(values, failed="length_pirate")], weights, **how)
+    assert found.silent == 1.0 and not found.sequences
+    assert credited([group(values)], weights, **how).silent == 0.0, "it doesn't apply: the totals are there"
+    assert credited([group(values, failed="length_pirate")], weights).silent == 0.0, "each for itself they differ"
+
+
 def test_a_response_near_its_budget_pays_with_all_its_tokens():
     given = [group({"correctness": [1.0, 1.0]})]
     long, short = given[0].rollouts

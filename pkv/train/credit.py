@@ -104,8 +104,11 @@ def trained_on(groups: Sequence[Group], weights: Mapping[str, float], config: Gr
     Nearly every group differs in some reward that is a matter of degree, such as length: whoever wants groups without
     anything to learn left out names what is to be learnt.
     """
-    names = config.signal or [name for name, weight in weights.items() if weight]
+    paid = [name for name, weight in weights.items() if weight]
+    names = config.signal or paid
     values_KPG = _values(groups, names)
+    if config.combine == "total":  # nobody is compared with a rollout that has no total
+        values_KPG[:, _failed(groups, paid)] = np.nan
     alike_KPG = np.array([_alike(name, groups, config) for name in names])
     signal_P = groups_with_signal(values_KPG, alike_KPG if config.combine == "rewards" else None)
     if config.judge_baseline == "rates" and JUDGED in names:  # wherever fighters disagree, for names are compared there
