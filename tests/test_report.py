@@ -185,6 +185,7 @@ def test_charts_hold_what_was_logged_and_leave_out_what_was_not(run_dir):
     assert by_title["Held-out problems"].series[0].values == pytest.approx([0.31, 0.44, 0.57, 0.70])
     assert by_title["Held-out problems"].series[0].steps == [150, 170, 190, 210]
     assert list(by_title["Reward"].series[0].steps) == list(range(150, 210))
+    assert by_title["Speed"].series[0].label == "sampled and scored", "what perf/tokens_per_s is of: no update in it"
     missing = [m["step"] for m in run.metrics if m.get("phase") == "grpo" and m["policy/entropy"] is None]
     assert missing and not set(missing) & set(by_title["Entropy"].series[0].steps)
 

@@ -168,7 +168,7 @@ def charts(run: Run) -> tuple[Chart, ...]:
             share=True,
         ),
         Chart("Entropy", "nats a token", (_training(run, "policy/entropy", "policy", "#33363f"),)),
-        Chart("Speed", "tokens a second", (_training(run, "perf/tokens_per_s", "sampling and update", "#33363f"),)),
+        Chart("Speed", "tokens a second", (_training(run, "perf/tokens_per_s", "sampled and scored", "#33363f"),)),
     )
     filled = (Chart(c.title, c.unit, tuple(s for s in c.series if s.steps), c.share) for c in possible)
     return tuple(chart for chart in filled if chart.series)
