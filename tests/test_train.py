@@ -582,6 +582,8 @@ def test_a_rounds_budget_grows_in_equal_parts(config_file):
     flags = ["--rounds.first.steps=6", "--rounds.first.budgets=[8, 16]"]
     stage = stages(load_config(config_file, flags))[1]
     assert [stage.budget(step) for step in range(stage.first, stage.stop)] == [8, 8, 16, 16, 24, 24]
+    stage = stages(load_config(config_file, [*flags, "--rounds.first.steps=2"]))[1]
+    assert [stage.budget(step) for step in range(stage.first, stage.stop)] == [16, 24], "the longest is always seen"
 
 
 def test_a_run_whose_gradient_is_never_finite_stops_with_a_remedy():

@@ -37,9 +37,13 @@ class Stage:
     fighter_tokens: int
 
     def budget(self, step: int) -> int:
-        """max_new_tokens at a global step of the stage: in equal parts through the round's budgets up to its own."""
-        grows = (*(self.round.budgets if self.round else ()), self.max_new_tokens)
-        return grows[(step - self.first) * len(grows) // (self.stop - self.first)]
+        """max_new_tokens at a global step of the stage: in equal parts through the round's budgets up to its own.
+
+        Of more budgets than steps the first are left out: the longest responses are what a short trial must see.
+        """
+        steps = self.stop - self.first
+        grows = (*(self.round.budgets if self.round else ()), self.max_new_tokens)[-steps:]
+        return grows[(step - self.first) * len(grows) // steps]
 
     @property
     def limits(self) -> tuple[int, int]:
