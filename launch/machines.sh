@@ -51,6 +51,7 @@ check() {
         [[ -n $prepare ]] || stop "--prepare: expected a command that mounts a bucket or a disk at /mnt/pkv, as a" \
             "machine that is made anew has none there; --prepare true, where a startup script of yours mounts it"
     fi
+    must_have gcloud "Google Cloud's CLI: cloud.google.com/sdk"
     case $verb in setup | run) pin_commit ;; babysit) pin_commit && pack ;; esac
 }
 

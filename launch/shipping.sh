@@ -30,6 +30,11 @@ perform() {
     if $dry_run; then quoted "$@"; else "$@"; fi
 }
 
+# must_have COMMAND WHAT: stop where it isn't here, unless it is only printed.
+must_have() {
+    $dry_run || command -v "$1" >/dev/null || stop "$1: no such command here; install $2"
+}
+
 # must_match WHAT VALUE REGEX EXPECTED: stop unless the whole value matches.
 must_match() {
     [[ $2 =~ ^($3)$ ]] || stop "$1: got $(quoted "$2"), expected $4"

@@ -183,5 +183,10 @@ on_sky() {
 }
 
 options "$@"
+case $where in
+slurm) must_have sbatch "Slurm's commands, or submit where they are" ;;
+gke) must_have kubectl "Kubernetes' CLI" ;;
+sky) must_have sky "SkyPilot" ;;
+esac
 pin_commit
 "on_$where"

@@ -260,6 +260,44 @@ def test_a_mistake_is_one_line_and_exit_code_2(launch, words, said):
     assert said in done.stderr and done.stderr.count("\n") == 1 and done.stdout == "" and launch.calls() == []
 
 
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (VM, "gcloud"),
+        ((*BABYSIT, *TRAIN), "gcloud"),
+        (("tpu_gce.sh", "status", "a1", *GCE), "gcloud"),
+        (("submit.sh", "slurm", "a1", "--", "train", "tiny", "--run", "/x"), "sbatch"),
+        (
+            ("submit.sh", "gke", "a1", "--accelerator", "tpu7x", "--topology", "2x2x1", "--claim", "c", *TRAIN),
+            "kubectl",
+        ),
+        (("submit.sh", "sky", "a1", "--accelerator", "H100:8", "--bucket", "bucket", *TRAIN), "sky"),
+    ],
+)
+def test_a_tool_that_is_missing_is_said_at_once_but_no_dry_run_needs_it(launch, words, missing):
+    tools = launch.folder / "tools"
+    tools.mkdir()
+    for name in (
+        "bash",
+        "git",
+        "dirname",
+        "basename",
+        "sed",
+        "grep",
+        "env",
+        "mkdir",
+        "cat",
+        "sort",
+        "tail",
+        "cut",
+        "tr",
+    ):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    done = launch(*words, code=2, PATH=str(tools))
+    assert done.stderr.startswith(f"{missing}: no such command here; install ") and done.stderr.count("\n") == 1
+    assert missing in launch(*words[:3], "--dry-run", *words[3:], PATH=str(tools)).stdout
+
+
 def test_help_is_the_header_of_the_script(launch):
     for script in ("tpu_vm.sh", "tpu_gce.sh", "submit.sh"):
         said = launch(script, "help").stdout
