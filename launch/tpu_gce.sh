@@ -4,10 +4,13 @@
 #   create   --topology 2x2x1 [--spot] [--image FAMILY] [--disk GB]
 #   setup, run, logs, status, stop, delete, babysit    as in tpu_vm.sh, with --topology for --type
 # Written from Google's documentation of workload policies and groups and from public recipes, checked against a fake
-# gcloud. NOT verified, for want of such a machine: that spot TPU7x can be had; that --workload-policy takes a zonal
-# group; that the group's instances carry the metadata by which jax.distributed finds its peers. JAX reads
-# agent-worker-number and worker-network-endpoints; a public recipe shows worker-id. Where the first is missing, several
-# hosts need TPU_WORKER_HOSTNAMES and, each its own, TPU_WORKER_ID.
+# gcloud, its options against the help of gcloud 528 (June 2025): there --target-size-policy-mode is of its alpha only,
+# so that a group of several machines wants a newer one. A public recipe (July 2026) made two machines of v6e in a zonal
+# group by these options. NOT verified, for want of such a machine: that TPU7x can be had on demand or spot in a group
+# (Google's pages of TPUs say so; its page of bulk mode has reservations and flex-start alone); that the group's
+# instances carry the metadata by which jax.distributed finds its peers. JAX reads agent-worker-number and
+# worker-network-endpoints; a public recipe shows worker-id. Where the first is missing, several hosts need
+# TPU_WORKER_HOSTNAMES and, each its own, TPU_WORKER_ID.
 set -euo pipefail
 CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/machines.sh

@@ -13,8 +13,8 @@
 #            code 2 on every worker, or after N restarts (10) without a new checkpoint. Where nobody answers any more it
 #            goes on asking. --run must be below /mnt/pkv, and --prepare must mount a bucket there: the slice's own
 #            disks go with it.
-# Checked against a fake gcloud only, never yet with a real slice. queued-resources ssh and scp take --node=all in
-# gcloud's reference; Ubuntu 22.04's python3.11 package is taken where the image has no newer one.
+# Checked against a fake gcloud and the help of gcloud 528, which has every option, --node=all with a command or a file
+# among them; never yet with a real slice. Ubuntu 22.04's python3.11 package is taken where the image has no newer one.
 set -euo pipefail
 CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/machines.sh
