@@ -84,6 +84,8 @@ def test_devices_that_do_not_start_do_not_answer_or_are_not_used():
     said(check_devices(ONE, "cpu", ["/dev/accel0"]), "ok")
     said(check_devices(ONE, "", ["/dev/accel0"]), "fail", "though there is /dev/accel0", "JAX_PLATFORMS=cpu")
     said(check_devices(BROKEN, "tpu", []), "fail", "RuntimeError: no TPU", "JAX_PLATFORMS is 'tpu'")
+    alone = Devices(trouble="ValueError: coordinator_address should be defined.")
+    said(check_devices(alone, "cpu", []), "fail", "JAX does not start", "JAX_NUM_PROCESSES=1")
     said(check_devices(STUCK, "", []), "fail", "no answer within 60 s", "on all at the same time")
 
 

@@ -73,6 +73,12 @@ def check_devices(devices: Devices, platforms: str, present: Sequence[str]) -> O
             "on a slice of several hosts, run doctor on all at the same time; else end what holds the device (PKV-D06)"
         )
         return Outcome("fail", f"JAX does not start: {devices.trouble}", remedy)
+    if "coordinator_address" in devices.trouble:
+        remedy = (
+            "give JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on each host, or JAX_NUM_PROCESSES=1 "
+            "on one that is to be alone; see PKV-D05"
+        )
+        return Outcome("fail", f"JAX does not start: {devices.trouble}", remedy)
     if devices.trouble:
         part = f'JAX_PLATFORMS is {platforms!r}: install its part as in pip install "jax[cuda12]", or unset it; '
         remedy = f"{part if platforms else ''}see PKV-D03 and PKV-D06"
