@@ -649,6 +649,17 @@ def test_the_room_can_be_called():
     assert found.fits and found.wanted.chips == 8 and found.hours > 0
 
 
+def test_one_process_plans_for_any_number_of_gpus_and_keeps_its_own_devices():
+    import pkv
+
+    config, own = (
+        pkv.load_config("qwen2.5-7b", ["--mesh.data", "-1", "--mesh.fsdp", "1", "--mesh.tensor", "1"]),
+        jax.devices(),
+    )
+    planned = [pkv.plan(config, topology) for topology in ("h200:1", f"{len(own)}xh200:8", "h200:8")]
+    assert [plan.mesh["data"] for plan in planned] == [1, 8 * len(own), 8] and jax.devices() == own
+
+
 def test_what_would_fit_is_found_by_trying(capsys):
     words = ["qwen2.5-3b", "--topology", "a100-40gb:2", "--tensor", "2", "--grpo.micro_rows", "64"]
     code, out, _ = plan(capsys, *words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import statistics
@@ -12,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
+from jaxlib import xla_client
 
 from pkv.config import Config, RoundConfig, UserError
 from pkv.mesh import BATCH_AXES, make_mesh
@@ -108,7 +109,7 @@ def described_mesh(config: Config, wanted: Slice) -> Mesh:
 
 def _devices(wanted: Slice) -> Sequence[Any]:
     if not wanted.compiles:
-        return _stand_ins(wanted)
+        return _stand_ins(wanted.chips)
     more: dict[str, Any] = {"num_slices": wanted.slices} if wanted.slices > 1 else {}
     if wanted.chip.kind == "v4":
         more["chip_config_name"] = "megacore"  # one device a chip, as on such machines; libtpu's default has two here
@@ -139,13 +140,13 @@ def _no_tpu_here() -> Iterator[None]:
             del os.environ[name]
 
 
-def _stand_ins(wanted: Slice) -> list[Any]:
-    with contextlib.suppress(RuntimeError):  # devices are there already: as many as there are
-        jax.config.update("jax_num_cpu_devices", max(wanted.chips, 1))
-    found = jax.devices("cpu")
-    if len(found) < wanted.chips:
-        raise UserError(f"--topology {wanted.name}: only {len(found)} devices can be stood in for here; start anew")
-    return found[: wanted.chips]
+@functools.cache
+def _stand_ins(count: int) -> Sequence[Any]:
+    """CPU devices of a client of their own, so that neither how many JAX has here nor what it has done limits them.
+
+    JAX itself makes them only before anything else was done, and for the whole process.
+    """
+    return xla_client.make_cpu_client(num_devices=count).devices()
 
 
 def make_plan(work: Work, wanted: Slice, patient: bool = True, by_formula: bool = False) -> Plan:
