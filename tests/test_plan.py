@@ -401,8 +401,22 @@ def test_formulas_of_what_is_sent_by_hand():
     again = sent_by_formula(work_of(config_of(model={"remat": "all"}), ARCH), SPREAD, eight)["gradient"]
     assert again["tensor"] == 1.5 * sent["gradient"]["tensor"]
     of_four = dataclasses.replace(eight, chip=dataclasses.replace(eight.chip, host_chips=4))
-    crossing = sent_by_formula(work, SPREAD, of_four)["gradient"]  # two machines: two of four chips have a ring each
-    assert crossing[NETWORK] == sent["gradient"]["data"] * 2 / 4
+    crossing = sent_by_formula(work, SPREAD, of_four)["gradient"]  # two machines, each with a copy of the weights
+    assert crossing[NETWORK] == sent["gradient"]["data"]
+    small = dataclasses.replace(SPREAD, shards=8, fsdp=1, tensor=1)  # eight copies, in a ring that leaves each once
+    whole = sent_by_formula(work, small, of_four)["gradient"]
+    assert whole[NETWORK] == whole["data"] / 4
+    wide = dataclasses.replace(SPREAD, fsdp=4)  # a copy takes both, by a ring of fsdp for each of a row's two chips
+    of_one = sent_by_formula(work, wide, of_four)["gradient"]
+    assert of_one["data"] == 0 and of_one[NETWORK] == of_one["fsdp"] * 2 / 4
+
+
+def test_machines_of_gpus_may_be_asked_for_one_by_one():
+    """A model's state over more than one of them, too."""
+    pair, sixteen = (plan_of(load_config("qwen2.5-14b", []), topology) for topology in ("2xh100:8", "h100:16"))
+    assert pair.mesh == sixteen.mesh and pair.mesh["data"] == 1 and pair.mesh["fsdp"] == 4
+    sent, same = ({p.name: p.sent for p in plan.programs}["gradient"] for plan in (pair, sixteen))
+    assert sent == same and sent[NETWORK] > 0
 
 
 @pytest.mark.parametrize(

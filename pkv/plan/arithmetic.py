@@ -67,26 +67,27 @@ def sent_by_formula(work: Work, spread: Spread, wanted: Slice) -> dict[str, dict
     For a micro-batch's gradient: the weights, gathered over fsdp and sequence forward, again for rematerialisation, and
     backward; what is trained of them, added up over the same and over data; in every layer and pass two gathers and two
     scatters over tensor of what stands between layers, and queries, keys, values and what is mixed of them, which
-    change places over sequence, backward twice. For a token, two sums over tensor in every layer. For resharding, the
-    weights, gathered once. GPUs of several machines have a ring through all for each chip of a row.
+    change places over sequence, backward twice. For a token, two sums over tensor in every layer. For resharding, what
+    is laid anew, gathered once as it lies then. Out of a machine of GPUs goes a ring of data for each chip of a copy of
+    the weights that is in it and, where a copy takes several machines, one of fsdp for each chip of a row.
     """
     arch, two = work.arch, jnp.dtype(work.config.model.dtype).itemsize
     passes = 2 + (work.config.model.remat != "none")
     ways, tensor = spread.fsdp * spread.sequence, spread.tensor
     trained = spread.trained / 4 * two  # a chip's own part
-    data, rest, alike = spread.shards // spread.fsdp // wanted.slices, 1 - 1 / ways, 1 - 1 / tensor
+    slices = wanted.slices if wanted.compiles else 1  # GPUs have machines
+    data, rest, alike = spread.shards // spread.fsdp // slices, 1 - 1 / ways, 1 - 1 / tensor
     tokens = math.prod(spread.micro) / spread.shards / spread.sequence
     over_fsdp = (passes * spread.sampled + 2 * ways * trained) * rest
-    over_data, over_slices = (2 * trained * (1 - 1 / count) for count in (data, wanted.slices))
+    over_data, over_slices = (2 * trained * (1 - 1 / count) for count in (data, slices))
     over_tensor = 4 * passes * arch.layers * tokens * arch.hidden * two * alike
     mixed = 2 * (arch.heads + arch.kv_heads) * arch.head_size / tensor
     over_sequence = (passes + 1) * arch.layers * tokens * mixed * two * (1 - 1 / spread.sequence)
     rows = rows_at_once(work, spread, work.longest) * work.config.sampling.segment
-    over_machines = 0.0
-    if not wanted.compiles and wanted.machines > wanted.slices:
-        row = tensor * spread.sequence
-        crossing = over_data + over_fsdp * (ways * tensor > wanted.host_chips)
-        over_machines = crossing * row / wanted.host_chips
+    over_machines, copy, machine = 0.0, ways * tensor, wanted.host_chips
+    if not wanted.compiles and wanted.machines > 1:
+        over_machines = over_data * min(copy, machine) / machine
+        over_machines += over_fsdp * (copy > machine) * tensor * spread.sequence / machine
     gradient = {"fsdp": over_fsdp, "data": over_data, "tensor": over_tensor, "sequence": over_sequence}
     gradient[NETWORK] = over_slices + over_machines
     summed = 4 if work.config.sampling.weights == "int8" else two  # whose steps come after a sum in 32 bits
