@@ -73,7 +73,7 @@ def spread_over(work: Work, wanted: Slice, fsdp: int, tensor: int) -> Spread | N
     held = trained * (1 + MOMENTS[work.config.optimizer.moments] / 4)
     kv_token = 2 * arch.layers * arch.kv_heads * arch.head_size * 2 / tensor
     kv = SHARE_OF_FREE * (limit - sampled - held)
-    spread = Spread(wanted.chips, shards, fsdp, tensor, 1, sampled, sampled, trained, kv_token, kv, (shards, row))
+    spread = Spread(wanted.chips, shards, fsdp, tensor, 1, *[sampled] * 3, trained, kv_token, kv, (shards, row))
     of_gradient = held + trained + activations(work, spread, "splash")
     return spread if of_gradient <= limit and kv >= kv_token * row else None
 

@@ -351,6 +351,7 @@ SPREAD = Spread(
     sequence=1,
     sampled=1e6,
     read=1e6,
+    laid=1e6,
     trained=2e6,
     kv_token=100.0,
     kv=1e9,
@@ -703,6 +704,13 @@ def test_weights_in_8_bits_leave_more_for_keys_and_values():
     assert light.kv_bytes - plain.kv_bytes == pytest.approx(SHARE_OF_FREE * less)
     # What they do to a GPU's time nobody looked at, and sums over tensor are of 32 bits.
     assert plain.hours < light.hours < 1.03 * plain.hours
+
+
+@pytest.mark.parametrize("flags", [(), ("--sampling.weights", "int8"), ("--model.lora.rank", "8")])
+def test_resharding_sends_what_is_laid_anew_as_it_lies_then(flags):
+    found = plan_of(load_config("qwen2.5-7b", flags), "h100:8")  # whose weights two have between them
+    reshard = next(program for program in found.programs if program.name == "reshard")
+    assert reshard.sent == {"fsdp": pytest.approx(reshard.kinds["sampled weights"] / 2)}
 
 
 def test_weights_in_8_bits_take_a_decode_steps_time_by_what_is_known_of_the_chip():

@@ -92,7 +92,7 @@ def sent_by_formula(work: Work, spread: Spread, wanted: Slice) -> dict[str, dict
     gradient[NETWORK] = over_slices + over_machines
     summed = 4 if work.config.sampling.weights == "int8" else two  # whose steps come after a sum in 32 bits
     decode = {"tensor": 4 * arch.layers * rows * arch.hidden * summed * alike}
-    return {"gradient": gradient, "decode": decode, "reshard": {"fsdp": spread.sampled * rest}}
+    return {"gradient": gradient, "decode": decode, "reshard": {"fsdp": spread.laid * rest}}
 
 
 def activations(work: Work, spread: Spread, kernel: Kernel) -> float:

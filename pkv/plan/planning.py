@@ -230,6 +230,7 @@ def _spread(wanted: Slice, mesh: Mesh, programs: Programs, kv: float) -> Spread:
         shape["sequence"],
         plain + in_8_bits,
         plain + wanted.chip.int8_weights * in_8_bits,
+        programs.sampled_bytes,
         programs.state_bytes["weights"],
         pages.page_bytes() / pages.page / shape["sequence"],
         kv,

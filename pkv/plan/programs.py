@@ -243,7 +243,9 @@ class Programs:
         beside = self.state_bytes | {"weights": self.state_bytes["weights"] - own}
         beside["sampled weights"] = self.sampled_bytes - result
         lowered = programs.lay.lower(array, how)
-        return Task("reshard", "reshard", lowered, {"weights": own}, beside, times=self.sampled_bytes / result)
+        # By bytes: what is to lie in 8 bits is rounded before it is sent.
+        times = self.sampled_bytes / result
+        return Task("reshard", "reshard", lowered, {"weights": own}, beside, times=times)
 
     def _flops(self, call: Any) -> float:
         if call.name == "decode":

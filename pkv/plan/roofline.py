@@ -31,7 +31,8 @@ class Spread:
     fsdp: of the groups, so many have the weights between them. tensor, sequence: chips of a group that share a row.
     sampled, trained, kv_token: bytes on a chip, of all weights in the dtype of compute as they are spread for sampling,
     of those that are trained, and of a position's keys and values. read: bytes that take as long as a decode step's
-    weights, which may be in 8 bits. kv: bytes for keys and values a chip. micro: rows and tokens of a micro-batch.
+    weights, which may be in 8 bits. laid: bytes of what each step lays anew to be sampled from, as it lies then; LoRA's
+    base isn't. kv: bytes for keys and values a chip. micro: rows and tokens of a micro-batch.
     """
 
     chips: int
@@ -41,6 +42,7 @@ class Spread:
     sequence: int
     sampled: float
     read: float
+    laid: float
     trained: float
     kv_token: float
     kv: float
@@ -130,7 +132,7 @@ def step_seconds(work: Work, spread: Spread, wanted: Slice, sent: Mapping[str, M
     dtype = config.model.dtype
     update = compute_seconds(step_flops(work, budget) * again(work), wanted.chips, chip, dtype)
     update += micro_batches(work, spread, budget) * config.grpo.epochs * sent_seconds(sent.get("gradient", {}), wanted)
-    reshard = sent_seconds(sent.get("reshard", {}), wanted) + spread.sampled / memory_rate(chip)
+    reshard = sent_seconds(sent.get("reshard", {}), wanted) + spread.laid / memory_rate(chip)
     return Seconds(
         compute_seconds(prompts, wanted.chips, chip, dtype),
         decode,
