@@ -69,7 +69,7 @@ def test_layers_apart_are_flat_too(monkeypatch, config):
         rounded = jax.tree_util.tree_map_with_path(decoded, base) if config is EIGHT_BIT else base
         expected = run(params=join(adapters, rounded), mesh=mesh)
         with monkeypatch.context() as patch:
-            patch.setattr("pkv.sampling.programs.form_of", lambda *_: "apart")
+            patch.setattr("pkv.sampling.programs.form_of", lambda *_, **__: "apart")
             patch.setattr("pkv.sampling.laying.FLAT_ON", ("cpu",))
             engine = Engine(ARCH, config, STOPS, mesh)
             weights = join(engine.load(adapters), engine.load(base))

@@ -40,6 +40,7 @@ from pkv.plan.roofline import ASSUMED, Spread, compute_seconds, decode_step_seco
 from pkv.plan.search import candidates, nearest, search
 from pkv.sampling import Engine
 from pkv.sampling.engine import SHARE_OF_FREE
+from pkv.sampling.laying import apart_on_gpu
 
 ARCH = Arch(vocab_size=128, hidden=128, layers=9, heads=4, kv_heads=2, head_size=16, ffn=128, qkv_bias=True)
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
@@ -489,6 +490,12 @@ def test_on_a_gpu_layers_apart_are_a_copy_of_what_is_trained_in_any_dtype(config
     """Of tied embeddings there is one: the tiny model's would give the scores as a second array on a CPU."""
     kinds = kinds_on_one_gpu(config, "h200:1", "--model.dtype", "float32")
     assert kinds["sampled weights"] == kinds["weights"]
+
+
+def test_on_a_gpu_layers_apart_take_as_much_as_their_bits():
+    """32 billion numbers don't lie twice on one GPU in 16 bits, in 8 they nearly do."""
+    sizes = model_shape("Qwen/Qwen2.5-32B-Instruct"), "bfloat16", 1
+    assert [apart_on_gpu(*sizes, 100e9, eight_bit=eight_bit) for eight_bit in (False, True)] == [False, True]
 
 
 @pytest.mark.parametrize("flags", [("--sampling.attention", "triton"), ("--model.attention", "cudnn")])

@@ -98,7 +98,7 @@ def test_layers_apart_as_on_a_gpu_say_the_same(monkeypatch, base):
     """Also of a model with few bits and adapters, whose parts go apart together."""
     params = PARAMS if base == "plain" else lora_of(PARAMS)
     expected = run(params=params)
-    monkeypatch.setattr("pkv.sampling.programs.form_of", lambda *_: "apart")
+    monkeypatch.setattr("pkv.sampling.programs.form_of", lambda *_, **__: "apart")
     engine = Engine(ARCH, CONFIG, STOPS, one_device())
     weights = engine.load(params)
     assert len(weights["layers"]) == ARCH.layers and weights["embedding"] is params["embedding"]

@@ -147,7 +147,8 @@ class Programs:
         of_pages = self.engine.programs.arch, page, config.model.dtype, config.sampling.kv_cache == "int8"
         choose_page_kernel(for_pages, there, *of_pages)
         sizes = self.engine.programs.arch, config.model.dtype, mesh.shape["tensor"]
-        apart = gpu is not None and apart_on_gpu(*sizes, gpu.memory)  # then they are copies
+        # Then they are copies.
+        apart = gpu is not None and apart_on_gpu(*sizes, gpu.memory, eight_bit=config.sampling.weights == "int8")
         lies_right = lambda params: not apart and self.engine.lies_right(params)  # noqa: E731
         layout = self.learner.layout(config.grpo, work.longest)
         length = layout.rounded(layout.row_tokens)

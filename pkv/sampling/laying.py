@@ -26,21 +26,29 @@ UNROLLED_SHARE = 0.4  # of a GPU's memory that weights may take beside those tha
 Form = Literal["stacked", "apart", "by output"]  # apart: layer by layer; by output: so, and as `ByOutput`
 
 
-def form_of(arch: Arch, mesh: Mesh, dtype: Any) -> Form:
-    """How the weights of an architecture lie on a mesh; each form but the stacked one takes a copy of them."""
+def form_of(arch: Arch, mesh: Mesh, dtype: Any, *, eight_bit: bool = False) -> Form:
+    """How the weights of an architecture lie on a mesh; each form but the stacked one takes a copy of them.
+
+    eight_bit: of the layers' matrices.
+    """
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return "by output" if arch.layers <= UNROLL else "stacked"
     if device.platform == "tpu":
         return "apart" if arch.layers <= UNROLL else "stacked"
-    return "apart" if apart_on_gpu(arch, dtype, mesh.shape["tensor"], _memory(device)) else "stacked"
+    apart = apart_on_gpu(arch, dtype, mesh.shape["tensor"], _memory(device), eight_bit=eight_bit)
+    return "apart" if apart else "stacked"
 
 
-def apart_on_gpu(arch: Arch, dtype: Any, tensor: int, memory: float) -> bool:
+def apart_on_gpu(arch: Arch, dtype: Any, tensor: int, memory: float, *, eight_bit: bool) -> bool:
     """Whether layers lie apart on `tensor` GPUs that share each row; memory: bytes that one of them has."""
-    numbers = sum(math.prod(shape.shape) for shape in jax.tree.leaves(param_shapes(arch)))
-    fits = numbers * jnp.dtype(dtype).itemsize / tensor <= UNROLLED_SHARE * memory
-    return arch.layers <= UNROLL_ON_GPU and fits
+
+    def size(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> float:
+        in_8_bits = eight_bit and path[-1].key in INPUTS
+        return math.prod(shape.shape) * (1 if in_8_bits else jnp.dtype(dtype).itemsize)
+
+    bytes_ = sum(size(path, shape) for path, shape in jax.tree.leaves_with_path(param_shapes(arch)))
+    return arch.layers <= UNROLL_ON_GPU and bytes_ / tensor <= UNROLLED_SHARE * memory
 
 
 def _memory(device: Any) -> float:

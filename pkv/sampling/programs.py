@@ -98,7 +98,8 @@ class Programs:
     ) -> None:
         self.arch, self.repeats = _spread_kv_heads(arch, mesh.shape["tensor"])
         self._mesh, self._dtype, platform = mesh, jnp.dtype(dtype), mesh.devices.flat[0].platform
-        self.form = form_of(self.arch, mesh, self._dtype)
+        eight_bit = config.weights == "int8"
+        self.form = form_of(self.arch, mesh, self._dtype, eight_bit=eight_bit)
         self.fixed = platform == "tpu"  # a stock keeps its size; elsewhere XLA copies what is read of a larger one
         self.page = page_tokens(config, platform)
         self._eight_bit = config.kv_cache == "int8"
@@ -111,7 +112,7 @@ class Programs:
             self._drawing = Nucleus(config.top_p < 1 or config.top_k > 0 or config.min_p > 0, config.top_k)
         self._scalars = (jnp.float32(config.temperature or 1.0), jnp.float32(config.top_p), jnp.float32(config.min_p))
         # Partials, as jit counts the programs of a function together, whoever compiled them.
-        how = {"flat": platform in laying.FLAT_ON, "eight_bit": config.weights == "int8"}
+        how = {"flat": platform in laying.FLAT_ON, "eight_bit": eight_bit}
         self.lay = Lay(self.arch, self.repeats, self._dtype, whole, self.form, self._banks, **how)
         self.prefix = jax.jit(self._prefix)
         self.prefill = jax.jit(self._prefill, donate_argnames="stock")
