@@ -21,7 +21,16 @@ from released_configs import QWEN25_14B
 
 from pkv import cli
 from pkv.cli.output import Output
-from pkv.config import MeshConfig, ModelConfig, OptimizerConfig, PolicyLoss, UserError, load_config, parse_config
+from pkv.config import (
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PolicyLoss,
+    UserError,
+    load_config,
+    parse_config,
+)
 from pkv.grpo import Learner, reference_weights
 from pkv.mesh import AXES, fold, make_mesh, replicated
 from pkv.model import Arch, Kernel, freezer, init_adapters, init_params, join, param_shapes, split
@@ -37,12 +46,13 @@ from pkv.plan.planning import _spread as spread_of
 from pkv.plan.planning import plan as plan_of
 from pkv.plan.programs import Gpu, Programs, Task, bytes_on_chip, policy_shapes, reference_shapes, sampling_shapes
 from pkv.plan.roofline import ASSUMED, Spread, compute_seconds, decode_step_seconds, rows_at_once, sent_seconds
-from pkv.plan.search import candidates, nearest, search
+from pkv.plan.search import _reliefs, candidates, nearest, quicker, search
 from pkv.sampling import Engine
 from pkv.sampling.engine import SHARE_OF_FREE
 from pkv.sampling.laying import apart_on_gpu
 
 ARCH = Arch(vocab_size=128, hidden=128, layers=9, heads=4, kv_heads=2, head_size=16, ffn=128, qkv_bias=True)
+WIDE = dataclasses.replace(ARCH, hidden=4096, ffn=16_384, heads=32, kv_heads=8, head_size=128)
 needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
 
 
@@ -757,6 +767,49 @@ def test_weights_in_8_bits_are_what_would_fit_where_a_row_lacks_little(capsys):
     assert code == 3 and "sampling at rest needs 4.14 GiB more" in out
     flags = out.split("It would fit with: ")[1].split()
     assert flags[:2] == ["--sampling.weights", "int8"] and plan(capsys, *words, *flags)[0] == 0
+
+
+def test_weights_in_8_bits_go_before_what_training_would_lose():
+    work = work_of(config_of(), ARCH)
+    kinds = {"weights": 4e9, "optimizer": 4e9, "sampled weights": 4e9, "keys and values": 1e8}
+    lacking = Program("prefill", "sample", kinds, 11e9, 0.0, {}, 0.0)
+    gpus = read_slice("h100:8")
+    assert next(_reliefs(work.config, lacking, gpus))[0] == "--sampling.weights int8"
+    too_little = dataclasses.replace(lacking, limit_bytes=10e9)
+    assert next(_reliefs(work.config, too_little, gpus))[0] == "--optimizer.moments bfloat16"
+    lora = dataclasses.replace(work.config, model=dataclasses.replace(work.config.model, lora=LoraConfig(rank=8)))
+    held = Program("apply", "update", {"base": 4e9, "sampled base": 4e9}, 7e9, 0.0, {}, 0.0)  # it always is
+    assert next(_reliefs(lora, held, gpus))[0] == "--sampling.weights int8"
+
+
+def test_pages_that_fill_a_tpus_rows_are_what_would_fit_where_smaller_ones_do_not():
+    """configs/tiny.yaml has pages of 64, for a CPU."""
+    work = work_of(config_of(), ARCH)
+    lacking = Program("decode", "sample", {"keys and values": 1e9, "activations": 2e9}, 1e9, 0.0, {}, 0.0)
+    flag, config = next(_reliefs(work.config, lacking, read_slice("v5e:1x1")))
+    assert flag == "--sampling.page_tokens 128" and config.sampling.page_tokens == 128
+    assert flag not in [flag for flag, _ in _reliefs(config, lacking, read_slice("v5e:1x1"))]
+    assert flag not in [flag for flag, _ in _reliefs(work.config, lacking, read_slice("h100:8"))]
+
+
+def test_weights_in_8_bits_are_offered_where_decoding_takes_most_of_the_time(monkeypatch, capsys):
+    known = dataclasses.replace(
+        read_slice("h100:8"), chip=dataclasses.replace(read_slice("h100:8").chip, int8_weights=0.5)
+    )
+    config = config_of()
+    slow = dataclasses.replace(config.grpo, prompts=1, samples=1)  # a row a shard: a step reads the weights for little
+    found = make_plan(work_of(dataclasses.replace(config, grpo=slow), WIDE), known)
+    flag, hours = quicker(found)
+    assert found.fits and flag == "--sampling.weights int8" and 0.5 * found.hours < hours < 0.9 * found.hours
+    assert quicker(dataclasses.replace(found, wanted=read_slice("h100:8"))) is None  # where nobody knows of a gain
+    taken = dataclasses.replace(found.work.config, sampling=dataclasses.replace(config.sampling, weights="int8"))
+    assert quicker(make_plan(dataclasses.replace(found.work, config=taken), known)) is None
+    monkeypatch.setattr("pkv.plan.quicker", lambda plan: ("--sampling.weights int8", plan.hours / 2))
+    code, out, _ = plan(capsys, "qwen2.5-7b", "--topology", "h100:8", "--json")
+    said = json.loads(out)
+    assert code == 0 and said["quicker"] == {"settings": ["--sampling.weights int8"], "hours": said["hours"] / 2}
+    code, out, _ = plan(capsys, "qwen2.5-7b", "--topology", "h100:8")
+    assert out.rstrip().endswith("hours with --sampling.weights int8")
 
 
 def test_another_mesh_is_what_would_fit_where_nothing_else_does(capsys):

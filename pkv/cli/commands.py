@@ -293,7 +293,7 @@ class Plan:
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor")}
         given = [f"--mesh.{name}={size}" for name, size in sizes.items() if size is not None]
         config = load_config(self.config, [*flags, *given])
-        from pkv.plan import as_record, find, in_words, model_shape, read_slice, work_of
+        from pkv.plan import as_record, find, in_words, model_shape, quicker, read_slice, work_of
 
         wanted = read_slice(self.topology, Path(self.prices) if self.prices else None)
         work = work_of(config, model_shape(config.model.path, config.model.context), self.prompt_tokens)
@@ -301,7 +301,12 @@ class Plan:
         advice = f"\n{'With' if plan.fits else 'It would fit with'}: {' '.join(changed)}" if changed else ""
         if not (plan.fits or changed):
             advice = "\nNothing that was tried fits; take a larger slice, or a smaller model or row."
-        out.result(in_words(plan) + advice, as_record(plan) | {"settings": list(changed)})
+        faster = None
+        if (better := quicker(plan)) is not None:
+            flag, hours = better
+            faster = {"settings": [flag], "hours": hours}
+            advice += f"\nDecoding takes most of the time: by formulas some {hours:.1f} hours with {flag}"
+        out.result(in_words(plan) + advice, as_record(plan) | {"settings": list(changed), "quicker": faster})
         return 0 if plan.fits else DOES_NOT_FIT
 
 

@@ -17,7 +17,7 @@ from pkv.plan.chips import Slice, read_slice
 from pkv.plan.models import model_shape
 from pkv.plan.planning import Plan, make_plan, plan
 from pkv.plan.programs import Work, work_of
-from pkv.plan.search import find
+from pkv.plan.search import find, quicker
 from pkv.plan.table import as_record, in_words
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "in_words",
     "make_plan",
     "model_shape",
+    "quicker",
     "read_slice",
     "work_of",
 ]

@@ -52,6 +52,7 @@ class Plan:
     micro: rows and tokens of a micro-batch. whole: every program was compiled; a plan that fails may stop early.
     """
 
+    work: Work
     wanted: Slice
     mesh: Mapping[str, int]
     programs: tuple[Program, ...]
@@ -196,7 +197,7 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True, by_formula: bool 
     ]
     rows = rows_at_once(work, spread, work.longest)
     took = time.perf_counter() - began
-    return Plan(wanted, dict(mesh.shape), tuple(found), kv, rows, programs.micro, tuple(rounds), whole, took)
+    return Plan(work, wanted, dict(mesh.shape), tuple(found), kv, rows, programs.micro, tuple(rounds), whole, took)
 
 
 def _round_seconds(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pkv.config import Config, MeshConfig, UserError
 from pkv.model import Arch
+from pkv.model.kernels import LANES
 from pkv.plan.chips import Slice
 from pkv.plan.compiled import Program
 from pkv.plan.planning import AT_REST, Plan, described_mesh, make_plan
@@ -21,6 +22,7 @@ Say = Callable[[str], None]
 MOST_CHANGES = 6  # that `nearest` makes
 LIGHTER = {"float32": "bfloat16", "bfloat16": "float8"}  # moments
 UNSURE = 1.2  # times a chip's memory by formulas may fit: they had up to 1.17 of what was compiled for a gradient
+CLEARLY = 0.9  # of its hours a plan has to take with what is said to be quicker
 TRIED_TENSOR = (1, 2, 4, 8)  # wider than a machine of 8, sums over tensor cost more than they save
 
 
@@ -107,7 +109,7 @@ def nearest(
     that `work` has already."""
     asked, flags, tried = work, before, [work.config]
     for _ in range(MOST_CHANGES):
-        change = _relief(work, failed, tried)
+        change = _relief(work, failed, tried, wanted)
         if change is None:
             break
         tried.append(change.work.config)
@@ -167,15 +169,15 @@ def _try(change: Change, wanted: Slice, say: Say) -> Plan | None:
     return plan
 
 
-def _relief(work: Work, failed: Plan, tried: Sequence[Config]) -> Change | None:
+def _relief(work: Work, failed: Plan, tried: Sequence[Config], wanted: Slice) -> Change | None:
     """One change that takes memory off the program that lacks the most, and makes no config that was tried; None when
     nothing is left to change."""
     config, worst = work.config, failed.tightest
-    first = next((relief for relief in _reliefs(config, worst) if relief[1] not in tried), None)
+    first = next((relief for relief in _reliefs(config, worst, wanted) if relief[1] not in tried), None)
     return None if first is None else Change(first[:1], dataclasses.replace(work, config=first[1]))
 
 
-def _reliefs(config: Config, worst: Program) -> Iterator[tuple[str, Config]]:
+def _reliefs(config: Config, worst: Program, wanted: Slice) -> Iterator[tuple[str, Config]]:
     """Flags that take memory off a program, those that cost the least first."""
     model, grpo, optimizer = config.model, config.grpo, config.optimizer
     at_rest = worst.name == AT_REST
@@ -189,12 +191,10 @@ def _reliefs(config: Config, worst: Program) -> Iterator[tuple[str, Config]]:
             "--sampling.kv_memory_gb 0",
             dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, kv_memory_gb=0.0)),
         )
-    lighter = dataclasses.replace(config.sampling, weights="int8")
-    # What sampling has to itself, nearly all of it the layers': of LoRA perhaps nothing.
-    copied = worst.kinds.get("sampled base" if model.lora.rank else "sampled weights", 0.0)
-    enough = copied and worst.bytes_per_chip - 0.45 * copied <= worst.limit_bytes
-    if at_rest and enough and config.sampling != lighter and model.lora.base == "plain":
-        yield "--sampling.weights int8", dataclasses.replace(config, sampling=lighter)
+    if worst.phase == "sample" and wanted.compiles and 0 < config.sampling.page_tokens < LANES:
+        # A TPU's memory is in rows of LANES: of small heads smaller pages take twice their size, and are copied.
+        whole = dataclasses.replace(config.sampling, page_tokens=LANES)
+        yield f"--sampling.page_tokens {LANES}", dataclasses.replace(config, sampling=whole)
     if worst.phase == "sample" and not at_rest:
         gigabytes = math.floor(0.95 * (worst.limit_bytes - worst.bytes_per_chip + pages) / 1e8) / 10
         if 0 < gigabytes != config.sampling.kv_memory_gb:
@@ -206,6 +206,11 @@ def _reliefs(config: Config, worst: Program) -> Iterator[tuple[str, Config]]:
         if grpo.micro_rows > 1:
             smaller = dataclasses.replace(grpo, micro_rows=1)
             yield "--grpo.micro_rows 1", dataclasses.replace(config, grpo=smaller)
+    lighter = dataclasses.replace(config.sampling, weights="int8")
+    copied = _copied(config, worst)  # nearly all of it the layers'
+    enough = copied and worst.bytes_per_chip - 0.45 * copied <= worst.limit_bytes
+    if enough and config.sampling != lighter and model.lora.base == "plain":
+        yield "--sampling.weights int8", dataclasses.replace(config, sampling=lighter)
     if optimizer.name == "adamw" and optimizer.moments in LIGHTER:
         changed = dataclasses.replace(optimizer, moments=LIGHTER[optimizer.moments])
         yield f"--optimizer.moments {changed.moments}", dataclasses.replace(config, optimizer=changed)
@@ -215,6 +220,30 @@ def _reliefs(config: Config, worst: Program) -> Iterator[tuple[str, Config]]:
     if model.lora.rank and model.lora.base == "plain":
         lora = dataclasses.replace(model.lora, base="int8")
         yield "--model.lora.base int8", dataclasses.replace(config, model=dataclasses.replace(model, lora=lora))
+
+
+def _copied(config: Config, program: Program) -> float:
+    """Bytes of a chip that sampling has to itself while a program runs: of LoRA perhaps none."""
+    return program.kinds.get("sampled base" if config.model.lora.rank else "sampled weights", 0.0)
+
+
+def quicker(plan: Plan) -> tuple[str, float] | None:
+    """A flag by which a plan that fits would take clearly less time, and the hours then, by formulas; None without one.
+
+    Where decoding takes most of the time its weights may lie in 8 bits, if the chip is known to gain by it.
+    """
+    config, chip = plan.work.config, plan.wanted.chip
+    decoding = sum(round_.steps * round_.seconds.decode for round_ in plan.rounds) / 3600
+    may = chip.int8_weights < 1 and config.sampling.weights == "plain" and config.model.lora.base == "plain"
+    if not (may and plan.fits and decoding > plan.hours / 2 and any(_copied(config, p) for p in plan.programs)):
+        return None
+    sampling = dataclasses.replace(config.sampling, weights="int8")
+    lighter = dataclasses.replace(plan.work, config=dataclasses.replace(config, sampling=sampling))
+    before, after = (
+        make_plan(work, plan.wanted, patient=False, by_formula=True).hours for work in (plan.work, lighter)
+    )
+    hours = plan.hours * after / before
+    return ("--sampling.weights int8", hours) if hours <= CLEARLY * plan.hours else None
 
 
 def _merged(before: tuple[str, ...], after: tuple[str, ...]) -> tuple[str, ...]:
