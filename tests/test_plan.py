@@ -87,6 +87,11 @@ def test_a_slice_is_a_kind_and_a_grid():
         ("h100:0", "at least one chip"),
         ("99999999xv5e:2x2", "399999996 chips; expected at most 65536"),
         ("0xh100:2", "expected a kind and a grid"),
+        ("V5P:2x2x2", r"h200; did you mean v5p:2x2x2\?"),
+        ("v6e-8", "h200; v6e-8 is v6e:2x4"),
+        ("v5litepod-16", "h200; v5litepod-16 is v5e:4x4"),
+        ("V5P-8", "h200; V5P-8 is v5p:2x2x1"),  # whose number counts two of each chip
+        ("v5p-12", "h200$"),
         ("h100:2x4", "grids of 1 axes"),
         (
             "h100:12",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 CUBES = ("v4", "v5p", "tpu7x")  # whose grids have three axes
 SLICED = 4
 MOST_CHIPS = 65_536  # more are a slip, and would be described one by one
+# Grids by the number in the names of Cloud TPU's types: of v5litepod-16 and v6e-8 chips, of v4-8 and v5p-8 two a chip.
+FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+DEEP = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4"}
+_TYPE = re.compile(r"(?P<kind>v4|v5litepod|v5e|v5p|v6e)-(?P<number>[1-9]\d*)")
 _FORM = re.compile(r"(?:(?P<slices>[1-9]\d*)x)??(?P<kind>[a-z][a-z0-9-]*):(?P<shape>\d+(?:x\d+)*)")
 
 
@@ -86,7 +91,7 @@ def read_slice(name: str, prices: Path | None = None) -> Slice:
     if found is None or found["kind"] not in table:
         raise UserError(
             f"--topology {name}: expected a kind and a grid such as v5e:4x8, v5p:2x2x2, 2xv6e:4x4 or h100:8; kinds: "
-            f"{', '.join(table)}"
+            f"{', '.join(table)}{_meant(name, table)}"
         )
     kind, grid = found["kind"], tuple(map(int, found["shape"].split("x")))
     axes = (1,) if kind not in TPUS else (3,) if kind in CUBES else (2,)
@@ -116,6 +121,18 @@ def read_slice(name: str, prices: Path | None = None) -> Slice:
             f"machines of fewer as in 2x{kind}:{wanted.host_chips // 2}"
         )
     return wanted
+
+
+def _meant(name: str, table: Mapping[str, Any]) -> str:
+    """What somebody may mean who writes another case, or the type by which Cloud TPU rents a slice."""
+    lower = name.lower()
+    if (found := _FORM.fullmatch(lower)) is not None and found["kind"] in table:
+        return f"; did you mean {lower}?"
+    if (found := _TYPE.fullmatch(lower)) is not None:
+        kind = found["kind"].replace("litepod", "e")
+        grid = (DEEP if kind in CUBES else FLAT).get(int(found["number"]))
+        return f"; {name} is {kind}:{grid}" if grid else ""
+    return ""
 
 
 def read_table(file: Path) -> dict[str, Any]:
