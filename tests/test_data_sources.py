@@ -146,6 +146,10 @@ MISTAKES = {
     "deep": ("[" * 200_000, r"line 1: broken JSON"),
     "not_a_row": (f"{GOOD}\n[1]\n", r"line 2: expected an object"),
     "question": (f'{GOOD}\n{{"question": 5, "answer": "1"}}\n', r"line 2: its question must be text, got '5'"),
+    "half_a_character": (
+        f'{GOOD}\n{{"question": "How \\ud83d many?", "answer": "1"}}\n',
+        r"line 2: its question has '.ud83d', half of a character",
+    ),
     "no_question": (f'{GOOD}\n{{"answer": "1"}}\n', r"line 2: its question must be text, got nothing"),
     "duplicate": (f"{GOOD}\n{GOOD}\n", r"line 2: the id 'a' was used before, in line 1"),
     "bad_id": ('{"id": [1], "question": "Q", "answer": "1"}\n', r"line 1: its id must be"),

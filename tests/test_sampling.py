@@ -446,7 +446,7 @@ def test_in_bf16_the_logprobs_stay_near_the_trainers():
     assert off.mean() < 0.02 and off.max() < 0.3  # nats; 32 bits: 1e-4, see above
 
 
-@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3"])
 def test_greedy_is_transformers_generate(tmp_path, family):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM

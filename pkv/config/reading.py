@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -267,6 +268,7 @@ def _build_scalar(kind: type, value: Any, path: str) -> Any:
     return value
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _KIND_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -294,3 +296,9 @@ def describe(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"a list of {len(value)}"
     return f"{value!r} ({_KIND_WORDS.get(type(value), type(value).__name__)})"
+
+
+def half_character(text: str) -> str | None:
+    """The first surrogate in a text, None if it has none: JSON can spell half a pair, and no tokenizer takes it."""
+    found = _SURROGATE.search(text)
+    return found[0] if found else None

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from pkv.config import UserError
+from pkv.config import UserError, half_character
 from pkv.records import Problem
 
 _ANNOTATION = re.compile(r"<<[^<>\n]{0,200}>>")
@@ -95,6 +95,9 @@ def _read_row(row: Mapping[str, Any], shape: tuple[str, str], source: str, taken
     gold = SHAPES[shape](row)
     if not gold.answer:
         raise ValueError("its answer is empty")
+    for column in ("id", *shape):
+        if half := half_character(str(row.get(column))):
+            raise ValueError(f"its {column} has {half!r}, half of a character and no text; leave it out")
     extra = {
         str(column): value
         for column, value in row.items()
@@ -112,7 +115,7 @@ def _id(row: Mapping[str, Any], question: str, taken: Mapping[str, str]) -> str:
         if not isinstance(stated, (str, int)) or isinstance(stated, bool) or not str(stated).strip():
             raise ValueError(f"its id must be text or a whole number, got {_describe(stated)}")
         return str(stated)
-    digest = hashlib.sha256(question.strip().encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    digest = hashlib.sha256(question.strip().encode()).hexdigest()[:16]
     again = 2
     name = digest
     while name in taken:  # the same question once more: public sets have such rows, and they are not an error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +14,13 @@ import numpy as np
 from pkv.competition import Tokenizer, render
 from pkv.competition.prompt import neutralise
 from pkv.compiling import keep_compiled
-from pkv.config import SamplingConfig, UserError, describe, parse_config
+from pkv.config import SamplingConfig, UserError, describe, half_character, parse_config
 from pkv.evaluate.groups import Source
 from pkv.evaluate.policy import load_policy, sampling_mesh, usual_dtype
 from pkv.model import Arch
 from pkv.sampling import Engine, Request, compile_ahead, row_keys
 
 DEFAULT_NEW_TOKENS = 1024
-_HALF = re.compile("[\ud800-\udfff]")  # JSON can spell these, and a command line's broken bytes become such
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def read_prompt(record: Any, where: str) -> PromptLine:
         if key not in record:
             raise UserError(f"{where}: {key!r} is missing; a line needs id and prompt")
     name, prompt, raw = record["id"], record["prompt"], record.get("raw", False)
-    if not isinstance(name, str | int) or isinstance(name, bool) or _HALF.search(str(name)):
+    if not isinstance(name, str | int) or isinstance(name, bool) or half_character(str(name)):
         raise UserError(f"{where}: 'id': expected text or a whole number, got {describe(name)}")
     if not isinstance(raw, bool):
         raise UserError(f"{where}: 'raw': expected true or false, got {describe(raw)}")
@@ -194,8 +192,8 @@ def _request(responder: Responder, line: PromptLine, keys: np.ndarray, asked: in
 
 def _refuse_halves(prompt: str | list[dict[str, str]], where: str) -> None:
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    if half := _HALF.search("\n".join(texts)):
-        raise UserError(f"{where}: got {half[0]!r}, half of a character and no text; leave it out")
+    if half := half_character("\n".join(texts)):
+        raise UserError(f"{where}: got {half!r}, half of a character and no text; leave it out")
 
 
 def _are_messages(value: Any) -> bool:
