@@ -659,9 +659,10 @@ def test_a_rounds_hours_are_a_mean_over_its_budgets():
     config = load_config("qwen2.5-7b", [])
     grows = dataclasses.replace(config.rounds[-1], budgets=(4096,), max_new_tokens=7168)
     alone = [dataclasses.replace(grows, budgets=(), max_new_tokens=tokens) for tokens in (4096, 7168)]
-    found = plan_of(dataclasses.replace(config, rounds=(grows, *alone)), "h100:8").rounds
-    both, small, large = (round_.hours for round_ in found)
-    assert small < large and both == pytest.approx((small + large) / 2)
+    short = dataclasses.replace(grows, steps=1)  # which ends at its own max_new_tokens, and so begins there
+    found = plan_of(dataclasses.replace(config, rounds=(grows, *alone, short)), "h100:8").rounds
+    both, small, large, one = (round_.hours for round_ in found)
+    assert small < large and both == pytest.approx((small + large) / 2) and one == pytest.approx(large / grows.steps)
 
 
 def test_the_machines_that_are_assumed_and_the_plans_own_time_are_said():

@@ -203,9 +203,9 @@ def make_plan(work: Work, wanted: Slice, patient: bool = True, by_formula: bool 
 def _round_seconds(
     work: Work, round_: RoundConfig, spread: Spread, wanted: Slice, sent: Mapping[str, Mapping[str, float]]
 ) -> Seconds:
-    """A step's, as a mean over the round's budgets, each of which has an equal part of its steps."""
+    """A step's, as a mean over the round's budgets, each of which has an equal part of its steps (`Stage.budget`)."""
     found = []
-    for budget in (*round_.budgets, round_.max_new_tokens):
+    for budget in (*round_.budgets, round_.max_new_tokens)[-round_.steps :]:
         alone = dataclasses.replace(round_, max_new_tokens=budget, budgets=())
         part = dataclasses.replace(work, config=dataclasses.replace(work.config, rounds=(alone,)))
         found.append(dataclasses.astuple(step_seconds(part, spread, wanted, sent)))
