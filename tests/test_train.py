@@ -34,7 +34,7 @@ from pkv.rewards import ScoringPool
 from pkv.sampling import rehearse
 from pkv.train import interrupts, loop
 from pkv.train.interrupts import stop_requests
-from pkv.train.journal import check_stepped, step_metrics
+from pkv.train.journal import check_stepped, shown, step_metrics
 from pkv.train.loop import train
 from pkv.train.rounds import check_requirement, reward_budgets, stages
 from pkv.train.run import Run, _settled, open_run
@@ -606,6 +606,7 @@ def test_a_step_that_trains_on_nothing_says_nothing_of_what_it_trained_on():
     assert line["groups/silent"] == 1.0 and line["policy/skipped"] == 0.0 and line["perf/tokens_per_s"] == 8.0
     unknown = {"loss", "policy/entropy", "policy/gradient_norm", "policy/kl_sampler", "perf/update_tflops"}
     assert not unknown & set(line)
+    assert shown(line)["silent"] == 1.0 and "silent" not in shown(line | {"groups/silent": 0.0})
 
 
 ALL_AT_ONCE = [

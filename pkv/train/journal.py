@@ -163,6 +163,7 @@ def shown(metrics: Mapping[str, Any]) -> dict[str, float]:
         "format": metrics.get("format", np.nan),
         "tokens": metrics["length/tokens"],
         "tokens_per_s": metrics.get("perf/tokens_per_s", np.nan),
+        **({"silent": metrics["groups/silent"]} if metrics["groups/silent"] else {}),  # at 1 nothing is learnt
     }
 
 
