@@ -954,11 +954,13 @@ def test_every_program_compiles_for_every_kind_of_slice(topology, mesh, remat):
     [
         ("qwen2.5-14b --topology v5e:4x8", 4.6),
         ("qwen2.5-14b --topology v5e:4x4 --optimizer.moments float8", 5.5),
+        ("qwen2.5-14b --topology v6e:2x4", 7.0),
+        ("qwen2.5-14b-128k --topology v5p:2x2x2", 31.0),
         ("qwen2.5-14b-lora --topology v5e:2x4", 2.4),
     ],
 )
 def test_headline_configs_fit_the_slices_that_their_headers_name(asked, activations_gib):
-    """Every program of a full step of 14B at 11,264 new tokens, compiled for TPU, in a new process."""
+    """Every program of a full step of 14B at 11,264 new tokens or 122,880, compiled for TPU, in a new process."""
     command = [sys.executable, "-m", "pkv", "plan", *asked.split(), "--json"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
     assert ended.returncode == 0, ended.stderr[-3000:]
