@@ -707,6 +707,15 @@ def test_what_would_fit_is_found_by_trying(capsys):
     assert code == 0 and "Fits, with" in out
 
 
+@pytest.mark.parametrize("how", [(), ("--search",)])
+def test_adapters_are_what_would_fit_where_a_whole_model_cannot_be_trained(capsys, how):
+    words = ["qwen2.5-72b", "--topology", "h100:8"]
+    code, out, _ = plan(capsys, *words, *how)
+    assert code == 3 and out.endswith("raise the rounds' learning_rate some ten times.\n")
+    flags = out.split("It would fit with: ")[1].splitlines()[0].split()
+    assert flags[flags.index("--model.lora.rank") + 1] == "32" and plan(capsys, *words, *flags)[0] == 0
+
+
 def test_keys_and_values_in_8_bits_are_what_would_fit_where_a_row_lacks_little(capsys):
     words = ["qwen2.5-7b", "--topology", "h100:8", "--sampling.kv_memory_gb", "0.1"]  # of 0.12 that a row takes
     code, out, _ = plan(capsys, *words)
@@ -829,7 +838,7 @@ def test_another_mesh_is_what_would_fit_where_nothing_else_does(capsys):
 
 
 def test_a_search_that_finds_nothing_has_a_verdict_though_the_configs_mesh_cant_be(capsys):
-    words = ["qwen2.5-7b", "--topology", "a100-40gb:3", "--grpo.prompts", "9"]  # its tensor axis is of 4
+    words = ["qwen2.5-32b", "--topology", "a100-40gb:3", "--grpo.prompts", "9"]  # its tensor axis is of 4
     code, _, err = plan(capsys, *words)
     assert code == 2 and "does not fit on 3 devices" in err and "pkv plan --search" in err
     code, out, _ = plan(capsys, *words, "--search")

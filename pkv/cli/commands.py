@@ -293,7 +293,7 @@ class Plan:
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor")}
         given = [f"--mesh.{name}={size}" for name, size in sizes.items() if size is not None]
         config = load_config(self.config, [*flags, *given])
-        from pkv.plan import as_record, find, in_words, model_shape, quicker, read_slice, work_of
+        from pkv.plan import ADAPTERS, as_record, find, in_words, model_shape, quicker, read_slice, work_of
 
         wanted = read_slice(self.topology, Path(self.prices) if self.prices else None)
         work = work_of(config, model_shape(config.model.path, config.model.context), self.prompt_tokens)
@@ -301,6 +301,8 @@ class Plan:
         advice = f"\n{'With' if plan.fits else 'It would fit with'}: {' '.join(changed)}" if changed else ""
         if not (plan.fits or changed):
             advice = "\nNothing that was tried fits; take a larger slice, or a smaller model or row."
+        if changed and any(flag.startswith(ADAPTERS) for flag in changed):
+            advice += "\nThat trains adapters and not the model: raise the rounds' learning_rate some ten times."
         faster = None
         if (better := quicker(plan)) is not None:
             flag, hours = better

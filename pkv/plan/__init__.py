@@ -17,10 +17,11 @@ from pkv.plan.chips import Slice, read_slice
 from pkv.plan.models import model_shape
 from pkv.plan.planning import Plan, make_plan, plan
 from pkv.plan.programs import Work, work_of
-from pkv.plan.search import find, quicker
+from pkv.plan.search import ADAPTERS, find, quicker
 from pkv.plan.table import as_record, in_words
 
 __all__ = [
+    "ADAPTERS",
     "Plan",
     "Slice",
     "Work",

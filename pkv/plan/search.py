@@ -23,6 +23,7 @@ MOST_CHANGES = 6  # that `nearest` makes
 LIGHTER = {"float32": "bfloat16", "bfloat16": "float8"}  # moments
 UNSURE = 1.2  # times a chip's memory by formulas may fit: they had up to 1.17 of what was compiled for a gradient
 CLEARLY = 0.9  # of its hours a plan has to take with what is said to be quicker
+ADAPTERS, ADAPTER_RANK = "--model.lora.rank", 32  # as the shipped configs have it
 TRIED_TENSOR = (1, 2, 4, 8)  # wider than a machine of 8, sums over tensor cost more than they save
 
 
@@ -81,8 +82,22 @@ def find(work: Work, wanted: Slice, say: Say, by_search: bool) -> tuple[Plan, tu
     plan = make_plan(asked.work, wanted)
     if plan.fits:
         return plan, asked.flags
-    remedy = nearest(asked.work, wanted, plan, say, asked.flags)
+    remedy = nearest(asked.work, wanted, plan, say, asked.flags) or _with_adapters(asked, wanted, say)
     return plan, () if remedy is None else remedy[1]
+
+
+def _with_adapters(asked: Change, wanted: Slice, say: Say) -> tuple[Plan, tuple[str, ...]] | None:
+    """The last remedy of a full fine-tuning, which trains something else: LoRA, and what that needs to fit."""
+    config = asked.work.config
+    if config.model.lora.rank:
+        return None
+    lora = dataclasses.replace(config.model.lora, rank=ADAPTER_RANK)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))
+    work, flags = dataclasses.replace(asked.work, config=config), (*asked.flags, f"{ADAPTERS} {ADAPTER_RANK}")
+    plan = _try(Change(flags, work), wanted, say)
+    if plan is None:
+        return None
+    return (plan, flags) if plan.fits else nearest(work, wanted, plan, say, flags)
 
 
 def _after_search(work: Work, wanted: Slice) -> Change:
