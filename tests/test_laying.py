@@ -48,6 +48,7 @@ def said_of(params, arch, asked, done) -> np.ndarray:
     return np.asarray(computed(params, arch, whole))[len(prompt) - 1 :][: len(done.tokens)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "stacked"), [(None, False), (None, True), *TWO])
 def test_flat_matrices_say_the_same(monkeypatch, mesh, stacked):
     monkeypatch.setattr("pkv.sampling.laying.UNROLL", 0 if stacked else 8)
@@ -60,6 +61,7 @@ def test_flat_matrices_say_the_same(monkeypatch, mesh, stacked):
     assert_same(plain, run(mesh=where))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, EIGHT_BIT], ids=["plain", "int8"])
 def test_layers_apart_are_flat_too(monkeypatch, config):
     """As a small model lies on a TPU; with adapters, over a mesh, each layer's parts go apart together."""
@@ -77,6 +79,7 @@ def test_layers_apart_are_flat_too(monkeypatch, config):
             assert_same(expected, {(c.request, c.sample): c for c in engine.sample(weights, requests())})
 
 
+@pytest.mark.slow
 def test_heads_that_the_mesh_does_not_divide_are_flat_and_whole(monkeypatch):
     params = init_params(FEW_HEADS, jax.random.key(1))
     plain = run(arch=FEW_HEADS, params=params)
@@ -85,6 +88,7 @@ def test_heads_that_the_mesh_does_not_divide_are_flat_and_whole(monkeypatch):
     assert_same(plain, run(arch=FEW_HEADS, params=params, mesh=make_mesh(MESHES["all"])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "stacked"), [(None, False), (None, True), ("all but sequence", True), *TWO])
 def test_eight_bits_are_sampled_from_as_they_decode(monkeypatch, mesh, stacked):
     monkeypatch.setattr("pkv.sampling.laying.UNROLL", 0 if stacked else 8)
@@ -105,6 +109,7 @@ def test_eight_bits_are_near_and_a_fourth_of_the_memory():
         assert (gate.table.dtype, gate.table.shape, gate.steps.shape) == ("int8", (16, 32), (32,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, 10])
 def test_an_adapter_lies_over_a_base_in_eight_bits(layers):
     arch = dataclasses.replace(ARCH, layers=layers)

@@ -98,6 +98,7 @@ def by_kernel(monkeypatch):
     monkeypatch.setattr(page_kernel, "attend_pages", interpreted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, MESHES["sequence"]])
 def test_the_engine_says_the_same_by_kernel(request, mesh):
     config = dataclasses.replace(CONFIG, segment=8)

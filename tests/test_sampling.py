@@ -93,6 +93,7 @@ def test_one_and_eight_devices_say_the_same(monkeypatch, plain, mesh, stacked):
     assert_same(plain, run(mesh=make_mesh(mesh)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["plain", "nf4 with adapters"])
 def test_layers_apart_as_on_a_gpu_say_the_same(monkeypatch, base):
     """Also of a model with few bits and adapters, whose parts go apart together."""
@@ -214,6 +215,7 @@ def test_the_samples_of_one_prompt_use_every_device(monkeypatch):
     assert spread[0] == [1] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True])
 def test_what_all_prompts_begin_with_is_prefilled_once(monkeypatch, stacked):
     if stacked:
@@ -281,6 +283,7 @@ def test_eight_bit_keys_and_values_stay_near():
         assert off.mean() < 0.05 and off.max() < 0.5
 
 
+@pytest.mark.slow
 def test_eight_bit_keys_and_values_are_the_same_on_every_mesh():
     config = dataclasses.replace(CONFIG, kv_cache="int8")
     assert_same(run(config), run(config, mesh=make_mesh(MESHES["all"])))
@@ -366,6 +369,7 @@ def test_a_stop_string_over_the_border_of_a_segment_ends_its_row_there(tmp_path,
     assert seen, "the case must show it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("kv_cache", ["plain", "int8"])
 def test_pages_as_tpu_writes_them_say_the_same(monkeypatch, stacked, kv_cache):

@@ -51,6 +51,7 @@ def memory_of(pages: int, page: int = 8, *, fixed: bool = False) -> dict[str, fl
 
 
 # fixed: a stock keeps its size from the beginning, as on an accelerator.
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh, fixed", [(None, False), (None, True), (MESHES["all"], False)])
 def test_when_the_memory_ends_rows_wait_and_say_the_same(plain, mesh, fixed):
     limit = memory_of(9, fixed=fixed) if mesh is None else memory_of(4, fixed=fixed)
@@ -65,6 +66,7 @@ def test_when_the_memory_ends_rows_wait_and_say_the_same(plain, mesh, fixed):
         assert engine.usage.evicted, "the case must show it"
 
 
+@pytest.mark.slow
 def test_the_memory_suffices_while_pages_are_added_too(monkeypatch):
     monkeypatch.setattr("pkv.sampling.arena.GROWING", (8, 0))
     limit = memory_of(60)
@@ -81,6 +83,7 @@ def test_the_memory_suffices_while_pages_are_added_too(monkeypatch):
     assert len(seen) > 4 and engine.usage.evicted and max(seen) <= limit["kv_memory_gb"] * 1e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh, stacked", [(None, True), (MESHES["all"], False)], ids=["one device", "all"])
 def test_a_stock_of_one_size_says_the_same_and_is_made_once(monkeypatch, plain, mesh, stacked):
     """Its parts grow, shrink and are moved together, and nothing else is made or copied."""
@@ -99,6 +102,7 @@ def test_a_stock_of_one_size_says_the_same_and_is_made_once(monkeypatch, plain, 
     assert moving or mesh, "the case must show it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots, fixed", [(1, True), (3, False), (3, True)])
 def test_a_long_wait_for_memory_loses_no_page(monkeypatch, slots, fixed):
     """Many prompts come, go out and come back: at every visit each page is free or has its holder."""
@@ -140,6 +144,7 @@ def beginning_alike(common: int) -> list[Request]:
     return [dataclasses.replace(one, prompt=np.concatenate([head, one.prompt])) for one in requests()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_cache", ["plain", "int8"])
 @pytest.mark.parametrize("mesh", [None, MESHES["all"]], ids=["one device", "all"])
 def test_what_all_prompts_begin_with_counts_as_memory(monkeypatch, mesh, kv_cache):
@@ -170,6 +175,7 @@ def test_a_refusal_says_what_the_beginning_of_all_prompts_takes():
         run(dataclasses.replace(CONFIG, **memory_of(6)), beginning_alike(80))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh, pages", [(None, 17), (MESHES["all"], 6)], ids=["one device", "all"])
 def test_what_all_prompts_begin_with_gives_way_to_a_row_that_fits_without_it_only(mesh, pages):
     """Then rows wait for each other, and nothing is refused."""
@@ -216,6 +222,7 @@ def test_the_memory_that_is_free_is_the_most_that_was_found_and_is_still_there(m
     assert found == [0.8e6, 0.8e5, 0.8e6, 0.8e5, 0.8e6, 0.8e5]
 
 
+@pytest.mark.slow
 def test_memory_follows_the_lengths():
     engine = Engine(ARCH, dataclasses.replace(CONFIG, page_tokens=4, segment=4, slots=32), (), one_device())
     draw, lengths = np.random.default_rng(0), (200, 20, 30, 40, 25, 100)
@@ -246,6 +253,7 @@ def test_memory_follows_the_lengths_of_long_tailed_rollouts(prompts, samples, ne
     assert rehearsal.usage.ratio < most
 
 
+@pytest.mark.slow
 def test_a_long_run_compiles_few_programs():
     """Rows end where their budgets do, long-tailed: so what is compiled is the same on every machine."""
     engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=32, page_tokens=16), (), one_device())
@@ -318,6 +326,7 @@ def test_a_warm_up_that_fails_or_is_interrupted_does_not_compile_what_is_left(mo
     assert len(tried) < len(rehearse(engine, asked)) / 2
 
 
+@pytest.mark.slow
 def test_a_warm_up_leaves_little_to_compile_for_long_tailed_lengths():
     engine = Engine(ARCH, dataclasses.replace(CONFIG, slots=32), STOPS, one_device())
     weights, asked = engine.load(PARAMS), requests((100, 100, 100), samples=16)

@@ -67,6 +67,7 @@ def final_state(folder: Path, config_file: Path, flags=(), steps=5):
     return checkpoint.restore(folder / "checkpoints", steps, setup.learner.init(setup.policy.params))[0]
 
 
+@pytest.mark.slow
 def test_rollouts_and_evaluations_of_a_stage_are_compiled_before_it(config_file, tmp_path):
     setup = build(load_config(config_file, ["--evaluate.temperature=0"]))
     run, state = open_training(setup, tmp_path / "run", fresh=False)
@@ -292,6 +293,7 @@ def test_a_requirement_that_is_not_met_can_be_lowered_in_its_run(whole, config_f
     assert (folder / "config.yaml").read_text() == (whole / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_requirement_of_the_first_round_is_open_until_it_begins_but_not_what_measured_the_warm_up(
     whole, config_file, tmp_path
 ):
@@ -329,6 +331,7 @@ def test_a_finished_run_is_given_another_round(whole, config_file, tmp_path):
         train(load_config(config_file), folder)
 
 
+@pytest.mark.slow
 def test_a_start_that_was_measured_is_measured_anew_where_its_round_changes(whole, config_file, tmp_path, monkeypatch):
     def dies(setup, run, state, stage, number, scoring, step=loop.grpo_step):
         if stage.name == "second":
@@ -486,6 +489,7 @@ def test_a_round_waits_for_what_it_requires():
         check_requirement(round_, [first | {"metrics": {"format": 1.0}}])
 
 
+@pytest.mark.slow
 def test_a_round_that_has_begun_is_not_refused_by_what_it_measured_itself(config_file, tmp_path, monkeypatch):
     flags = [
         "--rounds.second.max_new_tokens=16",
@@ -631,6 +635,7 @@ ALL_AT_ONCE = [
 ]
 
 
+@pytest.mark.slow
 def test_all_options_together_make_a_run_that_is_resumed_bit_for_bit(config_file, tmp_path, monkeypatch):
     train(load_config(config_file, ALL_AT_ONCE), tmp_path / "whole")
     (first, *_) = [line for line in lines(tmp_path / "whole") if line["phase"] == "grpo"]
@@ -639,6 +644,7 @@ def test_all_options_together_make_a_run_that_is_resumed_bit_for_bit(config_file
     check_resumed(tmp_path / "whole", config_file, tmp_path / "run", monkeypatch, 3, ALL_AT_ONCE)
 
 
+@pytest.mark.slow
 def test_one_step_off_samples_ahead_within_a_round_and_is_resumed_bit_for_bit(config_file, tmp_path, monkeypatch):
     flags = ["--grpo.one_step_off=true", "--rounds.first.steps=3", "--rounds.first.fighter_tokens=4"]
     train(load_config(config_file, flags), tmp_path / "whole")
