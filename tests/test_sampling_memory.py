@@ -272,13 +272,9 @@ def test_a_long_run_compiles_few_programs():
     assert engine.compilations <= 72
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh, memory",
-    [
-        (None, {}),
-        (MESHES["all"], {}),
-        pytest.param(None, {"kv_memory_gb": 1.5 * 40 * 16 * 256 / 1e9}, marks=pytest.mark.slow),
-    ],
+    "mesh, memory", [(None, {}), (MESHES["all"], {}), (None, {"kv_memory_gb": 1.5 * 40 * 16 * 256 / 1e9})]
 )
 def test_after_a_warm_up_rollouts_to_the_end_of_their_budget_compile_nothing(mesh, memory):
     config = dataclasses.replace(CONFIG, slots=16, page_tokens=16, **memory)
