@@ -212,6 +212,9 @@ def task(gold, answer):
         while True: pass
     if answer == "sleep":
         time.sleep(60)
+    if answer == "nap":
+        time.sleep(1)
+        return True
     if answer == "deaf":
         os.fork() or time.sleep(60)
         time.sleep(60)
@@ -326,6 +329,13 @@ def test_failures_are_coded_and_the_next_item_is_scored(hostile: str) -> None:
             assert caught.value.code == "failed"
             assert pool.check("a", "a") is True
         assert pool.check("a", "print") is False  # what a task prints is no reply
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system doesn't tell a process's processor time")
+def test_an_item_that_gets_no_processor_time_is_waited_for(hostile: str) -> None:
+    """As on a machine where JAX compiles on every core: the answer is not unscored for that."""
+    with VerifyPool(timeout_s=0.4, task=hostile) as pool:
+        assert pool.check("a", "nap") is True
 
 
 def test_a_late_reply_is_never_the_next_items(hostile: str) -> None:

@@ -17,10 +17,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 TASK = "pkv.mathcheck.symbolic:same"
+PATIENCE = 5  # times its limit an item may wait for a processor that others hold
 _RECYCLE_AFTER = 1000  # items; sympy's caches grow
 _MAX_REPLY = 4096  # bytes
 
@@ -39,7 +41,9 @@ class VerifyError(Exception):
 class VerifyPool:
     """A context manager over `workers` processes, started when first needed. Safe to share between threads.
 
-    timeout_s: wall seconds an item may take, its process's start not counted. memory_mb: address space of a process.
+    timeout_s: of processor time that an item may take, its process's start not counted, so that a busy machine leaves
+    no answer unscored; PATIENCE times as long by the clock, and not longer than timeout_s where the system has no
+    /proc to tell a process's time. memory_mb: address space of a process.
     task: "module:function" that a process runs as function(gold, answer) -> bool.
     """
 
@@ -53,7 +57,8 @@ class VerifyPool:
     ) -> None:
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
-        self._command = [sys.executable, "-P", "-m", "pkv.mathcheck.worker", task, str(timeout_s), str(memory_mb << 20)]
+        limits = map(str, (timeout_s, PATIENCE * timeout_s, memory_mb << 20))
+        self._command = [sys.executable, "-P", "-m", "pkv.mathcheck.worker", task, *limits]
         self._closed = False
         self._size = workers
         # Last in, first out: a running worker is taken before an empty place makes another one start.
@@ -122,7 +127,7 @@ class _Worker:
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until the task is imported. Raises VerifyError."""
         if not self._ready:
-            reply = self._read(timeout_s, "start")
+            reply = self._read(timeout_s, "start", patience=1)
             if "error" in reply:
                 raise VerifyError("failed", f"the comparing process did not start: {reply['error']}")
             self._ready = True
@@ -136,22 +141,34 @@ class _Worker:
             self._process.stdin.flush()
         except OSError as error:
             raise VerifyError("failed", f"the comparing process is gone: {error}") from error
-        return self._read(timeout_s, "comparison")
+        return self._read(timeout_s, "comparison", PATIENCE)
 
-    def _read(self, timeout_s: float, what: str) -> dict[str, Any]:
+    def _read(self, timeout_s: float, what: str, patience: int) -> dict[str, Any]:
         assert self._process.stdout is not None
-        deadline = time.monotonic() + timeout_s
+        worked_out, waited_out = self._worked_s() + timeout_s, time.monotonic() + patience * timeout_s
+        left_s = timeout_s
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise VerifyError("timeout", f"the {what} took longer than {timeout_s:g} s")
+                if not selector.select(left_s):
+                    left_s = min(worked_out - self._worked_s(), waited_out - time.monotonic())
+                    if left_s <= 0:
+                        raise VerifyError("timeout", f"the {what} took longer than {timeout_s:g} s")
+                    continue
                 chunk = os.read(self._process.stdout.fileno(), _MAX_REPLY)
                 if not chunk or len(self._buffer) > _MAX_REPLY:
                     raise VerifyError("failed", f"the comparing process ended during the {what}")
                 self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
+
+    def _worked_s(self) -> float:
+        """Processor time of the process so far, or where that is not told the time of the clock."""
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return time.monotonic()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime: proc(5)
 
     def kill(self) -> None:
         """End the process and everything that it started, now."""

@@ -18,10 +18,11 @@ from collections.abc import Callable
 
 
 def main(arguments: list[str]) -> int:
-    """Serve `module:function` until standard input ends. arguments: task, seconds an item, bytes of memory."""
+    """Serve `module:function` until standard input ends. arguments: task, an item's seconds of
+    processor time and by the clock, bytes of memory."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler's, meant for the run: it still needs what is checked
         signal.signal(number, signal.SIG_IGN)
-    task_name, seconds, memory_bytes = arguments[0], float(arguments[1]), int(arguments[2])
+    task_name, seconds, wall_seconds, memory_bytes = arguments[0], *map(float, arguments[1:3]), int(arguments[3])
     # The task gets neither end of the protocol: what it prints must not look like an answer.
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -40,9 +41,9 @@ def main(arguments: list[str]) -> int:
     _reply(replies, {"ready": True})
     for line in requests:
         gold, answer = json.loads(line)
-        # One item's own budget; the parent kills at `seconds`, this is for a worker that outlives its parent.
+        # One item's own budget; the parent kills earlier, this is for a worker that outlives its parent.
         _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + seconds) + 1)
-        signal.setitimer(signal.ITIMER_REAL, 2 * seconds + 1)
+        signal.setitimer(signal.ITIMER_REAL, 2 * wall_seconds + 1)
         reply = _run(task, gold, answer)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _reply(replies, reply)
