@@ -31,13 +31,13 @@ def _read_ropes(fields: ConfigReader, max_positions: int) -> dict[str, Any]:
     blocks = ConfigReader(both, "config.json: rope_parameters")
     everywhere, nearby = (blocks.take_or_none(kind, dict) or {} for kind in (FULL, SLIDING))
     blocks.finish()
-    theta = fields.take("rope_theta", float, 1_000_000.0)
-    local_theta = fields.take("rope_local_base_freq", float, 10_000.0)
+    theta = fields.positive("rope_theta", 1_000_000.0)
+    local_theta = fields.positive("rope_local_base_freq", 10_000.0)
     block = {"rope_theta": theta, **scaling, **everywhere}
     found = read_rope_block(ConfigReader(block, f"config.json: rope of {FULL}"), fields, max_positions)
     block = ConfigReader({"rope_theta": local_theta, **nearby}, f"config.json: rope of {SLIDING}")
     block.only("rope_type", "default")
-    found["local_rope_theta"] = block.take("rope_theta", float)
+    found["local_rope_theta"] = block.positive("rope_theta")
     block.finish()
     return found
 

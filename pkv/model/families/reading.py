@@ -71,6 +71,13 @@ class ConfigReader:
             raise UserError(f"{self._where}: {name}: got {size}; expected at least 1")
         return size
 
+    def positive(self, name: str, default: float | None = None) -> float:
+        """A finite number above 0, as `take` gives it. Raises UserError."""
+        value = self.take(name, float, default)
+        if not 0 < value < math.inf:
+            raise UserError(f"{self._where}: {name}: got {value:g}; expected a number above 0")
+        return value
+
     def take_or_none(self, name: str, kind: type, absent: Any = None) -> Any:
         """The value of a key, which may be null; `absent` if the key is not there at all. Raises UserError."""
         self._taken.add(name)
@@ -132,11 +139,11 @@ def read_rope_block(
 ) -> dict[str, Any]:
     """The same from one block; what it leaves out may stand outside, in `fields`."""
     outside = fields.take_or_none("rope_theta", float)
-    theta = block.take("rope_theta", float, outside or 10_000.0)
+    theta = block.positive("rope_theta", 10_000.0 if outside is None else outside)
     share = 1.0
     if partial:
         outside = fields.take_or_none("partial_rotary_factor", float)
-        share = block.take("partial_rotary_factor", float, outside or 1.0)
+        share = block.positive("partial_rotary_factor", 1.0 if outside is None else outside)
     else:
         block.only("partial_rotary_factor", 1, 1.0)
     old_kind = block.take_or_none("type", str)
@@ -156,34 +163,27 @@ def read_rope_block(
 
 def _read_scaling(block: ConfigReader, kind: str, max_positions: int, longrope: int | None) -> Scaling:
     if kind == "linear":
-        return Linear(_factor(block))
+        return Linear(block.positive("factor"))
     said = block.take("original_max_position_embeddings", int, max_positions)
     original = longrope or said
     if original < 2:
         raise UserError(f"config.json: original_max_position_embeddings: got {original}; expected at least 2")
     if kind == "llama3":
         low, high = (block.take(name, float) for name in ("low_freq_factor", "high_freq_factor"))
-        return Llama3(_factor(block), low, high, original)
+        return Llama3(block.positive("factor"), low, high, original)
     given = block.take_or_none("attention_factor", float)
     if kind == "longrope":
         ratio = block.take("factor", float, max_positions / original)
         usual = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
         short, long = (_numbers(block, name) for name in ("short_factor", "long_factor"))
         return LongRope(short, long, original, usual if given is None else given, max_positions > original)
-    factor = _factor(block, max_positions / original if max_positions > original else None)
+    factor = block.positive("factor", max_positions / original if max_positions > original else None)
     top, bottom = block.take_or_none("mscale", float), block.take_or_none("mscale_all_dim", float)
     usual = _mscale(factor, top) / _mscale(factor, bottom) if top and bottom else _mscale(factor, 1.0)
     fast, slow = block.take("beta_fast", float, 32.0), block.take("beta_slow", float, 1.0)
     truncate = block.take("truncate", bool, True)
     block.skip("finetuned")
     return Yarn(factor, original, usual if given is None else given, fast, slow, truncate)
-
-
-def _factor(block: ConfigReader, default: float | None = None) -> float:
-    factor = block.take("factor", float, default)
-    if factor <= 0:
-        raise UserError(f"config.json: rope factor: got {factor}; expected a number above 0, such as 4.0")
-    return factor
 
 
 def _numbers(block: ConfigReader, name: str) -> tuple[float, ...]:
