@@ -292,7 +292,7 @@ class Plan:
     def __call__(self, out: Output, flags: Sequence[str]) -> int:
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "sequence", "tensor")}
         given = [f"--mesh.{name}={size}" for name, size in sizes.items() if size is not None]
-        config = load_config(self.config, [*flags, *given])
+        config = load_config(self.config, [*given, *flags])
         from pkv.plan import ADAPTERS, as_record, find, in_words, model_shape, quicker, read_slice, work_of
 
         wanted = read_slice(self.topology, Path(self.prices) if self.prices else None)

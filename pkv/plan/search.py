@@ -135,7 +135,7 @@ def nearest(
         if plan.fits:
             return plan, flags
         failed = plan
-    found = None if wanted.compiles and flags else search(asked, wanted, say)
+    found = None if wanted.compiles and flags else search(asked, wanted, say, before)
     return found or (search(work, wanted, say, flags) if flags else None)
 
 
