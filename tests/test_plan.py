@@ -716,6 +716,19 @@ def test_adapters_are_what_would_fit_where_a_whole_model_cannot_be_trained(capsy
     assert flags[flags.index("--model.lora.rank") + 1] == "32" and plan(capsys, *words, *flags)[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("h100:8", "--optimizer.name", "muon", "--optimizer.moments", "float32"), "--optimizer.name adamw"),
+        (("h100:2", "--tensor", "2", "--sampling.weights", "int8"), "--model.lora.base int8 --sampling.weights plain"),
+    ],
+)
+def test_what_would_fit_is_no_config_that_a_run_would_refuse(capsys, words, said):
+    code, out, _ = plan(capsys, "qwen2.5-72b", "--topology", *words)
+    flags = out.split("It would fit with: ")[1].splitlines()[0]
+    assert code == 3 and said in flags and plan(capsys, "qwen2.5-72b", "--topology", *words, *flags.split())[0] == 0
+
+
 def test_keys_and_values_in_8_bits_are_what_would_fit_where_a_row_lacks_little(capsys):
     words = ["qwen2.5-7b", "--topology", "h100:8", "--sampling.kv_memory_gb", "0.1"]  # of 0.12 that a row takes
     code, out, _ = plan(capsys, *words)

@@ -93,7 +93,11 @@ def _with_adapters(asked: Change, wanted: Slice, say: Say) -> tuple[Plan, tuple[
         return None
     lora = dataclasses.replace(config.model.lora, rank=ADAPTER_RANK)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))
-    work, flags = dataclasses.replace(asked.work, config=config), (*asked.flags, f"{ADAPTERS} {ADAPTER_RANK}")
+    flags = (*asked.flags, f"{ADAPTERS} {ADAPTER_RANK}")
+    if config.optimizer.name == "muon":  # which LoRA is refused with
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="adamw"))
+        flags = (*flags, "--optimizer.name adamw")
+    work = dataclasses.replace(asked.work, config=config)
     plan = _try(Change(flags, work), wanted, say)
     if plan is None:
         return None
@@ -189,11 +193,11 @@ def _relief(work: Work, failed: Plan, tried: Sequence[Config], wanted: Slice) ->
     nothing is left to change."""
     config, worst = work.config, failed.tightest
     first = next((relief for relief in _reliefs(config, worst, wanted) if relief[1] not in tried), None)
-    return None if first is None else Change(first[:1], dataclasses.replace(work, config=first[1]))
+    return None if first is None else Change(tuple(first[0].splitlines()), dataclasses.replace(work, config=first[1]))
 
 
 def _reliefs(config: Config, worst: Program, wanted: Slice) -> Iterator[tuple[str, Config]]:
-    """Flags that take memory off a program, those that cost the least first."""
+    """Flags that take memory off a program, a line each where one needs another, those that cost the least first."""
     model, grpo, optimizer = config.model, config.grpo, config.optimizer
     at_rest = worst.name == AT_REST
     pages = worst.kinds.get("keys and values", 0.0) + worst.kinds.get("keys and values, others", 0.0)
@@ -234,7 +238,10 @@ def _reliefs(config: Config, worst: Program, wanted: Slice) -> Iterator[tuple[st
         yield "--model.remat offload", dataclasses.replace(config, model=offload)
     if model.lora.rank and model.lora.base == "plain":
         lora = dataclasses.replace(model.lora, base="int8")
-        yield "--model.lora.base int8", dataclasses.replace(config, model=dataclasses.replace(model, lora=lora))
+        sampling = dataclasses.replace(config.sampling, weights="plain")  # it is sampled from as it lies
+        needs = "\n--sampling.weights plain" * (config.sampling.weights != "plain")
+        changed = dataclasses.replace(config, model=dataclasses.replace(model, lora=lora), sampling=sampling)
+        yield f"--model.lora.base int8{needs}", changed
 
 
 def _copied(config: Config, program: Program) -> float:
