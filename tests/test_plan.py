@@ -729,6 +729,13 @@ def test_what_would_fit_is_no_config_that_a_run_would_refuse(capsys, words, said
     assert code == 3 and said in flags and plan(capsys, "qwen2.5-72b", "--topology", *words, *flags.split())[0] == 0
 
 
+def test_moments_of_adapters_lose_nothing_where_they_free_too_little(capsys):
+    words = ("qwen2.5-32b", "--topology", "h100:1", "--tensor", "1", "--model.lora.rank", "8")
+    _, out, _ = plan(capsys, *words)
+    flags = out.split("It would fit with: ")[1]
+    assert "--model.remat offload" in flags and "moments" not in flags and plan(capsys, *words, *flags.split())[0] == 0
+
+
 def test_keys_and_values_in_8_bits_are_what_would_fit_where_a_row_lacks_little(capsys):
     words = ["qwen2.5-7b", "--topology", "h100:8", "--sampling.kv_memory_gb", "0.1"]  # of 0.12 that a row takes
     code, out, _ = plan(capsys, *words)

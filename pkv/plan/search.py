@@ -198,7 +198,7 @@ def _relief(work: Work, failed: Plan, tried: Sequence[Config], wanted: Slice) ->
 
 def _reliefs(config: Config, worst: Program, wanted: Slice) -> Iterator[tuple[str, Config]]:
     """Flags that take memory off a program, a line each where one needs another, those that cost the least first."""
-    model, grpo, optimizer = config.model, config.grpo, config.optimizer
+    model, grpo = config.model, config.grpo
     at_rest = worst.name == AT_REST
     pages = worst.kinds.get("keys and values", 0.0) + worst.kinds.get("keys and values, others", 0.0)
     eight_bit = dataclasses.replace(config.sampling, kv_cache="int8")
@@ -230,9 +230,9 @@ def _reliefs(config: Config, worst: Program, wanted: Slice) -> Iterator[tuple[st
     enough = copied and worst.bytes_per_chip - 0.45 * copied <= worst.limit_bytes
     if enough and config.sampling != lighter and model.lora.base == "plain":
         yield "--sampling.weights int8", dataclasses.replace(config, sampling=lighter)
-    if optimizer.name == "adamw" and optimizer.moments in LIGHTER:
-        changed = dataclasses.replace(optimizer, moments=LIGHTER[optimizer.moments])
-        yield f"--optimizer.moments {changed.moments}", dataclasses.replace(config, optimizer=changed)
+    first = not model.lora.rank or worst.lacks <= worst.kinds.get("optimizer", 0.0) / 2  # adapters have few
+    if first:
+        yield from _lighter_moments(config)
     if worst.name == "gradient" and model.remat == "all":
         offload = dataclasses.replace(model, remat="offload")
         yield "--model.remat offload", dataclasses.replace(config, model=offload)
@@ -242,6 +242,14 @@ def _reliefs(config: Config, worst: Program, wanted: Slice) -> Iterator[tuple[st
         needs = "\n--sampling.weights plain" * (config.sampling.weights != "plain")
         changed = dataclasses.replace(config, model=dataclasses.replace(model, lora=lora), sampling=sampling)
         yield f"--model.lora.base int8{needs}", changed
+    if not first:
+        yield from _lighter_moments(config)
+
+
+def _lighter_moments(config: Config) -> Iterator[tuple[str, Config]]:
+    if config.optimizer.name == "adamw" and config.optimizer.moments in LIGHTER:
+        changed = dataclasses.replace(config.optimizer, moments=LIGHTER[config.optimizer.moments])
+        yield f"--optimizer.moments {changed.moments}", dataclasses.replace(config, optimizer=changed)
 
 
 def _copied(config: Config, program: Program) -> float:
