@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +37,7 @@ from pkv.mesh import AXES, fold, make_mesh, replicated
 from pkv.model import Arch, Kernel, freezer, init_adapters, init_params, join, param_shapes, split
 from pkv.model.families import family_of
 from pkv.model.layout import by_path
-from pkv.plan import as_record, in_words, make_plan, model_shape, read_slice, work_of
+from pkv.plan import as_record, find, in_words, make_plan, model_shape, read_slice, work_of
 from pkv.plan.arithmetic import activations, sent_by_formula
 from pkv.plan.collectives import NETWORK, sent_bytes
 from pkv.plan.compiled import Program, compile_program, refused_bytes
@@ -610,6 +611,8 @@ def test_sums_over_data_do_not_make_a_tpus_gradient_whole(sizes):
 def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):
     with pytest.raises(UserError, match=r"rounds: nothing to plan"):
         work_of(parse_config({"model": {"path": "x"}}), ARCH)
+    with pytest.raises(UserError, match=r"tokens of max_new_tokens: raise it or lower them"):
+        work_of(config_of(grpo={"row_tokens": 256}), ARCH)
     with pytest.raises(UserError, match=r"--prompt-tokens 1000: grpo.row_tokens leaves room for 2 to 256"):
         work_of(config_of(), ARCH, 1000)
 
@@ -678,6 +681,13 @@ def test_the_machines_that_are_assumed_and_the_plans_own_time_are_said():
         found = dataclasses.replace(one, wanted=read_slice(topology))
         assert in_words(found).startswith(f"{topology}: {said} chips")
         assert [as_record(found)[key] for key in ("machines", "machine_chips")] == [int(said[0]), int(said[-1])]
+
+
+def test_a_plans_time_has_what_was_tried_after_it(monkeypatch):
+    config, slow = load_config("qwen2.5-72b", []), lambda *_: time.sleep(0.5)
+    monkeypatch.setattr("pkv.plan.search.nearest", slow)
+    found, flags = find(work_of(config, model_shape(config.model.path)), read_slice("h100:8"), lambda _: None, False)
+    assert not found.fits and not flags and found.took_s > 0.5
 
 
 def test_the_room_can_be_called():

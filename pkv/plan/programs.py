@@ -80,7 +80,8 @@ def work_of(config: Config, arch: Arch, prompt_tokens: int | None = None) -> Wor
     room = config.grpo.row_tokens - longest
     if room < 1:
         raise UserError(
-            f"grpo.row_tokens: {config.grpo.row_tokens} tokens hold no prompt and {longest} of max_new_tokens"
+            f"grpo.row_tokens: {config.grpo.row_tokens} tokens hold no prompt and {longest} tokens of max_new_tokens: "
+            "raise it or lower them"
         )
     if prompt_tokens is not None and not 1 < prompt_tokens <= room:
         raise UserError(f"--prompt-tokens {prompt_tokens}: grpo.row_tokens leaves room for 2 to {room}")

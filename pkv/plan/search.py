@@ -74,7 +74,8 @@ def _promising(changes: Iterable[Change], wanted: Slice, say: Say) -> list[tuple
 
 def find(work: Work, wanted: Slice, say: Say, by_search: bool) -> tuple[Plan, tuple[str, ...]]:
     """A plan, and the flags with which it was made or, where it doesn't fit, with which it would; none where nothing
-    does. Raises UserError."""
+    does. Its time is that of all that was tried. Raises UserError."""
+    began = time.perf_counter()
     found = search(work, wanted, say) if by_search else None
     if found is not None:
         return found
@@ -83,6 +84,7 @@ def find(work: Work, wanted: Slice, say: Say, by_search: bool) -> tuple[Plan, tu
     if plan.fits:
         return plan, asked.flags
     remedy = nearest(asked.work, wanted, plan, say, asked.flags) or _with_adapters(asked, wanted, say)
+    plan = dataclasses.replace(plan, took_s=time.perf_counter() - began)
     return plan, () if remedy is None else remedy[1]
 
 
