@@ -379,6 +379,13 @@ def test_a_run_that_is_older_than_a_knob_has_its_default(whole, config_file, tmp
         open_run(other, folder, setup.policy, setup.model_config, False)
 
 
+def test_a_run_without_a_share_that_is_the_default_goes_on(config_file, tmp_path):
+    """A mapping is one knob: pure block credit, `whole_trace: {}`, is not the default with nothing changed."""
+    setup = build(load_config(config_file, ["--grpo.whole_trace={}"]))
+    for _ in range(2):
+        open_run(setup.config, tmp_path / "run", setup.policy, setup.model_config, False).close()
+
+
 def test_a_directory_with_something_else_in_it_is_refused(config_file, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     for fresh in (False, True):

@@ -8,6 +8,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -234,7 +235,7 @@ def _gone_on_with(config: Config, file: Path, step: int) -> str:
     begun differs."""
     text = file.read_text(encoding="utf-8")
     made, wanted = yaml.safe_load(text), as_plain(config)
-    made = _over(as_plain(Config()), made | {"rounds": [_over(as_plain(RoundConfig()), one) for one in made["rounds"]]})
+    made = _over(Config(), made | {"rounds": [_over(RoundConfig(), one) for one in made["rounds"]]})
     there, here = (_flat(each | {"rounds": _settled(made, each["rounds"], step)}) for each in (made, wanted))
     if model := there.get(f"{MADE_WITH}.model"):  # a hub id may mean another commit by now
         there["model.path"], here["model.path"] = model, pinned(config.model.path)
@@ -266,10 +267,10 @@ def _settled(made: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], step:
     return [{name: first[name] for name in MEASURED_BY}]
 
 
-def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given and, of knobs that are newer than the run, their defaults."""
-    both = {name: _over(defaults[name], one) for name, one in given.items() if isinstance(defaults.get(name), dict)}
-    return {**defaults, **given, **both}
+def _over(defaults: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given of a section and, of knobs that are newer than the run, their defaults; a mapping is one knob."""
+    sections = {name: one for name, one in vars(defaults).items() if dataclasses.is_dataclass(one) and name in given}
+    return {**as_plain(defaults), **given, **{name: _over(one, given[name]) for name, one in sections.items()}}
 
 
 def _flat(node: Any, path: str = "") -> dict[str, Any]:
