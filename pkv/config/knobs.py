@@ -257,12 +257,14 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
+MUCH = 1e6  # more than anybody means, where an infinity would only make what is no number
+
 # Bounds that a type cannot say: path -> (least, greatest).
 BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     "model.context": (0, math.inf),
     "model.lora.rank": (0, math.inf),
-    "model.lora.alpha": (1e-6, math.inf),
+    "model.lora.alpha": (1e-6, MUCH),
     "data.hardest": (0.0, 1.0),
     "data.easiest": (0.0, 1.0),
     "data.revisit": (1e-6, 1.0),
@@ -273,15 +275,15 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "sampling.slots": (1, math.inf),
     "sampling.segment": (1, math.inf),
     "sampling.page_tokens": (0, math.inf),
-    "sampling.kv_memory_gb": (0.0, math.inf),
-    "rewards.timeout_s": (1e-3, math.inf),
+    "sampling.kv_memory_gb": (0.0, MUCH),
+    "rewards.timeout_s": (1e-3, MUCH),
     "rewards.max_unscored_share": (0.0, 1.0),
     "rewards.workers": (0, 1024),
     # At 1, which is what 32 bits make of more than that, moments stay 0 and a step is 0 / 0.
     "optimizer.b1": (0.0, 0.999999),
     "optimizer.b2": (0.0, 0.999999),
     "optimizer.momentum": (0.0, 0.999999),
-    "optimizer.weight_decay": (0.0, math.inf),
+    "optimizer.weight_decay": (0.0, MUCH),
     "optimizer.clip_norm": (1e-9, math.inf),
     "grpo.prompts": (1, math.inf),
     "grpo.samples": (2, math.inf),
@@ -293,16 +295,19 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "grpo.loss.dual_clip": (0.0, math.inf),
     "grpo.loss.importance_cap": (1.0, math.inf),
     "grpo.loss.reject": (0.0, math.inf),
-    "grpo.loss.kl_weight": (0.0, math.inf),
-    "grpo.loss.entropy": (0.0, math.inf),
+    "grpo.loss.kl_weight": (0.0, MUCH),
+    "grpo.loss.entropy": (0.0, MUCH),
     "grpo.epochs": (1, math.inf),
     "grpo.minibatches": (1, math.inf),
     "grpo.overlong_tokens": (0, math.inf),
-    "grpo.overlong_weight": (0.0, math.inf),
+    "grpo.overlong_weight": (0.0, MUCH),
     "grpo.row_tokens": (8, math.inf),
     "grpo.micro_rows": (1, math.inf),
     "warmup.steps": (0, math.inf),
     "warmup.demonstrations": (1, math.inf),
+    "warmup.learning_rate": (0.0, 1.0),
+    "warmup.final_learning_rate": (0.0, 1.0),
+    "warmup.ramp_steps": (0, math.inf),
     "warmup.copying": (0.0, 1.0),
     "warmup.loose_layout": (0.0, 1.0),
     "warmup.mistakes": (0.0, 1.0),

@@ -261,6 +261,8 @@ def _build_scalar(kind: type, value: Any, path: str) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise ConfigError(f"{path}: expected {_KIND_WORDS[kind]}, got {describe(value)}")
+    if isinstance(value, float) and math.isnan(value):
+        raise ConfigError(f"{path}: expected {_KIND_WORDS[kind]}, got {value!r}")
     least, greatest = BOUNDS.get(_star(path), (-math.inf, math.inf))
     if isinstance(value, (int, float)) and not least <= value <= greatest:
         bound = f"at least {least:.10g}" if value < least else f"at most {greatest:.10g}"
