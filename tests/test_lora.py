@@ -210,6 +210,15 @@ def test_split_and_join_are_inverse_and_the_base_is_the_reference_model():
     assert split(plain) == (plain, None) and join(plain, None) is plain
 
 
+def test_a_matrix_in_few_bits_without_an_adapter_is_frozen_whole():
+    few = init_adapters(ARCH, dataclasses.replace(LORA, targets=("q",)), KEY)
+    trained, base = split(join(few, frozen("nf4")))
+    assert jax.tree.structure(trained) == jax.tree.structure(few)
+    equal(base, frozen("nf4"))
+    state = learner("nf4").init(join(few, frozen("nf4")))
+    assert {name.rpartition(".")[2] for name in flat(state.params)} == {"q"}
+
+
 def test_an_adapters_draw_depends_on_the_key_and_its_weights_name_only():
     found, few = (flat(init_adapters(ARCH, dataclasses.replace(LORA, targets=t), KEY)) for t in (LORA.targets, ("up",)))
     assert set(few) == {"layers.ffn.up"} and len(found) == 7

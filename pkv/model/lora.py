@@ -80,7 +80,7 @@ def split(params: Params) -> tuple[Params, Params | None]:
     def base(node: Any) -> Any:
         return node.base if _is_adapted(node) else node
 
-    return jax.tree.map(adapter, params, is_leaf=_is_adapted), jax.tree.map(base, params, is_leaf=_is_adapted)
+    return jax.tree.map(adapter, params, is_leaf=_is_weight), jax.tree.map(base, params, is_leaf=_is_weight)
 
 
 def join(trained: Params, frozen: Params | None) -> Params:
@@ -117,6 +117,10 @@ def _axes_of(axes: tuple[str, ...], weight: Any) -> Any:
 
 def _is_adapted(node: Any) -> bool:
     return isinstance(node, Adapted)
+
+
+def _is_weight(node: Any) -> bool:
+    return isinstance(node, (Adapted, Quantised))
 
 
 def _is_axes(node: Any) -> bool:
