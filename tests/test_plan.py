@@ -8,7 +8,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -684,10 +683,11 @@ def test_the_machines_that_are_assumed_and_the_plans_own_time_are_said():
 
 
 def test_a_plans_time_has_what_was_tried_after_it(monkeypatch):
-    config, slow = load_config("qwen2.5-72b", []), lambda *_: time.sleep(0.5)
-    monkeypatch.setattr("pkv.plan.search.nearest", slow)
+    config, clock = load_config("qwen2.5-72b", []), iter([0.0, 500.0])
+    monkeypatch.setattr("pkv.plan.search.nearest", lambda *_: None)
+    monkeypatch.setattr("pkv.plan.search.time", SimpleNamespace(perf_counter=clock.__next__))
     found, flags = find(work_of(config, model_shape(config.model.path)), read_slice("h100:8"), lambda _: None, False)
-    assert not found.fits and not flags and found.took_s > 0.5
+    assert not found.fits and not flags and found.took_s == 500
 
 
 def test_the_room_can_be_called():

@@ -301,7 +301,7 @@ class Plan:
         advice = f"\n{'With' if plan.fits else 'It would fit with'}: {' '.join(changed)}" if changed else ""
         if not (plan.fits or changed):
             advice = "\nNothing that was tried fits; take a larger slice, or a smaller model or row."
-        if changed and any(flag.startswith(ADAPTERS) for flag in changed):
+        if any(flag.startswith(ADAPTERS) for flag in changed):
             advice += "\nThat trains adapters and not the model: raise the rounds' learning_rate some ten times."
         faster = None
         if (better := quicker(plan)) is not None:
